@@ -1,0 +1,123 @@
+"""The rollout, used alike by training and sampling, and the distillation losses. Models come as arguments.
+
+A generator (or critic, or teacher) is anything called as model(x, sigma, context, cache=...) -> v.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from wan5b.flow import add_noise, solve, x0_from_v
+from wan5b.kvcache import KVCache
+
+
+def rollout(
+    generator: Callable,
+    noise: Tensor,
+    context: Tensor,
+    sigmas: list[float],
+    blocks: list[int],
+    cache: KVCache,
+    *,
+    exit_step: int | None = None,
+    renoise: Callable | None = None,
+    first: Tensor | None = None,
+    solver: str | None = None,
+) -> Iterator[Tensor]:
+    """Generate block by block over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
+
+    noise [B, C, T, H, W] covers the generated frames, cut into `blocks`; sigmas: the levels, falling, last 0.
+    Yields every finished block x0 [B, C, T_block, H, W]; the cache takes it in (one pass at sigma 0, without grad)
+    when the next one is asked for, so it must not be changed in place.
+
+    exit_step: index of the level whose x0 is the result (None: the last). Grad, where enabled, flows through that
+    level's forward alone; none crosses blocks, since committed keys carry none.
+    renoise(block index, step index, like) -> noise for the next level; default: fresh. first: clean frames
+    [B, C, T', H, W] (an image, a video to continue) committed ahead of the first block.
+    solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising (many-step sampling).
+    """
+    if sum(blocks) != noise.shape[2]:
+        raise ValueError(f"blocks {blocks} add up to {sum(blocks)} frames, the noise has {noise.shape[2]}")
+    exit_step = len(sigmas) - 2 if exit_step is None else exit_step
+    if not 0 <= exit_step < len(sigmas) - 1:
+        raise ValueError(f"exit_step must be in 0 .. {len(sigmas) - 2} for levels {sigmas}, got {exit_step}")
+    if first is not None:
+        for block in first.split(clean_blocks(first.shape[2], max(blocks)), dim=2):
+            _commit(generator, block, context, cache)
+
+    for index, x in enumerate(noise.split(blocks, dim=2)):
+        if solver:
+            x0 = solve(lambda x, sigma: generator(x, sigma, context, cache=cache), x, sigmas, solver)
+        else:
+            for step in range(exit_step):
+                with torch.no_grad():
+                    x0 = x0_from_v(x, generator(x, sigmas[step], context, cache=cache), sigmas[step])
+                    fresh = renoise(index, step, x0) if renoise else torch.randn_like(x0)
+                    x = add_noise(x0, fresh, sigmas[step + 1])
+            x0 = x0_from_v(x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step])
+        yield x0
+        _commit(generator, x0, context, cache)
+
+
+def clean_blocks(frames: int, size: int) -> list[int]:
+    """Partition of given clean frames: blocks of `size`, what is left over in front (1 -> [1], 7, 3 -> [1, 3, 3])."""
+    return [frames % size] * (frames % size > 0) + [size] * (frames // size)
+
+
+@torch.no_grad()
+def _commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache) -> None:
+    generator(x0.detach(), 0.0, context, cache=cache)
+    cache.commit(x0.shape[2])
+
+
+def guided(model: Callable, guidance: float) -> Callable:
+    """Classifier-free guidance, sampling convention uncond + g (cond - uncond), as a model over a batch of two halves.
+
+    The returned model takes x [B, ...] and context [2B, L, D] (conditional rows, then unconditional) and, if any, a
+    cache of batch 2B, which keeps the two branches apart.
+    """
+
+    def field(x: Tensor, sigma, context: Tensor, **kwargs) -> Tensor:
+        if isinstance(sigma, Tensor) and sigma.ndim:
+            sigma = torch.cat([sigma, sigma])
+        cond, uncond = model(torch.cat([x, x]), sigma, context, **kwargs).chunk(2)
+        return uncond + guidance * (cond - uncond)
+
+    return field
+
+
+def _per_sample_mean(x: Tensor) -> Tensor:
+    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+@torch.no_grad()
+def dmd_gradient(x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, guidance: float) -> Tensor:
+    """Distribution-matching gradient from three clean estimates, [B, ...] each (DMD, arXiv 2311.18828, eqs. 7 and 8).
+
+    guidance is in the DMD convention, real = cond + g (cond - uncond): g = 3 is scale 4 of the sampling convention.
+    """
+    real = real_cond + guidance * (real_cond - real_uncond)
+    return ((fake - real) / _per_sample_mean((x0 - real).abs())).nan_to_num()
+
+
+def dmd_loss(x0: Tensor, grad: Tensor) -> Tensor:
+    """0.5 mean((x0 - stopgrad(x0 - grad))^2), in float64: its derivative in x0 is grad / numel."""
+    x0 = x0.double()
+    return 0.5 * (x0 - (x0 - grad.double()).detach()).square().mean()
+
+
+def sid_loss(x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, guidance: float, alpha: float = 1.0):
+    """Score identity distillation (SiD, arXiv 2404.04057, eq. 23), float64; grad runs through both networks into x0.
+
+    Arguments as dmd_gradient's; the normaliser carries no grad.
+    """
+    x0, fake, real_cond, real_uncond = (x.double() for x in (x0, fake, real_cond, real_uncond))
+    real = real_cond + guidance * (real_cond - real_uncond)
+    scale = _per_sample_mean((x0 - real).abs()).detach()
+    return ((real - fake) * ((real - x0) - alpha * (real - fake)) / scale).mean()
+
+
+def critic_loss(v_fake: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """Flow-matching loss of the critic, mean((v_fake - (noise - x0))^2) in float32 (DMD2, arXiv 2405.14867, section 4)."""
+    return (v_fake.float() - (noise.float() - x0.float())).square().mean()

@@ -1,0 +1,440 @@
+"""The Wan diffusion transformer: bidirectional, block-causal, teacher-forced or cached, by what `forward` is given.
+
+B batch, C channels, T latent frames, H W latent size, P tokens per frame, S = T * P, L text tokens, D width,
+N heads, K head dim. Residual stream [B, T, P, D]; latents [B, C, T, H, W]; sigma in [0, 1].
+Precision: linear layers and attention in the weights' dtype; norms, modulation, gates, RoPE, time embedding and head
+in float32 by hand, whatever the weights' dtype.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from wan5b.kvcache import KVCache
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a network; field names as in a release's config.json. Derived geometry only through the methods."""
+
+    dim: int = 3072
+    ffn_dim: int = 14336
+    num_heads: int = 24
+    num_layers: int = 30
+    in_dim: int = 48
+    out_dim: int = 48
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    model_type: str = "ti2v"
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if not (self.qk_norm and self.cross_attn_norm and self.patch_size == (1, 2, 2)):
+            raise ValueError(f"only qk_norm, cross_attn_norm and patch_size (1, 2, 2) are supported, got {self}")
+        if self.dim % (2 * self.num_heads) or self.freq_dim % 2:
+            raise ValueError(f"dim {self.dim} must be a multiple of 2 * {self.num_heads} heads, freq_dim even")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of a latent frame of height x width. ValueError if it can't be cut into patches."""
+        _, ph, pw = self.patch_size
+        if height % ph or width % pw:
+            raise ValueError(f"latent size {height}x{width} is not a multiple of the patch {ph}x{pw}")
+        return (height // ph) * (width // pw)
+
+
+PRESETS = {
+    "ti2v-5B": DiTConfig(),
+    "t2v-1.3B": DiTConfig(1536, 8960, 12, 30, 16, 16, model_type="t2v"),
+    "t2v-14B": DiTConfig(5120, 13824, 40, 40, 16, 16, model_type="t2v"),
+    "tiny": DiTConfig(192, 384, 6, 4, text_dim=64, text_len=32, freq_dim=64),
+}
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+# cuDNN is 1.5x faster than flash on Hopper; it takes no float32, for which the next ones stand in.
+_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_compiled_flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # fullgraph: too many shapes is an error
+FLEX_BLOCK = 128
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention without a mask: q [B, S, N, K], k and v [B, S', N, K] -> [B, S, N, K]."""
+    with sdpa_kernel(_BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+class IntervalMask:
+    """A mask under which each query sees at most two intervals of keys: [lo0, hi0) and [lo1, hi1).
+
+    intervals: [S, 4] int tensor (lo0, hi0, lo1, hi1) in tokens; an empty interval has lo = hi; they never overlap.
+    On CUDA it is a flex_attention BlockMask, built from the intervals by counting (never from the S x S matrix); on
+    the CPU, where flex_attention has no backward, a boolean matrix.
+    """
+
+    def __init__(self, intervals: Tensor):
+        self.length = len(intervals)
+        self.on_gpu = intervals.is_cuda
+        self.mask = self._block_mask(intervals) if self.on_gpu else self._dense(intervals)
+
+    @staticmethod
+    def _dense(intervals: Tensor) -> Tensor:
+        kv = torch.arange(len(intervals), device=intervals.device)
+        lo0, hi0, lo1, hi1 = (x[:, None] for x in intervals.unbind(1))
+        return ((kv >= lo0) & (kv < hi0)) | ((kv >= lo1) & (kv < hi1))
+
+    @staticmethod
+    def _block_mask(intervals: Tensor) -> BlockMask:
+        pad = -len(intervals) % FLEX_BLOCK
+        rows = torch.arange(len(intervals), len(intervals) + pad, device=intervals.device)
+        itself = torch.stack([rows, rows + 1, rows, rows], 1)  # padded rows see themselves: no row without a key
+        table = torch.cat([intervals, itself]).int()
+        lo0, hi0, lo1, hi1 = (x.contiguous() for x in table.unbind(1))
+
+        edges = torch.arange(0, len(table), FLEX_BLOCK, device=table.device)
+        overlap = sum(
+            (torch.minimum(hi[:, None], edges + FLEX_BLOCK) - torch.maximum(lo[:, None], edges)).clamp(min=0)
+            for lo, hi in ((lo0, hi0), (lo1, hi1))
+        )  # [S, S / 128]: keys of each block that a query sees
+        seen = overlap.unflatten(0, (-1, FLEX_BLOCK)).sum(1)
+        full = seen == FLEX_BLOCK * FLEX_BLOCK
+        partial_ = (seen > 0) & ~full
+
+        def indices(flags):
+            order = flags.int().argsort(dim=1, descending=True, stable=True)
+            return flags.sum(1).int()[None, None], order.int()[None, None].contiguous()
+
+        def mask_mod(b, h, q, kv):
+            return ((kv >= lo0[q]) & (kv < hi0[q])) | ((kv >= lo1[q]) & (kv < hi1[q]))
+
+        return BlockMask.from_kv_blocks(*indices(partial_), *indices(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Masked self-attention, [B, S, N, K] each -> [B, S, N, K]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if not self.on_gpu:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+        pad = -self.length % FLEX_BLOCK
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v)) if pad else (q, k, v)
+        return _compiled_flex(q, k, v, block_mask=self.mask)[:, :, : self.length].transpose(1, 2)
+
+
+@lru_cache(maxsize=32)
+def causal_mask(blocks: tuple[int, ...], p: int, window: int | None, teacher: bool, device: torch.device):
+    """The mask of a whole block-causal sequence (blocks in frames, p tokens a frame), built once per shape.
+
+    Plain: a query sees from `window` frames before its block's end (or from 0) to that end. Teacher forcing (CausVid,
+    arXiv 2412.07772; Self Forcing, 2506.08009, fig. 2): the sequence is [clean, noisy]; clean queries as above; noisy
+    ones see their own noisy block and the clean blocks before it, within the same window.
+    """
+    frames, start, clean, noisy = sum(blocks), 0, [], []
+    for size in blocks:
+        end = start + size
+        first = max(0, end - window) if window else 0
+        clean += [(first * p, end * p, 0, 0)] * (size * p)
+        noisy += [(min(first, start) * p, start * p, (frames + start) * p, (frames + end) * p)] * (size * p)
+        start = end
+    return IntervalMask(torch.tensor(clean + noisy if teacher else clean, device=device))
+
+
+# --------------------------------------------------------------------------------------------------------- RoPE
+
+
+@lru_cache(maxsize=32)
+def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
+    """cos and sin of the rotation angles, [2, 1, S, 1, K/2] float32, for frames start .. start + frames (RoFormer).
+
+    Computed from float64 angles at the positions asked for, so no length limit. The K/2 pairs are split over
+    (time, row, column), each axis with a frequency table of its own.
+    """
+    pairs = head_dim // 2
+    spatial = pairs // 3
+    axes = [
+        (torch.arange(start, start + frames), pairs - 2 * spatial, (frames, 1, 1)),
+        (torch.arange(height), spatial, (1, height, 1)),
+        (torch.arange(width), spatial, (1, 1, width)),
+    ]
+    angles = []
+    for positions, n, shape in axes:
+        frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
+        angle = positions.double()[:, None] * frequencies
+        angles.append(angle.view(*shape, n).expand(frames, height, width, n))
+    angle = torch.cat(angles, -1).view(1, -1, 1, pairs)
+    return torch.stack([angle.cos(), angle.sin()]).to(device, torch.float32)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs of x [B, S, N, K] in float32; the result has the dtype of x."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- blocks
+
+
+def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in float32, whatever the dtype of its weights."""
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """norm(x) * (1 + scale) + shift, in float32; x [B, T, P, D], shift and scale [B, T, 1, D]."""
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the whole width, all heads together, statistics in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """The projections of one attention; the attention itself is the caller's."""
+
+    def __init__(self, cfg: DiTConfig):
+        super().__init__()
+        self.heads = cfg.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(cfg.dim, cfg.eps), RMSNorm(cfg.dim, cfg.eps)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, ..., D] -> [B, S, N, K]"""
+        return x.unflatten(-1, (self.heads, -1)).flatten(1, -3)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.split(self.norm_q(self.q(x)))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.norm_k(self.k(x))), self.split(self.v(x))
+
+    def output(self, y: Tensor, like: Tensor) -> Tensor:
+        """[B, S, N, K] -> [B, T, P, D]"""
+        return self.o(y.flatten(2).view(like.shape))
+
+
+class Block(nn.Module):
+    """One transformer block, cut at its two attentions: `before`, self-attention, `between`, cross-attention, `after`.
+
+    The three pieces have shapes that don't depend on how much is cached, so each compiles once.
+    """
+
+    def __init__(self, cfg: DiTConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
+        self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, cfg.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
+
+    def before(self, x: Tensor, mod: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, P, D] -> rotated q, k and v, [B, S, N, K]"""
+        shift, scale = self._modulation(mod, 0, 1)
+        h = modulated_norm(x, shift, scale, self.eps)
+        k, v = self.self_attn.keys_values(h)
+        return rotate(self.self_attn.queries(h), rope), rotate(k, rope), v
+
+    def between(self, x: Tensor, y: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after self-attention's y, and the queries to the text."""
+        (gate,) = self._modulation(mod, 2)
+        x = torch.addcmul(x.float(), self.self_attn.output(y, x).float(), gate).to(x.dtype)
+        h = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        return x, self.cross_attn.queries(h.to(x.dtype))
+
+    def after(self, x: Tensor, y: Tensor, mod: Tensor) -> Tensor:
+        """The residual stream after cross-attention's y and the feed-forward layer."""
+        shift, scale, gate = self._modulation(mod, 3, 4, 5)
+        x = x + self.cross_attn.output(y, x)
+        h = self.ffn(modulated_norm(x, shift, scale, self.eps))
+        return torch.addcmul(x.float(), h.float(), gate).to(x.dtype)
+
+    def _modulation(self, mod: Tensor, *rows: int) -> list[Tensor]:
+        """Rows of the parameter + the projected time mod [B, T, 6, D], float32, each [B, T, 1, D]."""
+        return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
+
+    def forward(
+        self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor, attend: Callable, text: dict | None = None
+    ):
+        """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D]; attend(q, k, v) is self-attention.
+
+        text: a store for this layer's text keys and values across forwards without grad, or None.
+        """
+        q, k, v = self.before(x, mod, rope)
+        x, q = self.between(x, attend(q, k, v), mod)
+        if text is None:
+            keys_values = self.cross_attn.keys_values(context)
+        elif text:
+            keys_values = text["kv"]
+        else:
+            keys_values = text["kv"] = self.cross_attn.keys_values(context)
+        return self.after(x, attention(q, *keys_values), mod)
+
+
+class Head(nn.Module):
+    def __init__(self, cfg: DiTConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.head = nn.Linear(cfg.dim, math.prod(cfg.patch_size) * cfg.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, cfg.dim) / cfg.dim**0.5)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [B, T, P, D], e [B or 1, T or 1, D] -> [B, T, P, 4 * C] float32"""
+        shift, scale = (self.modulation.float() + e.unsqueeze(2)).unsqueeze(3).unbind(2)
+        return linear32(self.head, modulated_norm(x.float(), shift, scale, self.eps))
+
+
+class WanDiT(nn.Module):
+    """v = model(x, sigma, context): the velocity noise - x0. Parameters carry upstream's names; there are no buffers.
+
+    `checkpointing = True` recomputes every block in backward.
+    """
+
+    def __init__(self, cfg: DiTConfig):
+        super().__init__()
+        self.cfg, self.checkpointing = cfg, False
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(cfg.text_dim, cfg.dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.dim, cfg.dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.head = Head(cfg)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> "WanDiT":
+        """Random weights to train from, or to measure with: Xavier, zero biases, gates at 1 so that all blocks act."""
+        for name, w in self.named_parameters():
+            if name.endswith("modulation"):
+                w.normal_(0, self.cfg.dim**-0.5, generator=generator)
+                if w.shape[1] == 6:
+                    w[:, [2, 5]] += 1
+            elif w.ndim >= 2:
+                w.normal_(0, (2 / (w.shape[0] + w[0].numel())) ** 0.5, generator=generator)
+            else:
+                w.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        context: Tensor,
+        *,
+        blocks: list[int] | None = None,
+        window: int | None = None,
+        clean: Tensor | None = None,
+        clean_sigma: float | Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The velocity at x, shaped like x.
+
+        x [B, C, T, H, W]; sigma float, [B] or [B, T]; context [B, text_len, text_dim], zero-padded.
+        Nothing more: bidirectional. blocks (frames per block, window in frames): block-causal over the whole sequence.
+        blocks and clean [B, C, T, H, W]: teacher forcing, the clean half at clean_sigma (default 0), v of the noisy half.
+        cache: x continues the committed frames; `cache.commit(T)` afterwards makes this forward's keys permanent.
+        """
+        (batch, _, frames, height, width), dtype = x.shape, x.dtype
+        p = self.cfg.tokens_per_frame(height, width)
+        self._check(x, context, blocks, clean, cache)
+        sigma = self._levels(sigma, x)
+        span, start = (cache.span(frames), cache.frames) if cache else (None, 0)
+        rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
+
+        h = self._patchify(x)  # [B, T, P, D]
+        if clean is not None:
+            levels = (self._levels(0.0 if clean_sigma is None else clean_sigma, x), sigma)
+            sigma = torch.cat([level.expand(batch, -1) for level in levels], 1)  # [B, 2T]
+            rope = torch.cat([rope, rope], 2)
+            h = torch.cat([self._patchify(clean), h], 1)  # [B, 2T, P, D]
+        e = linear32(self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma))))
+        mod = linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))  # [B, T, 6, D]
+
+        keep_text = cache is not None and not torch.is_grad_enabled()
+        text = cache.text_of(context) if keep_text else None
+        if not text:
+            context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
+        mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks else None
+
+        for layer, block in enumerate(self.blocks):
+            attend = partial(self._attend, layer, mask, cache, span)
+            store = text.setdefault(layer, {}) if keep_text else None
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, mod, rope, context, attend, use_reentrant=False)
+            else:
+                h = block(h, mod, rope, context, attend, store)
+        h = self.head(h[:, -frames:], e[:, -frames:])
+        return self._unpatchify(h, height, width).to(dtype)
+
+    @staticmethod
+    def _attend(layer: int, mask, cache, span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if mask is not None:
+            return mask.attention(q, k, v)
+        return attention(q, *(cache.extend(layer, k, v, span) if cache else (k, v)))
+
+    def _check(self, x, context, blocks, clean, cache) -> None:
+        cfg, frames = self.cfg, x.shape[2]
+        if x.shape[1] != cfg.in_dim:
+            raise ValueError(f"latents have {x.shape[1]} channels, this model takes {cfg.in_dim}: another latent space")
+        if context.shape != (len(x), cfg.text_len, cfg.text_dim):
+            want = (len(x), cfg.text_len, cfg.text_dim)
+            raise ValueError(
+                f"context must be zero-padded to {want} (batch, text_len, text_dim), got {tuple(context.shape)}"
+            )
+        if blocks and sum(blocks) != frames:
+            raise ValueError(f"blocks {list(blocks)} add up to {sum(blocks)} frames, x has {frames}")
+        if clean is not None and (not blocks or clean.shape != x.shape):
+            raise ValueError(f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}")
+        if cache is not None and blocks:
+            raise ValueError("a cached forward is causal by itself: give blocks or a cache, not both")
+
+    def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
+        """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
+        sigma = sigma.view(-1, 1) if sigma.ndim < 2 else sigma
+        if sigma.shape[0] not in (1, len(x)) or sigma.shape[1] not in (1, x.shape[2]):
+            raise ValueError(f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, got {tuple(sigma.shape)}")
+        return sigma.expand(-1, x.shape[2])
+
+    def _sinusoid(self, sigma: Tensor) -> Tensor:
+        """cos, then sin, of 1000 sigma over geometric frequencies: [B, T] float64 -> [B, T, freq_dim] float32."""
+        half = self.cfg.freq_dim // 2
+        frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
+        angle = 1000 * sigma.unsqueeze(-1) * frequencies
+        return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, T, P, D], tokens in (row, column) order: the Conv3d as a matrix product."""
+        conv = self.patch_embedding
+        x = x.to(conv.weight.dtype).unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # [B, C, T, H/2, 2, W/2, 2]
+        x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)  # [B, T, P, C * 4]
+        return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+    def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
+        """[B, T, P, 2 * 2 * C] -> [B, C, T, H, W]"""
+        x = x.unflatten(-1, (2, 2, -1)).unflatten(2, (height // 2, width // 2))  # [B, T, H/2, W/2, 2, 2, C]
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

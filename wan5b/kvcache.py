@@ -1,0 +1,134 @@
+"""Keys and values of committed frames, with window and sink; the partition of a video into blocks.
+
+Contract: committed memory is read-only. A forward puts its own keys behind the committed frames, where the next
+forward replaces them; `commit` makes the last ones permanent by moving an integer. Past the capacity the frames
+beyond the sink form a ring: the oldest are replaced in place. Nothing is ever moved, since attention does not care
+about the order of its keys (RoPE is already in them).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[int]:
+    """Partition of latent frames into causal blocks: (21, 3) -> [3]*7; (31, 3, first=1) -> [1] + [3]*10.
+
+    Raises ValueError with the nearest valid frame counts when they do not come out even.
+    """
+    head = first or 0
+    if size < 1 or head < 0:
+        raise ValueError(f"block sizes must be positive, got size {size}, first {first}")
+    whole, rest = divmod(frames - head, size)
+    if rest or frames < max(head, 1):
+        lower = head + max(whole, 0) * size
+        options = [n for n in (lower, lower + size) if n > 0]
+        start = f"a first block of {head} and " if head else ""
+        raise ValueError(
+            f"{frames} latent frames do not divide into {start}blocks of {size}; nearest valid: "
+            + " or ".join(f"{n} ({4 * n - 3} pixel frames)" for n in options)
+        )
+    return [head] * (head > 0) + [size] * whole
+
+
+class Span(NamedTuple):
+    """Where one forward reads and writes: Python integers only, so that a recomputation reads the same memory."""
+
+    start: int  # committed frames at the time of the forward
+    past: list[tuple[int, int]]  # runs of slots that hold the committed frames it sees
+    seen: list[tuple[int, int]]  # the same, current frames included
+    own: list[tuple[int, int]]  # runs of slots for the current frames, in order
+
+
+class KVCache:
+    """Rotated keys and values of all layers, one tensor [layers, 2, B, frames * P, N, K] (P tokens a frame).
+
+    frames: how many frames the memory holds. window: the frames that a block sees, itself and the first `sink`
+    frames of the video included; with a window the video may be longer than the memory, and frames = window is
+    enough. A rollout that carries grad needs frames >= the whole video: nothing it has read may be replaced.
+    """
+
+    def __init__(self, cfg, batch, frames, tokens_per_frame, window=None, sink=0, device=None, dtype=None):
+        if window is not None and not 0 <= sink < window:
+            raise ValueError(f"the sink must be smaller than the window: sink {sink}, window {window}")
+        if window is None and sink:
+            raise ValueError(f"a sink of {sink} frames has no meaning without a window")
+        shape = (cfg.num_layers, 2, batch, frames * tokens_per_frame, cfg.num_heads, cfg.head_dim)
+        self.memory = torch.empty(shape, device=device, dtype=dtype)
+        self.capacity, self.tokens_per_frame = frames, tokens_per_frame
+        self.window, self.sink = window, sink
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; also needed when the weights have changed."""
+        self.frames = 0  # committed
+        self.written = 0  # end of the last written block
+        self.text = {}  # layer -> keys and values of the text, kept by forwards without grad
+        self.context = None  # the text that they belong to
+
+    def commit(self, n_frames: int) -> None:
+        """Make the keys of the first n_frames of the last forward permanent."""
+        if not 0 < n_frames <= self.written - self.frames:
+            raise ValueError(
+                f"commit({n_frames}): the last forward ran on {max(self.written - self.frames, 0)} frames "
+                f"behind {self.frames} committed ones"
+            )
+        self.frames += n_frames
+
+    def text_of(self, context: Tensor) -> dict:
+        """The store of text keys for this context tensor (the same object: a new one starts afresh)."""
+        if self.context is not context:
+            self.context, self.text = context, {}
+        return self.text
+
+    def span(self, n_frames: int) -> Span:
+        """Plan a forward on the n_frames that follow the committed ones. ValueError if they do not fit."""
+        start, end, room = self.frames, self.frames + n_frames, self.capacity - self.sink
+        window = self.window or max(end, self.capacity)
+        if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
+            way_out = "a rollout with grad needs room for the whole video" if self.window else "no window is set"
+            raise ValueError(f"the cache holds {self.capacity} frames; {start} + {n_frames} do not fit: {way_out}")
+        if n_frames > window - self.sink:
+            raise ValueError(f"a block of {n_frames} frames does not fit in window {window} with sink {self.sink}")
+        recent = max(self.sink, end - (window - self.sink))
+        assert recent >= self.written - room, "a longer forward has replaced frames that are still seen"
+        past = [*range(min(self.sink, start)), *range(recent, start)]
+        past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
+        return Span(start, _runs(sorted(past)), _runs(sorted(past + own)), _runs(own))
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
+
+        Without grad the result is a view where the frames lie together (always, but for a sink with a memory longer
+        than the window). With grad the current keys carry the graph and the committed ones do not. A recomputation
+        during backward comes after the commit and writes nothing.
+        """
+        memory, p = self.memory[layer], self.tokens_per_frame
+        if span.start == self.frames:
+            offset = 0
+            for lo, hi in span.own:
+                for store, current in zip(memory, (k, v), strict=True):
+                    store[:, lo * p : hi * p] = current.detach()[:, offset : offset + (hi - lo) * p]
+                offset += (hi - lo) * p
+            self.written = span.start + offset // p
+        if torch.is_grad_enabled():
+            past = [memory[:, :, lo * p : hi * p] for lo, hi in span.past]
+            return tuple(torch.cat([m[i] for m in past] + [x], 1) for i, x in enumerate((k, v)))
+        seen = [memory[:, :, lo * p : hi * p] for lo, hi in span.seen]
+        return tuple(seen[0] if len(seen) == 1 else torch.cat(seen, 2))
+
+    def _slot(self, frame: int) -> int:
+        """Where a frame of the video lies in memory."""
+        return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.capacity - self.sink)
+
+
+def _runs(slots) -> list[tuple[int, int]]:
+    """Consecutive slots as (first, last + 1): [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
+    runs = []
+    for slot in slots:
+        if runs and runs[-1][1] == slot:
+            runs[-1] = (runs[-1][0], slot + 1)
+        else:
+            runs.append((slot, slot + 1))
+    return runs
