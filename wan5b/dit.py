@@ -14,10 +14,10 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from wan5b.attention import attention, causal_mask
+from wan5b.fuse import fused
 from wan5b.kvcache import KVCache
 
 
@@ -66,93 +66,6 @@ PRESETS = {
     "tiny": DiTConfig(192, 384, 6, 4, text_dim=64, text_len=32, freq_dim=64),
 }
 
-# ---------------------------------------------------------------------------------------------------- attention
-
-# cuDNN is 1.5x faster than flash on Hopper; it takes no float32, for which the next ones stand in.
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_compiled_flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # fullgraph: too many shapes is an error
-FLEX_BLOCK = 128
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention without a mask: q [B, S, N, K], k and v [B, S', N, K] -> [B, S, N, K]."""
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-class IntervalMask:
-    """A mask under which each query sees at most two intervals of keys: [lo0, hi0) and [lo1, hi1).
-
-    intervals: [S, 4] int tensor (lo0, hi0, lo1, hi1) in tokens; an empty interval has lo = hi; they never overlap.
-    On CUDA it is a flex_attention BlockMask, built from the intervals by counting (never from the S x S matrix); on
-    the CPU, where flex_attention has no backward, a boolean matrix.
-    """
-
-    def __init__(self, intervals: Tensor):
-        self.length = len(intervals)
-        self.on_gpu = intervals.is_cuda
-        self.mask = self._block_mask(intervals) if self.on_gpu else self._dense(intervals)
-
-    @staticmethod
-    def _dense(intervals: Tensor) -> Tensor:
-        kv = torch.arange(len(intervals), device=intervals.device)
-        lo0, hi0, lo1, hi1 = (x[:, None] for x in intervals.unbind(1))
-        return ((kv >= lo0) & (kv < hi0)) | ((kv >= lo1) & (kv < hi1))
-
-    @staticmethod
-    def _block_mask(intervals: Tensor) -> BlockMask:
-        pad = -len(intervals) % FLEX_BLOCK
-        rows = torch.arange(len(intervals), len(intervals) + pad, device=intervals.device)
-        itself = torch.stack([rows, rows + 1, rows, rows], 1)  # padded rows see themselves: no row without a key
-        table = torch.cat([intervals, itself]).int()
-        lo0, hi0, lo1, hi1 = (x.contiguous() for x in table.unbind(1))
-
-        edges = torch.arange(0, len(table), FLEX_BLOCK, device=table.device)
-        overlap = sum(
-            (torch.minimum(hi[:, None], edges + FLEX_BLOCK) - torch.maximum(lo[:, None], edges)).clamp(min=0)
-            for lo, hi in ((lo0, hi0), (lo1, hi1))
-        )  # [S, S / 128]: keys of each block that a query sees
-        seen = overlap.unflatten(0, (-1, FLEX_BLOCK)).sum(1)
-        full = seen == FLEX_BLOCK * FLEX_BLOCK
-        partial_ = (seen > 0) & ~full
-
-        def indices(flags):
-            order = flags.int().argsort(dim=1, descending=True, stable=True)
-            return flags.sum(1).int()[None, None], order.int()[None, None].contiguous()
-
-        def mask_mod(b, h, q, kv):
-            return ((kv >= lo0[q]) & (kv < hi0[q])) | ((kv >= lo1[q]) & (kv < hi1[q]))
-
-        return BlockMask.from_kv_blocks(*indices(partial_), *indices(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Masked self-attention, [B, S, N, K] each -> [B, S, N, K]."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if not self.on_gpu:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
-        pad = -self.length % FLEX_BLOCK
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v)) if pad else (q, k, v)
-        return _compiled_flex(q, k, v, block_mask=self.mask)[:, :, : self.length].transpose(1, 2)
-
-
-@lru_cache(maxsize=32)
-def causal_mask(blocks: tuple[int, ...], p: int, window: int | None, teacher: bool, device: torch.device):
-    """The mask of a whole block-causal sequence (blocks in frames, p tokens a frame), built once per shape.
-
-    Plain: a query sees from `window` frames before its block's end (or from 0) to that end. Teacher forcing (CausVid,
-    arXiv 2412.07772; Self Forcing, 2506.08009, fig. 2): the sequence is [clean, noisy]; clean queries as above; noisy
-    ones see their own noisy block and the clean blocks before it, within the same window.
-    """
-    frames, start, clean, noisy = sum(blocks), 0, [], []
-    for size in blocks:
-        end = start + size
-        first = max(0, end - window) if window else 0
-        clean += [(first * p, end * p, 0, 0)] * (size * p)
-        noisy += [(min(first, start) * p, start * p, (frames + start) * p, (frames + end) * p)] * (size * p)
-        start = end
-    return IntervalMask(torch.tensor(clean + noisy if teacher else clean, device=device))
-
-
 # --------------------------------------------------------------------------------------------------------- RoPE
 
 
@@ -165,18 +78,18 @@ def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, 
     """
     pairs = head_dim // 2
     spatial = pairs // 3
-    axes = [
-        (torch.arange(start, start + frames), pairs - 2 * spatial, (frames, 1, 1)),
-        (torch.arange(height), spatial, (1, height, 1)),
-        (torch.arange(width), spatial, (1, 1, width)),
+    axes = [  # (positions, frequencies, shape)
+        (range(start, start + frames), pairs - 2 * spatial, (frames, 1, 1)),
+        (range(height), spatial, (1, height, 1)),
+        (range(width), spatial, (1, 1, width)),
     ]
     angles = []
     for positions, n, shape in axes:
-        frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
-        angle = positions.double()[:, None] * frequencies
-        angles.append(angle.view(*shape, n).expand(frames, height, width, n))
+        positions = torch.arange(positions.start, positions.stop, dtype=torch.float64, device=device)
+        frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64, device=device) / n)
+        angles.append((positions[:, None] * frequencies).view(*shape, n).expand(frames, height, width, n))
     angle = torch.cat(angles, -1).view(1, -1, 1, pairs)
-    return torch.stack([angle.cos(), angle.sin()]).to(device, torch.float32)
+    return torch.stack([angle.cos(), angle.sin()]).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -251,6 +164,7 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
+    @fused
     def before(self, x: Tensor, mod: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, P, D] -> rotated q, k and v, [B, S, N, K]"""
         shift, scale = self._modulation(mod, 0, 1)
@@ -258,6 +172,7 @@ class Block(nn.Module):
         k, v = self.self_attn.keys_values(h)
         return rotate(self.self_attn.queries(h), rope), rotate(k, rope), v
 
+    @fused
     def between(self, x: Tensor, y: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after self-attention's y, and the queries to the text."""
         (gate,) = self._modulation(mod, 2)
@@ -265,6 +180,7 @@ class Block(nn.Module):
         h = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
         return x, self.cross_attn.queries(h.to(x.dtype))
 
+    @fused
     def after(self, x: Tensor, y: Tensor, mod: Tensor) -> Tensor:
         """The residual stream after cross-attention's y and the feed-forward layer."""
         shift, scale, gate = self._modulation(mod, 3, 4, 5)
@@ -277,20 +193,25 @@ class Block(nn.Module):
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
     def forward(
-        self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor, attend: Callable, text: dict | None = None
-    ):
-        """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D]; attend(q, k, v) is self-attention.
+        self,
+        x: Tensor,
+        mod: Tensor,
+        rope: Tensor,
+        context: Tensor,
+        attend: Callable,
+        layer: int,
+        text: dict | None = None,
+    ) -> Tensor:
+        """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D].
 
-        text: a store for this layer's text keys and values across forwards without grad, or None.
+        attend(layer, q, k, v): self-attention. text: a store of text keys and values by layer, for
+        forwards without grad; what is found there is not computed again.
         """
         q, k, v = self.before(x, mod, rope)
-        x, q = self.between(x, attend(q, k, v), mod)
-        if text is None:
-            keys_values = self.cross_attn.keys_values(context)
-        elif text:
-            keys_values = text["kv"]
-        else:
-            keys_values = text["kv"] = self.cross_attn.keys_values(context)
+        x, q = self.between(x, attend(layer, q, k, v), mod)
+        keys_values = text[layer] if text and layer in text else self.cross_attn.keys_values(context)
+        if text is not None:
+            text[layer] = keys_values
         return self.after(x, attention(q, *keys_values), mod)
 
 
@@ -354,15 +275,17 @@ class WanDiT(nn.Module):
         """The velocity at x, shaped like x.
 
         x [B, C, T, H, W]; sigma float, [B] or [B, T]; context [B, text_len, text_dim], zero-padded.
-        Nothing more: bidirectional. blocks (frames per block, window in frames): block-causal over the whole sequence.
-        blocks and clean [B, C, T, H, W]: teacher forcing, the clean half at clean_sigma (default 0), v of the noisy half.
-        cache: x continues the committed frames; `cache.commit(T)` afterwards makes this forward's keys permanent.
+        - nothing more: bidirectional
+        - blocks (frames per block; window in frames): block-causal mask over the whole sequence
+        - blocks and clean [B, C, T, H, W]: teacher forcing, clean half at clean_sigma (default 0); v of the noisy half
+        - cache: x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent; with
+          blocks (without grad only) x is several blocks, each seeing those before it
         """
         (batch, _, frames, height, width), dtype = x.shape, x.dtype
         p = self.cfg.tokens_per_frame(height, width)
-        self._check(x, context, blocks, clean, cache)
+        self._check(x, context, blocks, window, clean, cache)
         sigma = self._levels(sigma, x)
-        span, start = (cache.span(frames), cache.frames) if cache else (None, 0)
+        spans, start = (cache.spans(blocks or [frames]), cache.frames) if cache else (None, 0)
         rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
 
         h = self._patchify(x)  # [B, T, P, D]
@@ -374,29 +297,33 @@ class WanDiT(nn.Module):
         e = linear32(self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma))))
         mod = linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))  # [B, T, 6, D]
 
-        keep_text = cache is not None and not torch.is_grad_enabled()
-        text = cache.text_of(context) if keep_text else None
-        if not text:
+        text = cache.text_of(context) if cache and not torch.is_grad_enabled() else None
+        if not text or len(text) < len(self.blocks):
             context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
-        mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks else None
-
+        mask = None
+        if blocks and cache is None:
+            mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device)
+        attend = partial(self._attend, mask, cache, spans)
         for layer, block in enumerate(self.blocks):
-            attend = partial(self._attend, layer, mask, cache, span)
-            store = text.setdefault(layer, {}) if keep_text else None
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, mod, rope, context, attend, use_reentrant=False)
+                h = checkpoint(block, h, mod, rope, context, attend, layer, use_reentrant=False)
             else:
-                h = block(h, mod, rope, context, attend, store)
+                h = block(h, mod, rope, context, attend, layer, text)
         h = self.head(h[:, -frames:], e[:, -frames:])
         return self._unpatchify(h, height, width).to(dtype)
 
     @staticmethod
-    def _attend(layer: int, mask, cache, span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(mask, cache, spans, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if mask is not None:
             return mask.attention(q, k, v)
-        return attention(q, *(cache.extend(layer, k, v, span) if cache else (k, v)))
+        if cache is None:
+            return attention(q, k, v)
+        sizes = [span.frames * cache.tokens_per_frame for span in spans]
+        blocks = zip(spans, *(x.split(sizes, 1) for x in (q, k, v)), strict=True)
+        parts = [attention(q, *cache.extend(layer, k, v, span)) for span, q, k, v in blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _check(self, x, context, blocks, clean, cache) -> None:
+    def _check(self, x, context, blocks, window, clean, cache) -> None:
         cfg, frames = self.cfg, x.shape[2]
         if x.shape[1] != cfg.in_dim:
             raise ValueError(f"latents have {x.shape[1]} channels, this model takes {cfg.in_dim}: another latent space")
@@ -407,14 +334,22 @@ class WanDiT(nn.Module):
             )
         if blocks and sum(blocks) != frames:
             raise ValueError(f"blocks {list(blocks)} add up to {sum(blocks)} frames, x has {frames}")
+        if blocks and window and window < max(blocks):
+            raise ValueError(f"a block of {max(blocks)} frames does not fit in a window of {window}")
         if clean is not None and (not blocks or clean.shape != x.shape):
             raise ValueError(f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}")
-        if cache is not None and blocks:
-            raise ValueError("a cached forward is causal by itself: give blocks or a cache, not both")
+        if cache is not None and (clean is not None or window is not None):
+            raise ValueError("a cached forward takes its window from the cache, and no clean half")
+        if cache is not None and blocks and len(blocks) > 1 and torch.is_grad_enabled():
+            raise ValueError("several blocks in one cached forward are for no_grad: no grad crosses blocks")
+        if cache is not None:
+            cache.check(cfg.num_layers, len(x), cfg.tokens_per_frame(*x.shape[3:]))
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
+        if not isinstance(sigma, Tensor):
+            return torch.full((1, x.shape[2]), sigma, dtype=torch.float64, device=x.device)  # no copy, no wait
+        sigma = sigma.to(x.device, torch.float64)
         sigma = sigma.view(-1, 1) if sigma.ndim < 2 else sigma
         if sigma.shape[0] not in (1, len(x)) or sigma.shape[1] not in (1, x.shape[2]):
             raise ValueError(f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, got {tuple(sigma.shape)}")

@@ -13,7 +13,7 @@ FEW_STEPS = (1000, 750, 500, 250)  # the un-shifted levels of the distilled gene
 
 
 def shift_sigma(u, shift: float = 5.0):
-    """Timestep shift s*u / (1 + (s-1)*u): moves levels towards noise (SD3, arXiv 2403.03206, eq. 23). Floats or tensors."""
+    """Timestep shift s*u / (1 + (s-1)*u) towards noise, of a float or a tensor (SD3, arXiv 2403.03206, eq. 23)."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -34,11 +34,13 @@ def sampling_sigmas(n: int, shift: float = 5.0) -> list[float]:
 
 
 def _like(sigma, x: Tensor) -> Tensor:
-    """sigma (float, [B] or [B, T]) as a float32 tensor that broadcasts over x [B, C, T, H, W]."""
-    sigma = torch.as_tensor(sigma, device=x.device, dtype=torch.float32)
+    """sigma (float, [B] or [B, T]) as float32, of as many axes as x [B, C, T, H, W]: bfloat16 x promotes to float32."""
+    if not isinstance(sigma, Tensor):
+        return torch.full((1,) * x.ndim, sigma, device=x.device)  # filled there: a copy would wait for the GPU
+    sigma = sigma.to(x.device, torch.float32)
     if sigma.ndim == 2:
         return sigma[:, None, :, None, None]
-    return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim == 1 else sigma
+    return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma) -> Tensor:

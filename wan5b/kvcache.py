@@ -6,6 +6,7 @@ beyond the sink form a ring: the oldest are replaced in place. Nothing is ever m
 about the order of its keys (RoPE is already in them).
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -27,15 +28,16 @@ def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[in
         start = f"a first block of {head} and " if head else ""
         raise ValueError(
             f"{frames} latent frames do not divide into {start}blocks of {size}; nearest valid: "
-            + " or ".join(f"{n} ({4 * n - 3} pixel frames)" for n in options)
+            + " or ".join(map(str, options))
         )
     return [head] * (head > 0) + [size] * whole
 
 
 class Span(NamedTuple):
-    """Where one forward reads and writes: Python integers only, so that a recomputation reads the same memory."""
+    """Where a block of a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
 
-    start: int  # committed frames at the time of the forward
+    start: int  # first frame of the block
+    frames: int
     past: list[tuple[int, int]]  # runs of slots that hold the committed frames it sees
     seen: list[tuple[int, int]]  # the same, current frames included
     own: list[tuple[int, int]]  # runs of slots for the current frames, in order
@@ -60,6 +62,17 @@ class KVCache:
         self.window, self.sink = window, sink
         self.reset()
 
+    def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
+        """ValueError unless the cache was made for this model, batch and frame size."""
+        made, asked = (
+            (self.memory.shape[0], self.memory.shape[2], self.tokens_per_frame),
+            (layers, batch, tokens_per_frame),
+        )
+        if made != asked:
+            raise ValueError(
+                f"the cache was made for (layers, batch, tokens per frame) {made}, the forward has {asked}"
+            )
+
     def reset(self) -> None:
         """Forget everything; also needed when the weights have changed."""
         self.frames = 0  # committed
@@ -82,9 +95,13 @@ class KVCache:
             self.context, self.text = context, {}
         return self.text
 
-    def span(self, n_frames: int) -> Span:
-        """Plan a forward on the n_frames that follow the committed ones. ValueError if they do not fit."""
-        start, end, room = self.frames, self.frames + n_frames, self.capacity - self.sink
+    def spans(self, blocks: list[int]) -> list[Span]:
+        """Plan a forward on blocks of frames that follow the committed ones. ValueError if they do not fit."""
+        starts = itertools.accumulate(blocks, initial=self.frames)
+        return [self._span(start, size) for start, size in zip(starts, blocks, strict=False)]
+
+    def _span(self, start: int, n_frames: int) -> Span:
+        end, room = start + n_frames, self.capacity - self.sink
         window = self.window or max(end, self.capacity)
         if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
             way_out = "a rollout with grad needs room for the whole video" if self.window else "no window is set"
@@ -95,7 +112,7 @@ class KVCache:
         assert recent >= self.written - room, "a longer forward has replaced frames that are still seen"
         past = [*range(min(self.sink, start)), *range(recent, start)]
         past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
-        return Span(start, _runs(sorted(past)), _runs(sorted(past + own)), _runs(own))
+        return Span(start, n_frames, _runs(sorted(past)), _runs(sorted(past + own)), _runs(own))
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
@@ -105,7 +122,7 @@ class KVCache:
         during backward comes after the commit and writes nothing.
         """
         memory, p = self.memory[layer], self.tokens_per_frame
-        if span.start == self.frames:
+        if span.start >= self.frames:
             offset = 0
             for lo, hi in span.own:
                 for store, current in zip(memory, (k, v), strict=True):

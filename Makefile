@@ -1,0 +1,35 @@
+# make test | lint | demo | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
+PYTHON ?= python3
+export OMP_WAIT_POLICY ?= passive  # idle threads must not spin: twenty times slower beside other jobs
+BIN := .venv/bin
+
+.PHONY: test test-slow test-gpu test-weights lint format clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv/.installed
+	$(BIN)/python -m pytest -m gpu
+
+test-weights: .venv/.installed
+	$(BIN)/python -m pytest -m weights
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache

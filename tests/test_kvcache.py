@@ -1,0 +1,426 @@
+"""The cache against the reference's vectors and against masked whole-sequence forwards; gradients, ring, errors."""
+
+from unittest import mock
+
+import pytest
+import torch
+from common import PLACES, golden, golden_dit, randn, rel
+
+from wan5b import dit
+from wan5b.attention import IntervalMask
+from wan5b.distill import rollout
+from wan5b.flow import few_step_sigmas
+from wan5b.kvcache import KVCache, block_sizes
+
+P = 6  # tokens of a 4 x 6 latent frame
+
+
+@pytest.fixture(scope="module")
+def model():
+    return golden_dit("dit_causal_masks")
+
+
+def new_cache(model, frames, batch=1, **options):
+    weight = model.head.head.weight
+    return KVCache(model.cfg, batch, frames, P, device=weight.device, dtype=weight.dtype, **options)
+
+
+def video(frames, seed=0, batch=1):
+    return randn(batch, 48, frames, 4, 6, seed=seed)
+
+
+def text(seed=9, batch=1):
+    return randn(batch, 12, 24, seed=seed)
+
+
+def cached(model, x, sigma, context, blocks, cache, clean=None):
+    """v of x block by block. The next blocks attend to the pass over `clean` at sigma 0, or else to x as it was run."""
+    out, start = [], 0
+    for size in blocks:
+        part = slice(start, start + size)
+        out.append(model(x[:, :, part], sigma[:, part], context, cache=cache))
+        if clean is not None:
+            model(clean[:, :, part], 0.0, context, cache=cache)
+        cache.commit(size)
+        start += size
+    return torch.cat(out, 2)
+
+
+def levels(blocks):
+    """[1, T], another level for every block."""
+    return torch.cat([torch.full((1, size), 1 - 0.8 * i / len(blocks)) for i, size in enumerate(blocks)], 1)
+
+
+# ----------------------------------------------------------------------------------------- against the reference
+
+
+@pytest.mark.parametrize(("device", "dtype", "bar"), PLACES)
+@pytest.mark.parametrize(
+    ("name", "blocks", "options", "frames", "grad"),
+    [
+        (name, blocks, options, frames, grad)
+        for name, blocks, options in (
+            ("block3", [3, 3], {}),
+            ("block1", [1] * 6, {}),
+            ("first_then_block2", [1, 2, 2], {}),
+            ("block1_local3", [1] * 6, {"window": 3}),
+            ("block1_local3_sink1", [1] * 6, {"window": 3, "sink": 1}),
+        )
+        # the whole video in memory, or the window alone, which a rollout with grad does not allow
+        for frames, grad in ((sum(blocks), False), (sum(blocks), True), (options.get("window"), False))
+        if frames
+    ],
+)
+def test_vectors(name, blocks, options, frames, grad, device, dtype, bar):
+    model = golden_dit("dit_kv_cache", device, dtype)
+    g, _ = golden("dit_kv_cache")
+    x, clean, context = (g[f"in.{key}"].to(device, dtype) for key in ("x", "clean", "context"))
+    cache, out, start = new_cache(model, frames, 2, **options), [], 0
+    with torch.set_grad_enabled(grad):
+        for size in blocks:
+            part = slice(start, start + size)
+            model(x[:, :, part], 1.0, context, cache=cache)
+            out.append(model(0.5 * x[:, :, part] + 0.5 * clean[:, :, part], 0.625, context, cache=cache))
+            model(clean[:, :, part], 0.0, context, cache=cache)
+            cache.commit(size)
+            start += size
+    assert rel(torch.cat(out, 2), g[f"out.{name}"]) < bar
+
+
+# ------------------------------------------------------------------------------- against masked forwards, no memory
+
+LAYOUTS = [([3, 3], None), ([1] * 6, 2), ([1, 2, 3], None), ([1, 2, 3], 4), ([4, 1, 2], 5), ([3, 3, 3], 4)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("blocks", "window"), LAYOUTS)
+def test_equals_teacher_forcing(model, blocks, window, grad):
+    """Clean blocks committed at sigma 0, then a noisy one: what teacher forcing does for all blocks at once."""
+    t = sum(blocks)
+    x, clean, context, sigma = video(t, batch=2), video(t, 1, batch=2), text(batch=2), levels(blocks)
+    with torch.set_grad_enabled(grad):
+        v = cached(model, x, sigma, context, blocks, new_cache(model, t, 2, window=window), clean)
+    with torch.no_grad():
+        assert rel(v, model(x, sigma, context, blocks=blocks, window=window, clean=clean)) < 2e-6
+
+
+@pytest.mark.parametrize(("blocks", "window"), LAYOUTS)
+@torch.no_grad()
+def test_equals_block_causal_forward(model, blocks, window):
+    """Every block committed as it was run, at its own level."""
+    t = sum(blocks)
+    x, context, sigma = video(t), text(), levels(blocks)
+    v = cached(model, x, sigma, context, blocks, new_cache(model, t, window=window))
+    assert rel(v, model(x, sigma, context, blocks=blocks, window=window)) < 2e-6
+
+
+RINGS = [  # blocks, window, sink: the ring of window - sink slots is not a multiple of the blocks in most
+    ([1] * 9, 3, 1),
+    ([2] * 5, 5, 0),
+    ([3] * 4, 7, 2),
+    ([3] * 4, 5, 2),
+    ([1, 3, 3, 3], 5, 1),
+    ([2, 1, 3, 2, 3], 6, 1),
+    ([4, 1, 1, 4, 2], 7, 3),
+]
+
+
+@pytest.mark.parametrize(("blocks", "window", "sink"), RINGS)
+@torch.no_grad()
+def test_ring_equals_long_memory_and_sink_mask(model, blocks, window, sink):
+    """Memories from just the window to the whole video, and a masked forward that has no memory, agree."""
+    t = sum(blocks)
+    x, context, sigma = video(t), text(), levels(blocks)
+    end = [sum(blocks[: i + 1]) for i, size in enumerate(blocks) for _ in range(size)]
+    runs = [(0, min(sink, e), max(sink, e - (window - sink)), e) for e in end for _ in range(P)]
+    mask = IntervalMask(P * torch.tensor([(a, b, max(b, c), max(b, d)) for a, b, c, d in runs]))
+    with mock.patch.object(dit, "causal_mask", return_value=mask):
+        expected = model(x, sigma, context, blocks=blocks)
+    for frames in sorted({window, window + 1, window + 4, t}):
+        cache = new_cache(model, frames, window=window, sink=sink)
+        memory = cache.memory
+        cached(model, x[:, :, : max(sink, blocks[0])], sigma, context, [max(sink, blocks[0])], cache)
+        cache.reset()
+        assert rel(cached(model, x, sigma, context, blocks, cache), expected) < 2e-6, f"memory of {frames} frames"
+        assert cache.frames == t
+        assert cache.memory is memory
+
+
+@torch.no_grad()
+def test_committed_memory_is_read_only(model):
+    """A forward changes its own slots alone; sink frames keep their bits to the end."""
+    cache, x, context = new_cache(model, 6, window=6, sink=2), video(15), text()
+    slots = cache.memory.unflatten(3, (6, P))
+    for index, part in enumerate(x.split(3, dim=2)):
+        before = slots.clone()
+        model(part, 0.5, context, cache=cache)
+        changed = [not torch.equal(before[:, :, :, i], slots[:, :, :, i]) for i in range(6)]
+        assert sum(changed) == 3
+        if index:
+            assert changed[:2] == [False, False]
+        cache.commit(3)
+
+
+# ------------------------------------------------------------------------------------------------------ gradients
+
+
+def gradients(model, loss):
+    """Gradients of all parameters, in one vector."""
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+
+
+def weighted(x):
+    """A loss that treats no two elements alike."""
+    return (x * randn(*x.shape, seed=7).to(x)).sum()
+
+
+def play(model, blocks, exit_step, noise, context, checkpointing=False, **options):
+    cache = new_cache(model, noise.shape[2] + 1, **options)
+    renoise = lambda index, step, like: randn(*like.shape, seed=100 + 10 * index + step)  # noqa: E731
+    sigmas, model.checkpointing = few_step_sigmas(), checkpointing
+    try:
+        out = list(rollout(model, noise, context, sigmas, blocks, cache, exit_step=exit_step, renoise=renoise))
+        return out, gradients(model, weighted(torch.cat(out, 2))) if torch.is_grad_enabled() else None
+    finally:
+        model.checkpointing = False
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"window": 5, "sink": 1}])
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_checkpointing_changes_no_gradient(model, exit_step, options):
+    """Backward comes after all commits, so a recomputation must read what its forward read, not what is there now."""
+    noise, context = video(7), text()
+    calls = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        _, plain = play(model, [1, 3, 3], exit_step, noise, context, **options)
+        once, calls[:] = len(calls), []
+        _, recomputed = play(model, [1, 3, 3], exit_step, noise, context, checkpointing=True, **options)
+    finally:
+        handle.remove()
+    assert rel(recomputed, plain) < 1e-6
+    assert len(calls) == once + 3  # each block's exit forward twice
+
+
+def test_recomputation_leaves_committed_memory_alone(model):
+    """One backward per block, oldest first: a recomputation that wrote would spoil what the next one reads."""
+    noise, context, sigmas, cache = video(9), text(), few_step_sigmas(), new_cache(model, 9)
+    _, expected = play(model, [3, 3, 3], 1, noise, context)
+    model.checkpointing = True
+    try:
+        renoise = lambda index, step, like: randn(*like.shape, seed=100 + 10 * index + step)  # noqa: E731
+        out = list(rollout(model, noise, context, sigmas, [3, 3, 3], cache, exit_step=1, renoise=renoise))
+        memory, written = cache.memory.clone(), cache.written
+        weights = randn(1, 48, 9, 4, 6, seed=7).split(3, dim=2)
+        ours = sum(gradients(model, (x * w).sum()) for x, w in zip(out, weights, strict=True))
+    finally:
+        model.checkpointing = False
+    assert torch.equal(cache.memory, memory)
+    assert (cache.written, cache.frames) == (written, 9)
+    assert rel(ours, expected) < 1e-6
+
+
+@pytest.mark.parametrize(("blocks", "window"), [([3, 3], None), ([1, 2, 3], 4)])
+@pytest.mark.parametrize("exit_step", [0, 2])
+def test_gradients_equal_teacher_forcing(model, blocks, window, exit_step):
+    """One masked forward over the exit level's inputs, with the finished blocks as its clean half, has no cache.
+
+    Detached latents are not enough there: the keys of the clean half must be cut off from the parameters too.
+    """
+    inputs, attend = [], IntervalMask.attention
+
+    def with_detached_keys(mask, q, k, v):
+        half = k.shape[1] // 2
+        return attend(mask, q, *(torch.cat([x[:, :half].detach(), x[:, half:]], 1) for x in (k, v)))
+
+    def generator(x, *args, **kwargs):
+        if torch.is_grad_enabled():
+            inputs.append(x)
+        return model(x, *args, **kwargs)
+
+    generator.head, generator.cfg = model.head, model.cfg
+    noise, context, sigma = video(6), text(), few_step_sigmas()[exit_step]
+    cache = new_cache(model, 6, window=window)
+    out = torch.cat(
+        list(rollout(generator, noise, context, few_step_sigmas(), blocks, cache, exit_step=exit_step)), dim=2
+    )
+    ours = gradients(model, weighted(out))
+    x = torch.cat(inputs, 2).detach()
+    with mock.patch.object(IntervalMask, "attention", with_detached_keys):
+        v = model(x, sigma, context, blocks=blocks, window=window, clean=out.detach())
+    assert rel(out, x - sigma * v) < 2e-6
+    assert rel(ours, gradients(model, weighted(x - sigma * v))) < 1e-5
+
+
+def test_no_gradient_crosses_blocks(model):
+    """A loss on the second block: nothing reaches the first one's noise, and the first may as well be given data."""
+    noise, context, sigmas = video(6).requires_grad_(), text(), few_step_sigmas()
+    first, second = rollout(model, noise, context, sigmas, [3, 3], new_cache(model, 6), exit_step=0)
+    ours = gradients(model, weighted(second))
+    assert noise.grad[:, :, :3].count_nonzero() == 0
+    assert noise.grad[:, :, 3:].count_nonzero() > 0
+    given = first.detach().clone()
+    (alone,) = rollout(
+        model, noise[:, :, 3:].detach(), context, sigmas, [3], new_cache(model, 6), exit_step=0, first=given
+    )
+    assert rel(alone, second) < 1e-6
+    assert rel(gradients(model, weighted(alone)), ours) < 1e-6
+
+
+@pytest.mark.parametrize(("device", "dtype", "bar"), [place for place in PLACES if place.id != "cpu"])
+def test_rollout_gradients_in_other_places(model, device, dtype, bar):
+    """A checkpointed rollout with grad on the GPU and in bf16 against float32 on the CPU."""
+    noise, context = video(6), text()
+    blocks, reference = play(model, [3, 3], 0, noise, context)
+    other = golden_dit("dit_causal_masks", device, dtype)
+    out, grads = play(other, [3, 3], 0, noise.to(device), context.to(device), checkpointing=True)
+    assert rel(torch.cat(out, 2), torch.cat(blocks, 2)) < bar
+    assert rel(grads, reference) < (1e-3 if dtype == torch.float32 else 6e-2)
+
+
+# ----------------------------------------------------------------------------------------------------------- text
+
+
+@torch.no_grad()
+def test_text_is_embedded_once_per_context_and_reset(model):
+    calls = []
+    handle = model.text_embedding.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        x, cache, context, other = video(3), new_cache(model, 3), text(), text(8)
+        v = [model(x, 0.5, context, cache=cache) for _ in range(3)]
+        assert len(calls) == 1
+        assert torch.equal(v[0], v[2])
+        assert rel(model(x, 0.5, other, cache=cache), model(x, 0.5, other, cache=new_cache(model, 3))) < 1e-6
+        assert rel(model(x, 0.5, context, cache=cache), v[0]) < 1e-6
+        before, calls[:] = len(calls), []
+        assert before == 4
+        cache.reset()
+        model(x, 0.5, context, cache=cache)
+        model(x, 0.5, context, cache=cache)
+        assert len(calls) == 1
+        with torch.enable_grad():  # kept keys carry no graph: a forward with grad makes its own
+            model(x, 0.5, context, cache=cache).sum().backward()
+        assert len(calls) == 2
+        assert model.text_embedding[0].weight.grad.count_nonzero() > 0
+        assert all(not t.requires_grad for kv in cache.text.values() for t in kv)
+    finally:
+        handle.remove()
+        model.zero_grad()
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        ((21, 3), [3] * 7),
+        ((31, 3, 1), [1] + [3] * 10),
+        ((1, 3, 1), [1]),
+        ((5, 2, 3), [3, 2]),
+        ((4, 1), [1] * 4),
+        ((6, 3, 0), [3, 3]),
+    ],
+)
+def test_block_sizes(arguments, sizes):
+    assert block_sizes(*arguments) == sizes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((20, 3), ("20 latent", "blocks of 3", "valid: 18 or 21")),
+        ((21, 3, 1), ("21 latent", "first block of 1 and blocks of 3", "valid: 19 or 22")),
+        ((2, 3), ("2 latent", "valid: 3")),
+        ((0, 3), ("0 latent", "valid: 3")),
+        ((2, 3, 4), ("2 latent", "first block of 4", "valid: 4 or 7")),
+        ((6, 0), ("size 0",)),
+        ((6, 3, -1), ("first -1",)),
+    ],
+)
+def test_block_size_errors_name_the_nearest_valid_counts(arguments, says):
+    with pytest.raises(ValueError, match=".") as error:
+        block_sizes(*arguments)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({"window": 3, "sink": 3}, "sink 3, window 3"), ({"sink": 1}, "sink of 1 frames")]
+)
+def test_cache_configuration_errors(model, options, says):
+    with pytest.raises(ValueError, match=says):
+        new_cache(model, 6, **options)
+
+
+@pytest.mark.parametrize(
+    ("frames", "options", "grad", "sizes", "says"),
+    [
+        (4, {}, False, [3, 3], ("holds 4 frames", "3 + 3", "no window is set")),
+        (4, {"window": 6}, False, [3, 3], ("holds 4 frames", "3 + 3")),  # the memory is smaller than the window
+        (4, {"window": 4}, True, [3, 3], ("holds 4 frames", "3 + 3", "with grad")),
+        (6, {"window": 2}, False, [3], ("block of 3", "window 2", "sink 0")),
+        (6, {"window": 4, "sink": 2}, False, [1, 3], ("block of 3", "window 4", "sink 2")),
+    ],
+)
+def test_forwards_that_do_not_fit(model, frames, options, grad, sizes, says):
+    cache, x, context = new_cache(model, frames, **options), video(3), text()
+    *fitting, last = sizes
+    with torch.set_grad_enabled(grad):
+        for size in fitting:
+            model(x[:, :, :size], 0.5, context, cache=cache)
+            cache.commit(size)
+        with pytest.raises(ValueError, match=".") as error:
+            model(x[:, :, :last], 0.5, context, cache=cache)
+    assert cache.frames == sum(fitting)
+    assert all(part in str(error.value) for part in says), error.value
+
+
+@torch.no_grad()
+def test_commit_must_match_the_last_forward(model):
+    cache, x, context = new_cache(model, 6), video(3), text()
+    with pytest.raises(ValueError, match=r"commit\(3\).* 0 frames behind 0"):
+        cache.commit(3)
+    model(x, 0.5, context, cache=cache)
+    for n in (0, 4, -1):
+        with pytest.raises(ValueError, match=rf"commit\({n}\).* 3 frames behind 0"):
+            cache.commit(n)
+    cache.commit(3)
+    with pytest.raises(ValueError, match=r"commit\(3\).* 0 frames behind 3"):
+        cache.commit(3)
+    model(x, 0.5, context, cache=cache)
+    model(x[:, :, :1], 0.5, context, cache=cache)  # replaces the longer one
+    with pytest.raises(ValueError, match=r"commit\(3\).* 1 frames behind 3"):
+        cache.commit(3)
+    assert cache.frames == 3
+
+
+@torch.no_grad()
+def test_a_longer_forward_in_a_full_ring_must_be_committed(model):
+    """It has replaced frames that a shorter one would still see: no quiet use of the wrong keys."""
+    cache, x, context = new_cache(model, 4, window=4), video(2), text()
+    for _ in range(2):
+        model(x, 0.5, context, cache=cache)
+        cache.commit(2)
+    model(x, 0.5, context, cache=cache)
+    with pytest.raises(AssertionError, match="replaced"):
+        model(x[:, :, :1], 0.5, context, cache=cache)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, P - 2), (1, P + 2), (2, P)])
+@torch.no_grad()
+def test_a_cache_made_for_other_latents_is_refused(model, batch, tokens):
+    """Batch or tokens per frame differ: an error before anything is written, never a part of the tokens."""
+    cache = KVCache(model.cfg, batch, 3, tokens)
+    with pytest.raises(ValueError, match=rf"{P}.*{tokens}|{tokens}.*{P}|batch"):
+        model(video(3), 0.5, text(), cache=cache)
+
+
+@torch.no_grad()
+def test_an_interrupted_forward_leaves_the_cache_usable(model):
+    """Ctrl-C or out of memory between two layers, then the same call again."""
+    cache, x, context = new_cache(model, 3), video(3), text()
+    with mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        model(x, 0.5, context, cache=cache)
+    assert rel(model(x, 0.5, context, cache=cache), model(x, 0.5, context, cache=new_cache(model, 3))) < 1e-6

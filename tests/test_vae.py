@@ -1,0 +1,222 @@
+"""The VAE against the reference's vectors (float32), and its chunkings against each other (float64)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from wan5b.vae22 import LATENT_MEAN, LATENT_STD, VAE22, VAEConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def rel(a, b):
+    """||a - b|| / ||b||"""
+    assert a.shape == b.shape
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with safe_open(GOLDEN / "vae.safetensors", "pt") as f:
+        return json.loads(f.metadata()["config"]), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+
+
+@pytest.fixture
+def released(golden):
+    """The golden's narrow VAE with its weights."""
+    config, tensors = golden
+    vae = VAE22(VAEConfig(**config))
+    vae.load_state_dict({key[2:]: t for key, t in tensors.items() if key.startswith("w.")}, strict=True)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def vae():
+    """A random VAE of other widths. In float64, so that only a wrong frame can separate two ways of cutting a video."""
+    torch.manual_seed(0)
+    vae = VAE22(VAEConfig(dim=8, dec_dim=4)).double()
+    for name, p in vae.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    return vae
+
+
+def decode_in(vae, latent, sizes):
+    state = vae.stream()
+    return torch.cat([vae.decode_chunk(chunk, state) for chunk in latent.split(sizes, dim=2)], dim=2)
+
+
+def encode_in(vae, video, sizes):
+    state = vae.stream()
+    return torch.cat([vae.encode_chunk(chunk, state) for chunk in video.split(sizes, dim=2)], dim=2)
+
+
+def golden_errors(vae, tensors):
+    """Relative errors of encode and decode, of a video and of an image."""
+    device = vae.conv1.weight.device
+    video, z = tensors["in.video"].to(device), tensors["in.z"].to(device)
+    return {
+        "latent": rel(vae.encode(video).cpu(), tensors["out.latent"]),
+        "latent_image": rel(vae.encode(video[:, :, :1]).cpu(), tensors["out.latent_image"]),
+        "video": rel(vae.decode(z).float().cpu(), tensors["out.video"]),
+        "image": rel(vae.decode(z[:, :, :1]).float().cpu(), tensors["out.image"]),
+    }
+
+
+def test_golden(golden, released):
+    errors = golden_errors(released, golden[1])
+    print(errors)
+    assert max(errors.values()) < 1e-5
+
+
+def test_golden_after_assign(golden):
+    """Weights assigned rather than copied, as the loader does it, are contiguous; the result is the same."""
+    config, tensors = golden
+    with torch.device("meta"):
+        vae = VAE22(VAEConfig(**config))
+    weights = {key[2:]: t.clone() for key, t in tensors.items() if key.startswith("w.")}
+    vae.load_state_dict(weights, strict=True, assign=True)
+    assert max(golden_errors(vae, tensors).values()) < 1e-5
+    assert vae.decoder.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert all(torch.equal(t, weights[key]) for key, t in vae.state_dict().items())
+
+
+def test_statistics(golden):
+    mean, inv_std = golden[1]["out.mean"].flatten(), golden[1]["out.inv_std"].flatten()
+    torch.testing.assert_close(torch.tensor(LATENT_MEAN), mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(1 / torch.tensor(LATENT_STD), inv_std, rtol=1e-6, atol=0)
+
+
+def test_manifest():
+    """Exactly the keys and shapes of the release, in its order."""
+    with torch.device("meta"):
+        vae = VAE22(VAEConfig())
+    manifest = json.loads((GOLDEN / "manifest_vae22.json").read_text())
+    assert len(manifest) == 196
+    assert {key: list(t.shape) for key, t in vae.state_dict().items()} == manifest
+
+
+def test_config():
+    cfg = VAEConfig(dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
+    assert cfg == VAEConfig()
+    assert hash(cfg) == hash(VAEConfig())
+    assert (cfg.spatial_stride, cfg.temporal_stride) == (16, 4)
+    with pytest.raises(ValueError, match="z_dim 16.*48"):
+        VAEConfig(z_dim=16)
+    with pytest.raises(ValueError, match="one entry more"):
+        VAEConfig(dim_mult=(1, 2))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 7, [3, 3, 1], [1, 2, 4], [2, 5], [7]], ids=str)
+def test_decode_chunkings(vae, sizes):
+    latent = torch.randn(1, 48, 7, 2, 3, generator=torch.Generator().manual_seed(1))
+    video = vae.decode(latent)
+    assert video.shape == (1, 3, 25, 32, 48)
+    assert rel(decode_in(vae, latent, sizes), video) < 1e-12
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17, 33])
+def test_encode_chunkings(vae, frames):
+    """One frame, then four at a time: the definition. And one other way to cut."""
+    video = torch.rand(1, 3, frames, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    latent = vae.encode(video)
+    assert latent.shape == (1, 48, 1 + (frames - 1) // 4, 2, 3)
+    assert rel(encode_in(vae, video, [1] + [4] * (frames // 4)), latent) < 1e-6
+    assert rel(encode_in(vae, video, [frames]), latent) < 1e-6
+
+
+def test_streams_are_independent(vae):
+    """Two videos decoded chunk by chunk in turn, while a third passes through; nothing is left in the modules."""
+    a, b = torch.randn(2, 1, 48, 4, 2, 2, generator=torch.Generator().manual_seed(3))
+    state_a, state_b, pixels_a, pixels_b = vae.stream(), vae.stream(), [], []
+    for i in range(4):
+        pixels_a.append(vae.decode_chunk(a[:, :, i : i + 1], state_a))
+        vae.decode(b)
+        pixels_b.append(vae.decode_chunk(b[:, :, i : i + 1], state_b))
+    assert state_a.frames == state_b.frames == 4
+    assert rel(torch.cat(pixels_a, 2), vae.decode(a)) < 1e-12
+    assert rel(torch.cat(pixels_b, 2), vae.decode(b)) < 1e-12
+
+
+def test_state_is_bounded(vae):
+    """The state's size, storage included, does not grow with the frames seen."""
+
+    def size(frames):
+        state = vae.stream()
+        vae.decode_chunk(torch.zeros(1, 48, frames, 2, 2), state)
+        return sum(t.untyped_storage().nbytes() for t in state.history.values())
+
+    assert size(3) == size(6)
+
+
+def test_causality(vae):
+    g = torch.Generator().manual_seed(4)
+    video, latent = torch.rand(1, 3, 13, 32, 32, generator=g) * 2 - 1, torch.randn(1, 48, 4, 2, 2, generator=g)
+    changed_video, changed_latent = video.clone(), latent.clone()
+    changed_video[:, :, 6:] *= -1  # pixel frames 5 to 8 make latent frame 2
+    changed_latent[:, :, 2:] *= -1
+    before, after = vae.encode(video), vae.encode(changed_video)
+    assert rel(after[:, :, :2], before[:, :, :2]) < 1e-6
+    assert rel(after[:, :, 2], before[:, :, 2]) > 1e-3
+    before, after = vae.decode(latent), vae.decode(changed_latent)
+    assert rel(after[:, :, :5], before[:, :, :5]) < 1e-6
+    assert rel(after[:, :, 5], before[:, :, 5]) > 1e-3
+
+
+def test_batch(vae):
+    """A batch of two is two singles."""
+    g = torch.Generator().manual_seed(5)
+    video, latent = torch.rand(2, 3, 9, 32, 32, generator=g) * 2 - 1, torch.randn(2, 48, 3, 2, 2, generator=g)
+    assert rel(vae.encode(video), torch.cat([vae.encode(v[None]) for v in video])) < 1e-6
+    assert rel(vae.decode(latent), torch.cat([vae.decode(z[None]) for z in latent])) < 1e-12
+
+
+def test_dtypes(golden, released):
+    """Weights decide the compute dtype; latents are float32, pixels in the weights' dtype; nothing carries grad."""
+    errors = golden_errors(released.bfloat16(), golden[1])
+    print(errors)
+    assert max(errors.values()) < 3e-2
+    latent = released.encode(golden[1]["in.video"])
+    assert latent.dtype == torch.float32
+    video = released.decode(latent)
+    assert video.dtype == torch.bfloat16
+    assert not video.requires_grad
+
+
+def test_user_errors(vae):
+    def video(C=3, T=5, H=32, W=32):
+        return torch.zeros(1, C, T, H, W)
+
+    for T, nearest in [(8, "5 or 9"), (3, "1 or 5"), (0, "1")]:
+        with pytest.raises(ValueError, match=f"frame count {T} .*nearest: {nearest}$"):
+            vae.encode(video(T=T))
+    with pytest.raises(ValueError, match="height 40 .*32 or 48"):
+        vae.encode(video(H=40))
+    with pytest.raises(ValueError, match="width 15 .*: 16"):
+        vae.encode(video(W=15))
+    with pytest.raises(ValueError, match=r"\[B, 3, T, H, W\], got \[1, 4, 5, 32, 32\]"):
+        vae.encode(video(C=4))
+    for method in (vae.decode, lambda z: vae.decode_chunk(z, vae.stream())):
+        for shape in [(1, 16, 3, 2, 2), (48, 3, 2, 2), (1, 48, 0, 2, 2)]:
+            with pytest.raises(ValueError, match=r"\[B, 48, T, H, W\]"):
+                method(torch.zeros(shape))
+    state = vae.stream()
+    vae.encode_chunk(video(T=1), state)
+    with pytest.raises(ValueError, match="frame count 5 .*4 or 8"):
+        vae.encode_chunk(video(T=5), state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
+def test_golden_cuda(golden, released, monkeypatch, dtype, bar):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    vae = released.to("cuda", dtype)
+    errors = golden_errors(vae, golden[1])
+    print(errors)
+    assert max(errors.values()) < bar
+    assert vae.decoder.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,397 @@
+"""Loading and saving: release folders, shards, training checkpoints, exports, and what is said when they are wrong."""
+
+import errno
+import json
+import os
+import pickle
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from release import DIT, T5, VAE, make_release, random_weights, write_dit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.t5 import T5Encoder, Tokenizer
+from wan5b.vae22 import VAE22, VAEConfig
+from wan5b.weights import (
+    dit_config,
+    load_dit,
+    load_t5,
+    load_vae,
+    read_metadata,
+    save_dit,
+    tokenizer_path,
+    vae_config,
+)
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
+FIRST_SHARD = "diffusion_pytorch_model-00001-of-00003.safetensors"
+SINGLE = "diffusion_pytorch_model.safetensors"
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+METADATA = {"levels": [1.0, 0.9375, 0.0], "shift": 5.0, "blocks": [1, 3, 3], "stage": "dmd", "step": 600}
+
+
+@pytest.fixture(scope="session")
+def shared_release(tmp_path_factory):
+    return make_release(tmp_path_factory.mktemp("release") / "shared")
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A DiT-only release that a test may damage."""
+    write_dit(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(WanDiT(DIT), 0).state_dict()
+
+
+def assert_holds(model, expected, dtype=torch.float32):
+    given = model.state_dict()
+    assert given.keys() == expected.keys()
+    for key, value in given.items():
+        assert value.dtype == dtype
+        assert value.equal(expected[key].to(dtype)), key
+    assert not model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def reject(load, path, *words, **options):
+    """The error's text; one line that names the path, and every one of words."""
+    with pytest.raises(ValueError, match=".") as caught:
+        load(path, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text, text
+    return text
+
+
+def edit_json(path, **changes):
+    entries = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in entries.items() if value is not None}))
+
+
+def edit_shard(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+# ---------------------------------------------------------------------------------------------------- ways in
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_release_folder(shared_release, weights, dtype):
+    model = load_dit(shared_release, "cpu", dtype, channels=48)
+    assert model.cfg == DIT
+    assert_holds(model, weights, dtype)
+
+
+def test_parts_of_a_release(shared_release):
+    vae, t5 = load_vae(shared_release), load_t5(shared_release)
+    assert (vae.cfg, t5.cfg) == (VAE, T5)
+    assert_holds(vae, random_weights(VAE22(VAE), 1).state_dict())
+    assert_holds(t5, random_weights(T5Encoder(T5).bfloat16(), 2).state_dict(), torch.bfloat16)
+    ids, mask = Tokenizer(tokenizer_path(shared_release))(["a red circle"])
+    hidden = t5(ids, mask)
+    assert hidden.shape == (1, 512, DIT.text_dim)
+    assert hidden.isfinite().all()
+
+
+def test_parts_given_directly(shared_release, tmp_path):
+    state = torch.load(shared_release / "Wan2.2_VAE.pth", weights_only=True)
+    save_file(state, tmp_path / "v.safetensors")
+    assert_holds(load_vae(tmp_path / "v.safetensors"), state)
+    assert_holds(load_vae(shared_release / "Wan2.2_VAE.pth", dtype=torch.bfloat16), state, torch.bfloat16)
+    t5 = load_t5(shared_release / "models_t5_umt5-xxl-enc-bf16.pth", "cpu", torch.float32)
+    assert_holds(t5, t5.state_dict())
+
+
+def test_single_file_index_and_string_paths(tmp_path, weights):
+    write_dit(tmp_path, single=True)
+    assert_holds(load_dit(str(tmp_path)), weights)
+    (tmp_path / SINGLE).rename(tmp_path / "other.safetensors")
+    assert_holds(load_dit(tmp_path / "other.safetensors"), weights)
+    write_dit(tmp_path, shards=2)
+    assert_holds(load_dit(tmp_path / INDEX), weights)
+
+
+def test_config_keys_may_be_missing_or_too_many(release, weights):
+    edit_json(release / "config.json", _extra=[1], window_size=[-1, -1], text_len=None, dim=None, num_layers=None)
+    model = load_dit(release)
+    assert model.cfg == DIT
+    assert_holds(model, weights)
+    (release / "config.json").unlink()
+    assert load_dit(release).cfg == replace(DIT, num_heads=1)  # 128 channels a head, as in all released models
+
+
+def test_config_names_what_shapes_do_not_tell(release):
+    edit_json(release / "config.json", num_heads=4, text_len=77, eps=1e-5)
+    cfg = load_dit(release).cfg
+    assert (cfg.num_heads, cfg.text_len, cfg.eps) == (4, 77, 1e-5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_recognised_by_their_shapes(name):
+    with torch.device("meta"):
+        tensors = WanDiT(PRESETS[name]).state_dict()
+    assert dit_config(tensors, {}) == PRESETS[name]
+
+
+def test_vae_of_the_release_is_recognised_by_its_shapes():
+    for cfg in (VAEConfig(), VAEConfig(4, 8, dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(True, False))):
+        with torch.device("meta"):
+            assert vae_config(VAE22(cfg).state_dict(), "") == cfg
+
+
+def test_index_decides_which_shard_a_key_comes_from(release, weights):
+    key = "head.head.bias"
+    edit_shard(release / FIRST_SHARD, lambda tensors: tensors.update({key: torch.full_like(weights[key], 7.0)}))
+    assert_holds(load_dit(release), weights)
+    index = json.loads((release / INDEX).read_text())
+    edit_json(release / INDEX, weight_map=index["weight_map"] | {key: FIRST_SHARD})
+    assert (load_dit(release).head.head.bias == 7).all()
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "module.model.", "model._fsdp_wrapped_module.", "_orig_mod.", "model.diffusion_model."]
+)
+def test_training_checkpoint(tmp_path, weights, prefix):
+    def wrapped(scale):
+        keys = {key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn.") for key in weights}
+        return {prefix + keys[key]: value * scale for key, value in weights.items()}
+
+    (tmp_path / "config.json").write_text(json.dumps(asdict(DIT)))
+    path = tmp_path / "model.pt"
+    parts = {"generator": wrapped(1), "critic": wrapped(2), "generator_ema": wrapped(3)}
+    torch.save(parts, path)
+    assert_holds(load_dit(path), {key: value * 3 for key, value in weights.items()})
+    assert_holds(load_dit(path, part="critic"), {key: value * 2 for key, value in weights.items()})
+    reject(load_dit, path, "fake", "generator, critic, generator_ema", part="fake")
+    del parts["generator_ema"]
+    torch.save(parts, path)
+    assert_holds(load_dit(path, dtype=torch.bfloat16), weights, torch.bfloat16)
+    torch.save(parts["generator"], tmp_path / "plain.pth")
+    assert_holds(load_dit(tmp_path / "plain.pth"), weights)
+
+
+def test_model_survives_its_files(release, weights):
+    model = load_dit(release)
+    for path in release.iterdir():
+        with path.open("r+b") as f:
+            f.write(b"\0" * path.stat().st_size)  # a parameter that still maps a file would change here
+    assert_holds(model, weights)
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("load", [load_dit, load_vae, load_t5])
+def test_no_such_path_and_empty_folder(load, tmp_path):
+    reject(load, tmp_path / "nowhere", "nowhere", "no such file or folder")
+    reject(load, tmp_path, str(tmp_path), "no weights")
+
+
+def test_shards_without_an_index(release):
+    (release / INDEX).unlink()
+    reject(load_dit, release, "holds 3 of", "index")
+
+
+def test_missing_shard(release):
+    (release / SHARD).unlink()
+    reject(load_dit, release, SHARD, "no such file")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_truncated_shard(release, keep):
+    (release / SHARD).write_bytes((release / SHARD).read_bytes()[:keep])
+    reject(load_dit, release, SHARD, "truncated", "download it again")
+
+
+def test_corrupt_files(release):
+    content = bytearray((release / SHARD).read_bytes())
+    content[:40] = os.urandom(40)
+    (release / SHARD).write_bytes(content)
+    reject(load_dit, release, SHARD, "corrupt")
+    for name in (INDEX, "config.json"):
+        write_dit(release)
+        (release / name).write_bytes(b'{"weight_map": \xff')
+        reject(load_dit, release, name, "not JSON")
+
+
+@pytest.mark.parametrize("keep", [0, 200, -10])
+def test_truncated_pickle(shared_release, tmp_path, keep):
+    path = tmp_path / "Wan2.2_VAE.pth"
+    path.write_bytes((shared_release / path.name).read_bytes()[:keep])
+    reject(load_vae, tmp_path, path.name, "truncated", "download it again")
+
+
+@pytest.mark.parametrize("name", [INDEX, SHARD, "config.json"])
+def test_lfs_pointer(release, name):
+    (release / name).write_text(LFS)
+    reject(load_dit, release, name, "git lfs pull")
+
+
+def test_lfs_pointer_in_the_other_parts(tmp_path):
+    for load, name in ((load_vae, "Wan2.2_VAE.pth"), (load_t5, "models_t5_umt5-xxl-enc-bf16.pth")):
+        (tmp_path / name).write_text(LFS)
+        reject(load, tmp_path, name, "git lfs pull")
+    spiece = tmp_path / "google" / "umt5-xxl" / "spiece.model"
+    reject(tokenizer_path, tmp_path, spiece.name, "no such file")
+    spiece.parent.mkdir(parents=True)
+    spiece.write_text(LFS)
+    reject(tokenizer_path, tmp_path, spiece.name, "git lfs pull")
+
+
+def test_missing_unexpected_and_misshapen_keys(release):
+    def change(tensors):
+        for key in [key for key in tensors if "ffn" in key]:
+            tensors["extra." + key] = tensors.pop(key)
+        key = next(key for key in tensors if key.endswith("self_attn.q.weight"))
+        tensors[key] = tensors[key][:1].clone()
+
+    edit_shard(release / SHARD, change)
+    missing, unexpected = "6 missing (blocks.0.ffn.0.weight, ", "6 unexpected (extra.blocks.0.ffn.0.bias, "
+    misshapen = "1 misshapen (blocks.1.self_attn.q.weight [1, 128], not [128, 128])"
+    reject(load_dit, release, missing, unexpected, misshapen)
+
+
+@pytest.mark.parametrize("load", [load_dit, load_vae, load_t5])
+@pytest.mark.parametrize("i", [0, 5, -1])
+def test_one_missing_key_of_any_part(shared_release, tmp_path, load, i):
+    state = load(shared_release).state_dict()
+    key = list(state)[i]
+    del state[key]
+    (tmp_path / "config.json").write_text(json.dumps(asdict(DIT)))
+    torch.save(state, tmp_path / "x.pth")
+    reject(load, tmp_path / "x.pth", f"missing ({key}")
+
+
+def test_every_size_in_config_must_fit(release):
+    for field in ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim"):
+        write_dit(release)
+        edit_json(release / "config.json", **{field: 2 * getattr(DIT, field)})
+        reject(load_dit, release, "missing" if field == "num_layers" else "misshapen", "config.json")
+
+
+def test_heads_are_not_guessed_for_an_unknown_width(release):
+    write_dit(release, DiTConfig(192, 256, 6, 2, text_dim=64, freq_dim=64))
+    assert load_dit(release).cfg.num_heads == 6
+    edit_json(release / "config.json", num_heads=None)
+    reject(load_dit, release, "192", "num_heads")
+
+
+def test_channels_of_the_other_latent_space(release):
+    reject(load_dit, release, "48 latent channels", "16 are needed", "Wan2.1", "Wan2.2", "4x16x16", channels=16)
+    write_dit(release, replace(DIT, in_dim=16, out_dim=16))
+    assert load_dit(release, channels=16).cfg.in_dim == 16
+    reject(load_dit, release, "16 latent channels", "48 are needed", "Wan2.1", "Wan2.2", "4x8x8", channels=48)
+    torch.save({"conv2.weight": torch.zeros(16, 16, 1, 1, 1)}, release / "Wan2.1_VAE.pth")
+    reject(load_vae, release, "16 latent channels", "48 are needed")
+
+
+@pytest.mark.parametrize("key", ["condition_embedder.time_embedder.linear_1.weight", "blocks.0.attn1.to_q.weight"])
+def test_diffusers_layout(tmp_path, key):
+    path = tmp_path / SINGLE
+    save_file({"patch_embedding.weight": torch.zeros(128, 48, 1, 2, 2), key: torch.zeros(4, 4)}, path)
+    reject(load_dit, tmp_path, path.name, "diffusers layout", "Wan-AI/Wan2.2-TI2V-5B")
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("load", [load_dit, load_vae, load_t5])
+def test_pickle_that_needs_code_execution(tmp_path, load):
+    exploit = Exploit()
+    exploit.path = tmp_path / "executed"
+    for content in (exploit, {"generator": {"x": exploit}}, {"x": torch.zeros(2), "y": torch.nn.Linear(2, 2)}):
+        torch.save(content, tmp_path / "x.pth")
+        reject(load, tmp_path / "x.pth", "code execution", "state dict")
+    (tmp_path / "x.pth").write_bytes(pickle.dumps({"x": exploit}))
+    reject(load, tmp_path / "x.pth", "state dict")
+    assert not exploit.path.exists()
+
+
+def test_pickles_that_hold_something_else(tmp_path):
+    torch.save({"model": {"x": torch.zeros(2)}, "step": 3}, tmp_path / "x.pt")
+    reject(load_dit, tmp_path / "x.pt", "more than tensors (model, step)", "part")
+    reject(load_dit, tmp_path / "x.pt", "1 unexpected (x)", part="model")
+    torch.save({"model.x": torch.zeros(2), "x": torch.ones(2)}, tmp_path / "x.pt")
+    reject(load_dit, tmp_path / "x.pt", "prefix")
+
+
+# ----------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_export_and_reload_are_bit_equal(release, weights, tmp_path, dtype):
+    model, path = load_dit(release, dtype=dtype), tmp_path / "export" / "x.safetensors"
+    path.parent.mkdir()
+    save_dit(model, path, METADATA)
+    reloaded = load_dit(path, dtype=dtype)
+    assert reloaded.cfg == model.cfg == DIT  # its two heads are not in the shapes
+    assert_holds(reloaded, model.state_dict(), dtype)
+    assert read_metadata(path) == METADATA
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_export_is_plain_safetensors_in_the_dtype_asked_for(release, weights, tmp_path):
+    path = tmp_path / "x.safetensors"
+    model = load_dit(release)
+    model.time_projection[1].weight.data = model.time_projection[1].weight.data.t().contiguous().t()
+    save_dit(torch.compile(model), path, METADATA, dtype=torch.bfloat16)
+    assert path.stat().st_size % 8 == 0
+    with safe_open(path, "pt") as f:
+        assert json.loads(f.metadata()["config"]) == json.loads(json.dumps(asdict(DIT)))
+        assert json.loads(f.metadata()["levels"]) == METADATA["levels"]
+    exported = load_file(path)
+    assert exported.keys() == weights.keys()
+    for key, value in exported.items():
+        assert value.equal(weights[key].bfloat16())
+
+
+def test_config_of_an_export_wins(release):
+    path = release / SINGLE
+    save_dit(load_dit(release), path, METADATA)
+    edit_json(release / "config.json", num_heads=8)
+    assert load_dit(path).cfg == DIT
+
+
+def test_export_refuses(release, tmp_path):
+    model, path = load_dit(release), tmp_path / "x.safetensors"
+    path.write_bytes(b"mine")
+    reject(lambda p: save_dit(model, p, {}), path, str(path), "overwrite=True")
+    assert path.read_bytes() == b"mine"
+    reject(lambda p: save_dit(model, p, {}), tmp_path / "x.pt", ".safetensors")
+    reject(lambda p: save_dit(model, p, {}, dtype=torch.float16), tmp_path / "y.safetensors", "float16", "bfloat16")
+    save_dit(model, path, METADATA, overwrite=True)
+    assert read_metadata(path) == METADATA
+
+
+def test_files_of_others_have_no_metadata(shared_release):
+    for name in ("", SHARD, INDEX, "Wan2.2_VAE.pth"):
+        assert read_metadata(shared_release / name) == {}
+
+
+def test_failed_export_leaves_the_old_file(release, tmp_path, monkeypatch):
+    model, path = load_dit(release), tmp_path / "out" / "x.safetensors"
+    path.parent.mkdir()
+    save_dit(model, path, METADATA)
+    before = path.read_bytes()
+
+    def disk_full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        save_dit(model, path, {}, overwrite=True)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]

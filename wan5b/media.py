@@ -1,0 +1,136 @@
+"""Pixels in and out: images and videos from files, fitted to a size; mp4 written as it is generated; contact sheets.
+
+Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from imageio.plugins.pillow import PillowPlugin
+from PIL import Image
+from torch import Tensor
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file (any format imageio reads; the first frame of an animation) as uint8 [1, H, W, 3], upright."""
+    try:
+        with iio.imopen(path, "r") as file:
+            upright = {"rotate": True} if isinstance(file, PillowPlugin) else {}  # EXIF orientation of photographs
+            pixels = file.read(index=0, **upright)
+    except OSError as error:  # includes "no such file" and "no backend reads it"
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+    if pixels.dtype != np.uint8:
+        scale = 255 / (np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1)
+        pixels = (pixels * scale).round().clip(0, 255).astype(np.uint8)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    gray = pixels.shape[-1] < 3  # gray, or gray with alpha; alpha is dropped
+    return (pixels[..., :1].repeat(3, -1) if gray else pixels[..., :3])[None]
+
+
+def read_video(path: str | Path, last: int | None = None) -> np.ndarray:
+    """The frames of a video file, or its `last` ones, as uint8 [T, H, W, 3]. ValueError if unreadable or shorter."""
+    frames = []
+    try:
+        for frame in iio.imiter(path, plugin="pyav", format="rgb24"):
+            frames.append(frame)
+            if last and len(frames) > last:
+                frames.pop(0)
+    except OSError as error:
+        raise ValueError(f"cannot read the video {path}: {error}") from error
+    if len(frames) < (last or 1):
+        raise ValueError(f"{path} has {len(frames)} frames, {last or 1} are needed")
+    return np.stack(frames)
+
+
+def fitting_size(height: int, width: int, area: int = 704 * 1280, step: int = 32) -> tuple[int, int]:
+    """The (height, width) for a picture of this shape: multiples of step, at most `area`, nearest aspect ratio."""
+    ratio = width / height
+    ideal_width = math.sqrt(area * ratio)
+
+    def floor(x):
+        return max(int(x // step * step), step)
+
+    w1, h2 = floor(ideal_width), floor(area / ideal_width)
+    sizes = [(floor(area / w1), w1), (h2, floor(area / h2))]  # width first; height first, which wins a tie
+    return min(reversed(sizes), key=lambda s: max(ratio * s[0] / s[1], s[1] / s[0] / ratio))
+
+
+def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
+    """uint8 [T, h, w, 3] -> pixels [3, T, height, width] in [-1, 1]: scaled to cover (Lanczos), centre-cropped."""
+    h, w = frames.shape[1:3]
+    scale = max(height / h, width / w)
+    size = max(round(w * scale), width), max(round(h * scale), height)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    resized = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
+    cropped = np.stack([np.asarray(image)[top : top + height, left : left + width] for image in resized])
+    return torch.from_numpy(cropped).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def to_frames(pixels: Tensor) -> Tensor:
+    """Pixels [3, T, H, W], not clamped -> uint8 [T, H, W, 3], on the same device."""
+    return pixels.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+class VideoWriter:
+    """An mp4 that grows by chunks of frames while the next ones are computed; encoding runs in a thread of its own.
+
+    Written beside as *.partial.mp4 and renamed by `close`, which may be called at any time and leaves what was added.
+    """
+
+    def __init__(self, path: str | Path, fps: int = 24, keep: set[int] = frozenset()):
+        """keep: indices of frames to remember for a contact sheet."""
+        self.path, self.partial = Path(path), Path(path).with_suffix(".partial.mp4")
+        self.count, self.keep, self.kept = 0, keep, []
+        self.file = iio.imopen(self.partial, "w", plugin="pyav")
+        self.file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def add(self, frames: Tensor) -> None:
+        """Append uint8 frames [T, H, W, 3]. Returns at once, unless the chunk before is still being encoded."""
+        host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=frames.is_cuda)
+        host.copy_(frames, non_blocking=True)
+        ready = torch.cuda.Event() if frames.is_cuda else None
+        if ready:
+            ready.record()
+        if self.pending:
+            self.pending.result()
+        self.pending = self.thread.submit(self._encode, host, ready)
+
+    def _encode(self, host: Tensor, ready) -> None:
+        if ready:
+            ready.synchronize()
+        for frame in host.numpy():
+            self.file.write_frame(frame)
+            if self.count in self.keep:
+                self.kept.append(frame)
+            self.count += 1
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=True)
+        self.file.close()
+        if self.count:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink()
+        if self.pending:
+            self.pending.result()
+
+
+def sheet_indices(frames: int, count: int = 16) -> set[int]:
+    """Which frames of a clip a contact sheet shows: `count` of them, evenly spaced, first and last included."""
+    return {round(i) for i in np.linspace(0, frames - 1, min(count, frames))}
+
+
+def write_sheet(path: str | Path, frames: list[np.ndarray], columns: int = 4, width: int = 320) -> None:
+    """A PNG of frames side by side, each shrunk to `width` (or kept, if smaller)."""
+    h, w = frames[0].shape[:2]
+    size = (min(w, width), round(h * min(w, width) / w))
+    tiles = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
+    iio.imwrite(path, np.concatenate(rows), extension=".png")

@@ -1,0 +1,223 @@
+"""umt5-xxl text encoder and its tokenizer: prompts -> [B, 512, 4096], zero beyond the prompt.
+
+Shapes: B batch, L tokens, D width, N heads, K head dim. Parameter names are those of the release file
+models_t5_umt5-xxl-enc-bf16.pth, so it loads strictly. Weights may be bfloat16 or float32; RMS statistics, scores
+and softmax are float32 either way. Papers: umt5 (arXiv 2304.09151), T5 v1.1
+(arXiv 2002.05202).
+"""
+
+import html
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import ftfy
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6
+MAX_DISTANCE = 128  # relative positions beyond it share the last bucket of their sign
+NEGATIVE_PROMPT = (  # the one Wan2.2 was released with
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of the encoder; the defaults are umt5-xxl. ValueError for what umt5 never is."""
+
+    vocab: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    shared_pos: bool = False
+
+    def __post_init__(self):
+        if self.shared_pos:
+            raise ValueError("shared_pos=True is T5 and mT5; umt5 has one relative position table per layer")
+        if self.dim_attn % self.num_heads:
+            raise ValueError(f"dim_attn {self.dim_attn} is not a multiple of num_heads {self.num_heads}")
+
+
+def relative_buckets(distance: Tensor, num_buckets: int = 32) -> Tensor:
+    """Bucket of each relative position `key - query` (int64, any shape): one half of the buckets per sign.
+
+    In a half, the first half is exact and the rest logarithmic up to MAX_DISTANCE. The logarithm is float32 and in
+    this order of operations, as in training: 16, 32 and 64 lie on bucket borders.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    size = distance.abs()
+    octaves = torch.log(size.clamp(min=exact).float() / exact) / math.log(MAX_DISTANCE / exact)
+    far = exact + (octaves * (half - exact)).long()
+    return torch.where(size < exact, size, far.clamp(max=half - 1)) + half * (distance > 0)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, statistics in float32, result in the weight's dtype."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+        return self.weight * x.to(self.weight.dtype)
+
+
+class RelativePosition(nn.Module):
+    """The position bias of one layer: buckets [L, L] -> [N, L, L]."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.embedding = nn.Embedding(cfg.num_buckets, cfg.num_heads)
+
+    def forward(self, buckets: Tensor) -> Tensor:
+        return self.embedding(buckets).permute(2, 0, 1)
+
+
+class Attention(nn.Module):
+    """Self-attention without scaling: T5 folds 1 / sqrt(K) into its initialisation."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.num_heads = cfg.num_heads
+        self.q = nn.Linear(cfg.dim, cfg.dim_attn, bias=False)
+        self.k = nn.Linear(cfg.dim, cfg.dim_attn, bias=False)
+        self.v = nn.Linear(cfg.dim, cfg.dim_attn, bias=False)
+        self.o = nn.Linear(cfg.dim_attn, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor, padded: Tensor, bias: Tensor) -> Tensor:
+        """x [B, L, D], padded [B, 1, 1, L] true at keys to ignore, bias [N, L, L] -> [B, L, D]."""
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        # float32 scores: unscaled, they are large, and bfloat16 would round them by more than the softmax forgives
+        scores = q.float() @ k.float().transpose(-1, -2) + bias  # [B, N, L, L]
+        # the most negative finite value, not -inf: a row without any key stays finite
+        scores = scores.masked_fill(padded, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).to(v.dtype)
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """fc2(fc1(x) * gelu(gate(x)))."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(cfg.dim, cfg.dim_ffn, bias=False), nn.GELU(approximate="tanh"))
+        self.fc1 = nn.Linear(cfg.dim, cfg.dim_ffn, bias=False)
+        self.fc2 = nn.Linear(cfg.dim_ffn, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer with its own position table."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.norm1 = RMSNorm(cfg.dim)
+        self.attn = Attention(cfg)
+        self.norm2 = RMSNorm(cfg.dim)
+        self.ffn = FeedForward(cfg)
+        self.pos_embedding = RelativePosition(cfg)
+
+    def forward(self, x: Tensor, padded: Tensor, buckets: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), padded, self.pos_embedding(buckets))
+        return x + self.ffn(self.norm2(x))
+
+
+class T5Encoder(nn.Module):
+    """The umt5 encoder. Build it on the meta device: the full size is 5.7 billion parameters."""
+
+    def __init__(self, cfg: T5Config):
+        super().__init__()
+        self.cfg = cfg
+        self.token_embedding = nn.Embedding(cfg.vocab, cfg.dim)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+        self.norm = RMSNorm(cfg.dim)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids [B, L] int64, mask [B, L] non-zero at real tokens -> hidden [B, L, D], zero where the mask is.
+
+        Only the columns up to the last real token are computed: padding is masked as a key and zeroed as a row, so
+        the rest can't be seen. A 20-token prompt costs a 25th of L = 512.
+        """
+        total = ids.shape[1]
+        position = torch.arange(total, device=ids.device)
+        real = mask != 0
+        length = int((real * (position + 1)).max())
+        ids, real, position = ids[:, :length], real[:, :length], position[:length]
+        buckets = relative_buckets(position - position[:, None], self.cfg.num_buckets)  # [L, L]
+        x = self.token_embedding(ids)
+        for block in self.blocks:
+            x = block(x, ~real[:, None, None], buckets)
+        x = self.norm(x).masked_fill(~real[..., None], 0)
+        return F.pad(x, (0, 0, 0, total - length))
+
+
+def clean_prompt(text: str) -> str:
+    """Repair mojibake, undo HTML escapes (twice: "&amp;amp;" occurs in web captions), one space between words."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """Prompts to ids as the reference's fast tokenizer makes them, with the sentencepiece library alone.
+
+    path: spiece.model of google/umt5-xxl; ValueError if it is missing or is something else. Differs from the
+    reference in two rare things: the strings of special tokens ("</s>", "<extra_id_0>") in a prompt are ordinary
+    text, and a combining mark right after a compatibility character ("½" + U+0301) is an <unk> where it drops it.
+    """
+
+    def __init__(self, path: str | Path, length: int = 512):
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; expected the spiece.model of google/umt5-xxl")
+        proto = Path(path).read_bytes()
+        if proto.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the model itself; run `git lfs pull` in its repository")
+        if proto[0:1] + proto[2:3] != b"\n\n":  # protobuf tags: first vocabulary entry (one byte of length), its text
+            raise ValueError(f"{path} is not a SentencePiece model; expected the spiece.model of google/umt5-xxl")
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.length = length
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one cleaned prompt, neither padded nor ended. A run of byte pieces becomes one <unk>."""
+        unk = self.model.unk_id()
+        ids = []
+        for piece in self.model.encode(text):
+            known = piece != unk and not self.model.is_byte(piece)
+            if known:
+                ids.append(piece)
+            elif ids[-1:] != [unk]:
+                ids.append(unk)
+        return ids
+
+    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """-> ids and mask, both [B, length] int64. Every prompt is cleaned, cut and ended with </s>; 0 is padding."""
+        if isinstance(prompts, str):
+            raise ValueError(f"expected a list of prompts, got the single string {prompts[:40]!r}")
+        ids = torch.zeros(len(prompts), self.length, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            tokens = [*self.encode(clean_prompt(prompt))[: self.length - 1], self.model.eos_id()]
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            mask[i, : len(tokens)] = 1
+        return ids, mask
+
+
+@torch.no_grad()
+def encode_prompts(encoder: T5Encoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
+    """Prompts -> context [B, tokenizer.length, D] on the encoder's device, zero beyond each prompt."""
+    device = encoder.token_embedding.weight.device
+    ids, mask = tokenizer(prompts)
+    return encoder(ids.to(device), mask.to(device))

@@ -1,0 +1,449 @@
+"""The Wan2.2 video VAE: pixels to 48-channel latents at strides (4, 16, 16) and back; causal, whole or in chunks.
+
+The layers work on channels-last activations x [B, T, H, W, C] (T counts whatever frames the layer sees) and keep no
+state: what a causal layer must remember of earlier chunks lives in a `Stream` that the caller passes along. Every
+chunking gives the same result, so the chunk size is only a matter of memory and speed.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan5b.fuse import fused
+
+# Per-channel statistics of the released 48-channel latent space (Wan-AI/Wan2.2-TI2V-5B).
+# fmt: off
+LATENT_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+LATENT_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+# Latent frames a call in encode and decode. Decoding 81 frames of 704x1280 in bf16 on an H100 (torch 2.11), by chunk:
+# 1: 2.55 s, 6.5 GiB allocated on top of the weights; 2: 2.49 s, 9.1 GiB; 3: 2.44 s, 11.7 GiB.
+CHUNK = 2
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes under upstream's field names (its spelling too); the defaults are the release's."""
+
+    dim: int = 160
+    dec_dim: int = 256
+    z_dim: int = 48
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+
+    def __post_init__(self):
+        object.__setattr__(self, "dim_mult", tuple(self.dim_mult))
+        object.__setattr__(self, "temperal_downsample", tuple(self.temperal_downsample))
+        if self.z_dim != len(LATENT_MEAN):
+            raise ValueError(f"z_dim {self.z_dim}: latent statistics are known for z_dim {len(LATENT_MEAN)} only")
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(f"dim_mult {self.dim_mult} needs one entry more than {self.temperal_downsample=}")
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent in height and width: 2 by space-to-depth and 2 per stage but the last."""
+        return 2 ** len(self.dim_mult)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Pixel frames per latent frame after the first, which stands for one."""
+        return 2 ** sum(self.temperal_downsample)
+
+
+@dataclass(eq=False)
+class Stream:
+    """What one causal pass remembers between its chunks; make one per video and direction with `VAE22.stream`."""
+
+    frames: int = 0  # fed so far: latent frames when decoding, pixel frames when encoding
+    history: dict[nn.Module, Tensor] = field(default_factory=dict)  # layer -> the last frames of its input
+
+    @property
+    def first(self) -> bool:
+        """Whether the chunk being processed holds the first frame of the video."""
+        return self.frames == 0
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gamma over channels: upstream's L2 normalisation times sqrt(C). axes: the ones in gamma's shape."""
+
+    def __init__(self, dim: int, axes: int = 3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)  # the eps only guards an all-zero pixel
+
+
+@fused
+def norm_silu_(out: Tensor, x: Tensor, bias: Tensor | None, norm: RMSNorm) -> None:
+    """out = silu(norm(x + bias)), written once into out, a slice of a larger buffer."""
+    torch.ops.aten.silu.out(norm(x if bias is None else x + bias), out=out)
+
+
+@fused
+def add_residual_(h: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """h + bias + x, in place of h."""
+    return h.add_(bias).add_(x)
+
+
+def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Conv2d on [N, H, W, C] or Conv3d on [B, T, H, W, C] without its bias, which torch would add in a slow pass.
+
+    torch sees channels-last strides and answers in kind.
+    """
+    run = F.conv2d if x.ndim == 4 else F.conv3d
+    return run(x.movedim(-1, 1), conv.weight, stride=conv.stride, padding=conv.padding).movedim(1, -1)
+
+
+def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 or 1x1x1 convolution on [..., C], as the matrix product that it is."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def causal_conv3d(dim: int, out_dim: int, kernel: tuple[int, int, int] = (3, 3, 3)) -> nn.Conv3d:
+    """Conv3d for `convolve_causal`: padded in space by itself, in time by the frames of the stream."""
+    return nn.Conv3d(dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+
+def convolve_causal(conv: nn.Conv3d, x: Tensor, state: Stream, norm: RMSNorm | None = None, bias: Tensor | None = None):
+    """conv(x), or conv(silu(norm(x + bias))), behind the two input frames before x: zeros at the start of the stream.
+
+    conv's own bias is left to the next step. Input and history are written once, into the buffer that conv reads.
+    """
+    B, T, H, W, C = x.shape
+    past = conv.kernel_size[0] - 1
+    padded = x.new_empty(B, past + T, H, W, C)
+    padded[:, :past] = state.history.get(conv, 0)
+    if norm is None:
+        padded[:, past:] = x
+    else:
+        norm_silu_(padded[:, past:], x, bias, norm)
+    state.history[conv] = padded[:, -past:].clone()  # a view would keep the whole buffer alive
+    return convolve(conv, padded)
+
+
+class ResidualBlock(nn.Module):
+    """Twice norm, SiLU, causal 3x3x3 convolution; plus the input. Modules are numbered as in upstream's Sequential."""
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        conv1, conv2 = causal_conv3d(dim, out_dim), causal_conv3d(out_dim, out_dim)
+        self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": conv1, "3": RMSNorm(out_dim), "6": conv2})
+        self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else None
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        h = convolve_causal(conv1, x, state, norm1)
+        h = convolve_causal(conv2, h, state, norm2, conv1.bias)
+        return add_residual_(h, conv2.bias, x if self.shortcut is None else pointwise(self.shortcut, x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention within each frame; plus the input."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, axes=2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        B, T, H, W, C = x.shape
+        qkv = pointwise(self.to_qkv, self.norm(x)).reshape(B * T, 1, H * W, 3 * C)  # one head
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B*T, 1, H*W, C]
+        return pointwise(self.proj, h.reshape(B, T, H, W, C)).add_(x)
+
+
+def middle(dim: int) -> nn.ModuleList:
+    """The layers at the lowest resolution."""
+    return nn.ModuleList([ResidualBlock(dim, dim), Attention(dim), ResidualBlock(dim, dim)])
+
+
+class Downsample(nn.Module):
+    """Halves height and width; if temporal, also the frame count behind the video's first frame."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim, 3, stride=2)})
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        conv, padded = self.resample["1"], F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom
+        x = convolve(conv, padded.flatten(0, 1)).unflatten(0, x.shape[:2]).add_(conv.bias)
+        if self.time_conv is None:
+            return x
+        window = x if state.first else torch.cat([state.history[self], x], dim=1)
+        state.history[self] = x[:, -1:].clone()
+        if window.shape[1] == 1:  # the first frame alone
+            return x
+        halved = convolve(self.time_conv, window).add_(self.time_conv.bias)
+        return torch.cat([x[:, :1], halved], dim=1) if state.first else halved
+
+
+def upsample_phases(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv3x3(nearest 2x of x) without bias, as four 2x2 convolutions: [N, H, W, C] -> [N, H + 1, W + 1, 2, 2, C'].
+
+    An output row 2i + a sees only two rows of x, i + a - 1 and i + a: kernel rows (0 | 1, 2) for a = 0, (0, 1 | 2) for
+    a = 1, summed; likewise columns. The phases (a, b) are channels of one convolution with 4/9 of the arithmetic.
+    """
+    rows = conv.weight.new_tensor(
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32
+    )  # [a, tap, row]
+    weight = torch.einsum("apu,bqv,oiuv->aboipq", rows, rows, conv.weight.float()).flatten(0, 2).to(x.dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x.movedim(-1, 1), weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
+
+
+@fused
+def assemble(phases: Tensor, bias: Tensor, x: Tensor, factor_t: int, first: bool) -> Tensor:
+    """The end of an up stage: interleaved phases + bias + shortcut from the stage's input x -> [B, T', 2H, 2W, C'].
+
+    phases [N, H + 1, W + 1, 2, 2, C'], (a, b) at offset (a, b). The shortcut repeats the channels of x [B, T, H, W, C]
+    and unfolds them (c, t, h, w); in a video's first chunk the first latent frame is one frame: its group's last.
+    """
+    B, T, H, W, C = x.shape
+    rows = [torch.stack([phases[:, a : a + H, b : b + W, a, b] for b in (0, 1)], 3) for a in (0, 1)]
+    y = torch.stack(rows, 2).flatten(3, 4).flatten(1, 2)  # [N, 2H, 2W, C']
+    repeats = y.shape[-1] * factor_t * 4 // C
+    x = x[..., None].expand(B, T, H, W, C, repeats).reshape(B, T, H, W, -1, factor_t, 2, 2)
+    x = x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, T * factor_t, 2 * H, 2 * W, -1)
+    return y.unflatten(0, (B, -1)) + bias + (x[:, factor_t - 1 :] if first else x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width; if temporal, also the frame count behind the video's first frame."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim, 3, padding=1)})
+        self.time_conv = causal_conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, state: Stream, shortcut: Tensor) -> Tensor:
+        """x [B, T, H, W, C], shortcut: the stage's input -> [B, T', 2H, 2W, C]"""
+        if self.time_conv is not None:
+            x = self.double_frames(x, state)
+        conv, factor_t = self.resample["1"], 1 if self.time_conv is None else 2
+        return assemble(upsample_phases(conv, x.flatten(0, 1)), conv.bias, shortcut, factor_t, state.first)
+
+    def double_frames(self, x: Tensor, state: Stream) -> Tensor:
+        """[B, T, H, W, C] -> [B, 2T, H, W, C]. The video's first frame stays single and outside the conv's history."""
+        lead = 1 if state.first else 0
+        if x.shape[1] == lead:
+            return x
+        pairs = convolve_causal(self.time_conv, x[:, lead:], state).add_(self.time_conv.bias)  # [B, T, H, W, 2C]
+        doubled = pairs.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)
+        return torch.cat([x[:, :1], doubled], dim=1) if state.first else doubled
+
+
+def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
+    """Shortcut of a down stage: fold time and space into channels (c, t, h, w), average groups of neighbours.
+
+    x [B, T, H, W, C] -> [B, T / factor_t, H / factor_s, W / factor_s, out_dim]; odd time is zero-padded in front.
+    """
+    B, T, H, W, C = x.shape
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, -T % factor_t, 0))
+    x = x.reshape(B, -1, factor_t, H // factor_s, factor_s, W // factor_s, factor_s, C)
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6)  # [B, T', H', W', C, factor_t, factor_s, factor_s]
+    return x.reshape(*x.shape[:4], out_dim, -1).mean(-1)
+
+
+class DownStage(nn.Module):
+    """Residual blocks and, where there is something to fold, a downsample; plus the average shortcut around all."""
+
+    def __init__(self, dim: int, out_dim: int, blocks: int, factor_t: int, factor_s: int):
+        super().__init__()
+        self.fold = (out_dim, factor_t, factor_s)
+        self.downsamples = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise([dim] + [out_dim] * blocks))
+        if factor_s > 1:
+            self.downsamples.append(Downsample(out_dim, temporal=factor_t > 1))
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        shortcut = average_down(x, *self.fold)
+        for layer in self.downsamples:
+            x = layer(x, state)
+        return x.add_(shortcut)
+
+
+class UpStage(nn.Module):
+    """Residual blocks; in all stages but the last also an upsample, with the duplicating shortcut around all."""
+
+    def __init__(self, dim: int, out_dim: int, blocks: int, factor_t: int, factor_s: int):
+        super().__init__()
+        self.upsamples = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise([dim] + [out_dim] * blocks))
+        if factor_s > 1:
+            self.upsamples.append(Upsample(out_dim, temporal=factor_t > 1))
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        h = x
+        for layer in self.upsamples:
+            h = layer(h, state, x) if isinstance(layer, Upsample) else layer(h, state)
+        return h
+
+
+def stage_factors(temporal: tuple[bool, ...]) -> list[tuple[int, int]]:
+    """(time, space) factor of each stage; the last one keeps the size."""
+    return [(2 if t else 1, 2) for t in temporal] + [(1, 1)]
+
+
+class Encoder(nn.Module):
+    """Space-to-depth pixels [B, T, H, W, 12] -> mean and log-variance [B, T', H', W', 2 * z_dim]."""
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+        self.conv1 = causal_conv3d(12, widths[0])
+        self.downsamples = nn.ModuleList(
+            DownStage(a, b, cfg.num_res_blocks, *factors)
+            for (a, b), factors in zip(pairwise(widths), stage_factors(cfg.temperal_downsample), strict=True)
+        )
+        self.middle = middle(widths[-1])
+        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], 2 * cfg.z_dim)})
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        x = convolve_causal(self.conv1, x, state).add_(self.conv1.bias)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, state)
+        return convolve_causal(self.head["2"], x, state, self.head["0"]).add_(self.head["2"].bias)
+
+
+class Decoder(nn.Module):
+    """Latents [B, T, H, W, z_dim] -> space-to-depth pixels [B, T', H', W', 12]."""
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        widths = [cfg.dec_dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
+        self.conv1 = causal_conv3d(cfg.z_dim, widths[0])
+        self.middle = middle(widths[0])
+        self.upsamples = nn.ModuleList(
+            UpStage(a, b, cfg.num_res_blocks + 1, *factors)
+            for (a, b), factors in zip(pairwise(widths), stage_factors(cfg.temperal_downsample[::-1]), strict=True)
+        )
+        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], 12)})
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        x = convolve_causal(self.conv1, x, state).add_(self.conv1.bias)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, state)
+        return convolve_causal(self.head["2"], x, state, self.head["0"]).add_(self.head["2"].bias)
+
+
+def space_to_depth(video: Tensor) -> Tensor:
+    """[B, 3, T, H, W] -> [B, T, H/2, W/2, 12]; channel = 4 * colour + 2 * column offset + row offset."""
+    x = video.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # [B, 3, T, H/2, row, W/2, column]
+    return x.permute(0, 2, 3, 5, 1, 6, 4).flatten(4)
+
+
+def depth_to_space(x: Tensor) -> Tensor:
+    """The inverse of `space_to_depth`."""
+    x = x.unflatten(4, (-1, 2, 2))  # [B, T, H/2, W/2, 3, column, row]
+    return x.permute(0, 4, 1, 2, 6, 3, 5).flatten(5).flatten(3, 4)
+
+
+def _check(what: str, value: int, step: int, offset: int = 0) -> None:
+    """ValueError, with the nearest valid values, unless value is positive and offset + a multiple of step."""
+    below = (value - offset) // step * step + offset
+    valid = [v for v in (below, below + step) if v > 0]
+    if value not in valid:
+        raise ValueError(f"{what} {value} must be {step}k + {offset}; nearest: {' or '.join(map(str, valid))}")
+
+
+class VAE22(nn.Module):
+    """Encoder and decoder with upstream's parameter names; a released state dict loads strictly. Nothing carries grad.
+
+    Computes in the weights' dtype. bfloat16 is fine for decoding; encode conditioning images with float32 weights.
+    """
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.conv1 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
+        self.conv2 = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
+        self.decoder = Decoder(cfg)
+
+    def stream(self) -> Stream:
+        """State for one video through `decode_chunk` or `encode_chunk`. Streams are independent of each other.
+
+        Also puts the convolution weights in channels-last memory, in place (free once they are): cuDNN would otherwise
+        copy them at every call.
+        """
+        for p in self.parameters():
+            if p.ndim > 3:
+                layout = torch.channels_last if p.ndim == 4 else torch.channels_last_3d
+                p.data = p.data.contiguous(memory_format=layout)
+        return Stream()
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Pixels in [-1, 1], [B, 3, 1 + 4k, H, W] -> normalised latents [B, z_dim, 1 + k, H/16, W/16], float32.
+
+        Raises ValueError for other frame counts, channel counts, or H, W that are not multiples of 16.
+        """
+        self._check_video(video, offset=1)
+        state, stride = self.stream(), self.cfg.temporal_stride
+        starts = range(1 - stride, video.shape[2], CHUNK * stride)  # the first chunk lacks stride - 1 frames in front
+        return torch.cat(
+            [self.encode_chunk(video[:, :, max(start, 0) : start + CHUNK * stride], state) for start in starts], dim=2
+        )
+
+    @torch.no_grad()
+    def encode_chunk(self, video: Tensor, state: Stream) -> Tensor:
+        """The next latents of a stream from its next pixels: 1 + 4k frames in the first call, 4k in later ones."""
+        self._check_video(video, offset=1 if state.first else 0)
+        h = self.encoder(space_to_depth(video.to(self.conv1.weight.dtype)), state)
+        state.frames += video.shape[2]
+        mu = pointwise(self.conv1, h)[..., : self.cfg.z_dim].float()  # the rest is the log-variance
+        return ((mu - mu.new_tensor(LATENT_MEAN)) / mu.new_tensor(LATENT_STD)).movedim(-1, 1).contiguous()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Normalised latents [B, z_dim, T, H, W] -> pixels [B, 3, 1 + 4(T - 1), 16H, 16W], about [-1, 1], not clamped.
+
+        In the weights' dtype. Raises ValueError for another channel count.
+        """
+        return self.decode_chunk(latent, self.stream())
+
+    @torch.no_grad()
+    def decode_chunk(self, latent: Tensor, state: Stream) -> Tensor:
+        """The next pixels of a stream from its next latents [B, z_dim, n, H, W], n >= 1.
+
+        4n pixel frames, or 1 + 4(n - 1) at the start of the stream: together the same frames as one `decode`.
+        """
+        self._check_latent(latent)
+        B, _, n, H, W = latent.shape
+        time, space, dtype = self.cfg.temporal_stride, self.cfg.spatial_stride, self.conv2.weight.dtype
+        frames = time * n - (time - 1 if state.first else 0)
+        video = latent.new_empty(B, 3, frames, space * H, space * W, dtype=dtype)
+        z = latent.movedim(1, -1).float()
+        z = (z * z.new_tensor(LATENT_STD) + z.new_tensor(LATENT_MEAN)).to(dtype)
+        done = 0
+        for part in z.split(CHUNK, dim=1):
+            pixels = depth_to_space(self.decoder(pointwise(self.conv2, part), state))
+            video[:, :, done : done + pixels.shape[2]] = pixels
+            done += pixels.shape[2]
+            state.frames += part.shape[1]
+        return video
+
+    def _check_video(self, video: Tensor, offset: int) -> None:
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
+        _check("frame count", video.shape[2], self.cfg.temporal_stride, offset)
+        _check("height", video.shape[3], self.cfg.spatial_stride)
+        _check("width", video.shape[4], self.cfg.spatial_stride)
+
+    def _check_latent(self, latent: Tensor) -> None:
+        if latent.ndim != 5 or latent.shape[1] != self.cfg.z_dim or 0 in latent.shape:
+            raise ValueError(f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}")
