@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=3)
     parser.add_argument("--window", type=int)
     parser.add_argument("--sink", type=int, default=0)
-    variants = ["eager", "compiled", "compiled joint", "compiled joint fp8"]
+    variants = ["eager", "compiled", "compiled fp8"]
     parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
 
-    def clip(decode: bool, generate: bool = True, joint: bool = False) -> list[float]:
+    def clip(decode: bool, generate: bool = True) -> list[float]:
         """One clip; the seconds at which each block was finished."""
         cache.reset()
         state, marks = vae.stream(), []
@@ -114,7 +114,7 @@ def main() -> None:
         start = time.perf_counter()
         source = noise.split(blocks, 2)
         if generate:
-            source = rollout(model, noise, context, sigmas, blocks, cache, joint=joint)
+            source = rollout(model, noise, context, sigmas, blocks, cache)
         for _, x0 in zip(blocks, source, strict=False):
             if decode:
                 to_frames(vae.decode_chunk(x0, state)[0]).cpu()
@@ -122,7 +122,7 @@ def main() -> None:
             marks.append(time.perf_counter() - start)
         return marks
 
-    rows = []
+    lines = []
     linear = attn = 0.0
     for done in itertools.accumulate(blocks):
         seen = min(done, args.window or done) * tokens
@@ -133,36 +133,26 @@ def main() -> None:
         fuse.enable(variant != "eager")
         if "fp8" in variant:
             quantize_blocks(model)
-        joint = "joint" in variant
         start = time.perf_counter()
-        clip(True, True, joint)
+        clip(True)
         warmup = time.perf_counter() - start
-        for name, options in (("DiT", (False, True, joint)), ("VAE", (True, False)), ("both", (True, True, joint))):
+        for name, options in (("DiT", (False, True)), ("VAE", (True, False)), ("both", (True, True))):
             torch.cuda.reset_peak_memory_stats()
             runs = [clip(*options) for _ in range(args.repeats)]
             peak = torch.cuda.max_memory_allocated()
             best = sorted(runs, key=lambda marks: marks[-1])[len(runs) // 2]
             steps = [b - a for a, b in zip([0.0, *best], best, strict=False)]
             row = (best[-1], args.frames / best[-1], best[0], min(steps), max(steps), peak / 2**30)
-            rows.append((f"{variant} {name}", *row))
-        error = [
-            float((a - b).norm() / b.norm())
-            for a, b in zip(short_rollout(model, noise, context), reference, strict=True)
-        ]
-        rows.append((f"{variant}: warm-up {warmup:.0f} s, error of blocks " + " ".join(f"{e:.1e}" for e in error),))
+            lines.append("{:24}{:8.2f}{:8.1f}{:8.2f}{:8.3f} ..{:6.3f}{:8.1f}".format(f"{variant} {name}", *row))
+            print(lines[-1], flush=True)
+        pairs = zip(short_rollout(model, noise, context), reference, strict=True)
+        error = " ".join(f"{float((a - b).norm() / b.norm()):.1e}" for a, b in pairs)
+        lines.append(f"{variant}: warm-up {warmup:.0f} s, error of three blocks against float32: {error}")
 
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {args}")
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
     print("ceilings, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()))
-    print(
-        f"DiT {(linear + attn) / 1e12:.0f} TFLOP, bound {bound['DiT']:.2f} s; weights + cache {weights / 2**30:.1f} GiB"
-    )
-    print(f"{'':24}{'s':>8}{'fps':>8}{'first':>8}{'block':>16}{'GiB':>8}")
-    for name, *row in rows:
-        if row:
-            total, fps, first, low, high, peak = row
-            print(f"{name:24}{total:8.2f}{fps:8.1f}{first:8.2f}{f'{low:.3f}..{high:.3f}':>16}{peak:8.1f}")
-        else:
-            print(name)
+    print(f"DiT {(linear + attn) / 1e12:.0f} TFLOP, bound {bound:.2f} s; weights and cache {weights / 2**30:.1f} GiB")
+    print(f"{'':24}{'s':>8}{'fps':>8}{'first':>8}{'block':>16}{'GiB':>8}", *lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
         ({"blocks": [3, 3]}, ("[3, 3]", "6 frames", "x has 4")),
         ({"clean": X}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
         ({"clean": X[:, :, :2], "blocks": [2, 2]}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
-        ({"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]}, ("several blocks", "no_grad")),
+        ({"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]}, ("give no blocks",)),
     ],
 )
 def test_errors_name_the_values(tiny, given, says):

@@ -24,7 +24,6 @@ def rollout(
     renoise: Callable | None = None,
     first: Tensor | None = None,
     solver: str | None = None,
-    joint: bool = False,
 ) -> Iterator[Tensor]:
     """Generate block by block over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
@@ -38,7 +37,6 @@ def rollout(
     renoise(block index, step index, like) -> noise for the next level; default: fresh. first: clean frames
     [B, C, T', H, W] (an image, a video to continue) committed ahead of the first block.
     solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising (many-step sampling).
-    joint: a block's commit and the next block's first level share one forward, for speed (sampling; exit_step > 0).
     """
     if sum(blocks) != noise.shape[2]:
         raise ValueError(f"blocks {blocks} add up to {sum(blocks)} frames, the noise has {noise.shape[2]}")
@@ -49,26 +47,19 @@ def rollout(
         for block in first.split(clean_blocks(first.shape[2], max(blocks)), dim=2):
             _commit(generator, block, context, cache)
 
-    finished = None  # the last block, until the cache has it
     for index, x in enumerate(noise.split(blocks, dim=2)):
         x = x.to(context.device)
-        if finished is not None and not joint:
-            finished = _commit(generator, finished, context, cache)
-        for step in range(0 if solver else exit_step):
-            with torch.no_grad():
-                if finished is None:
-                    v = generator(x, sigmas[step], context, cache=cache)
-                else:
-                    v, finished = _commit_and_go_on(generator, finished, x, sigmas[step], context, cache), None
-                x0 = x0_from_v(x, v, sigmas[step])
-                fresh = renoise(index, step, x0) if renoise else torch.randn_like(x0)
-                x = add_noise(x0, fresh, sigmas[step + 1])
         if solver:
-            finished = solve(lambda x, sigma: generator(x, sigma, context, cache=cache), x, sigmas, solver)
+            x0 = solve(lambda x, sigma: generator(x, sigma, context, cache=cache), x, sigmas, solver)
         else:
-            finished = x0_from_v(x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step])
-        yield finished
-    _commit(generator, finished, context, cache)
+            for step in range(exit_step):
+                with torch.no_grad():
+                    x0 = x0_from_v(x, generator(x, sigmas[step], context, cache=cache), sigmas[step])
+                    fresh = renoise(index, step, x0) if renoise else torch.randn_like(x0)
+                    x = add_noise(x0, fresh, sigmas[step + 1])
+            x0 = x0_from_v(x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step])
+        yield x0
+        _commit(generator, x0, context, cache)
 
 
 def clean_blocks(frames: int, size: int) -> list[int]:
@@ -80,17 +71,6 @@ def clean_blocks(frames: int, size: int) -> list[int]:
 def _commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache) -> None:
     generator(x0.detach(), 0.0, context, cache=cache)
     cache.commit(x0.shape[2])
-
-
-@torch.no_grad()
-def _commit_and_go_on(generator, x0: Tensor, x: Tensor, sigma: float, context: Tensor, cache: KVCache) -> Tensor:
-    """Commit x0 and run the block behind it at sigma, in one forward: v of that block."""
-    sizes = [x0.shape[2], x.shape[2]]
-    levels = [torch.full((1, n), s, device=x.device) for n, s in zip(sizes, (0.0, sigma), strict=True)]
-    both = torch.cat([x0.detach().to(x.dtype), x], 2)
-    v = generator(both, torch.cat(levels, 1), context, cache=cache, blocks=sizes)
-    cache.commit(sizes[0])
-    return v[:, :, sizes[0] :]
 
 
 def guided(model: Callable, guidance: float) -> Callable:

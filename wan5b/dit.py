@@ -278,14 +278,13 @@ class WanDiT(nn.Module):
         - nothing more: bidirectional
         - blocks (frames per block; window in frames): block-causal mask over the whole sequence
         - blocks and clean [B, C, T, H, W]: teacher forcing, clean half at clean_sigma (default 0); v of the noisy half
-        - cache: x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent; with
-          blocks (without grad only) x is several blocks, each seeing those before it
+        - cache: x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent
         """
         (batch, _, frames, height, width), dtype = x.shape, x.dtype
         p = self.cfg.tokens_per_frame(height, width)
         self._check(x, context, blocks, window, clean, cache)
         sigma = self._levels(sigma, x)
-        spans, start = (cache.spans(blocks or [frames]), cache.frames) if cache else (None, 0)
+        span, start = (cache.span(frames), cache.frames) if cache else (None, 0)
         rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
 
         h = self._patchify(x)  # [B, T, P, D]
@@ -300,10 +299,8 @@ class WanDiT(nn.Module):
         text = cache.text_of(context) if cache and not torch.is_grad_enabled() else None
         if not text or len(text) < len(self.blocks):
             context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
-        mask = None
-        if blocks and cache is None:
-            mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device)
-        attend = partial(self._attend, mask, cache, spans)
+        mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks else None
+        attend = partial(self._attend, mask, cache, span)
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, mod, rope, context, attend, layer, use_reentrant=False)
@@ -313,15 +310,10 @@ class WanDiT(nn.Module):
         return self._unpatchify(h, height, width).to(dtype)
 
     @staticmethod
-    def _attend(mask, cache, spans, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(mask, cache, span, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if mask is not None:
             return mask.attention(q, k, v)
-        if cache is None:
-            return attention(q, k, v)
-        sizes = [span.frames * cache.tokens_per_frame for span in spans]
-        blocks = zip(spans, *(x.split(sizes, 1) for x in (q, k, v)), strict=True)
-        parts = [attention(q, *cache.extend(layer, k, v, span)) for span, q, k, v in blocks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return attention(q, *(cache.extend(layer, k, v, span) if cache else (k, v)))
 
     def _check(self, x, context, blocks, window, clean, cache) -> None:
         cfg, frames = self.cfg, x.shape[2]
@@ -338,10 +330,8 @@ class WanDiT(nn.Module):
             raise ValueError(f"a block of {max(blocks)} frames does not fit in a window of {window}")
         if clean is not None and (not blocks or clean.shape != x.shape):
             raise ValueError(f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}")
-        if cache is not None and (clean is not None or window is not None):
-            raise ValueError("a cached forward takes its window from the cache, and no clean half")
-        if cache is not None and blocks and len(blocks) > 1 and torch.is_grad_enabled():
-            raise ValueError("several blocks in one cached forward are for no_grad: no grad crosses blocks")
+        if cache is not None and (blocks or window):
+            raise ValueError("a cached forward is causal by itself, and the window is the cache's: give no blocks")
         if cache is not None:
             cache.check(cfg.num_layers, len(x), cfg.tokens_per_frame(*x.shape[3:]))
 

@@ -6,7 +6,6 @@ beyond the sink form a ring: the oldest are replaced in place. Nothing is ever m
 about the order of its keys (RoPE is already in them).
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -34,10 +33,9 @@ def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[in
 
 
 class Span(NamedTuple):
-    """Where a block of a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
+    """Where a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
 
-    start: int  # first frame of the block
-    frames: int
+    start: int  # committed frames at the time of the forward
     past: list[tuple[int, int]]  # runs of slots that hold the committed frames it sees
     seen: list[tuple[int, int]]  # the same, current frames included
     own: list[tuple[int, int]]  # runs of slots for the current frames, in order
@@ -95,13 +93,9 @@ class KVCache:
             self.context, self.text = context, {}
         return self.text
 
-    def spans(self, blocks: list[int]) -> list[Span]:
-        """Plan a forward on blocks of frames that follow the committed ones. ValueError if they do not fit."""
-        starts = itertools.accumulate(blocks, initial=self.frames)
-        return [self._span(start, size) for start, size in zip(starts, blocks, strict=False)]
-
-    def _span(self, start: int, n_frames: int) -> Span:
-        end, room = start + n_frames, self.capacity - self.sink
+    def span(self, n_frames: int) -> Span:
+        """Plan a forward on the n_frames that follow the committed ones. ValueError if they do not fit."""
+        start, end, room = self.frames, self.frames + n_frames, self.capacity - self.sink
         window = self.window or max(end, self.capacity)
         if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
             way_out = "a rollout with grad needs room for the whole video" if self.window else "no window is set"
@@ -112,7 +106,7 @@ class KVCache:
         assert recent >= self.written - room, "a longer forward has replaced frames that are still seen"
         past = [*range(min(self.sink, start)), *range(recent, start)]
         past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
-        return Span(start, n_frames, _runs(sorted(past)), _runs(sorted(past + own)), _runs(own))
+        return Span(start, _runs(sorted(past)), _runs(sorted(past + own)), _runs(own))
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
@@ -122,7 +116,7 @@ class KVCache:
         during backward comes after the commit and writes nothing.
         """
         memory, p = self.memory[layer], self.tokens_per_frame
-        if span.start >= self.frames:
+        if span.start == self.frames:
             offset = 0
             for lo, hi in span.own:
                 for store, current in zip(memory, (k, v), strict=True):

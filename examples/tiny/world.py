@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SIZE = 64  # pixels, height and width
-SPEED = 0.5  # pixels a frame
+SPEED = 1.0  # pixels a frame
 PHASE = 4  # shapes start at multiples of it
 LANES = (16, 48)  # rows (or columns) along which the middle of a shape moves
 EVERY = 4  # the scorer looks for the shape in every 4th frame: the last of each latent
