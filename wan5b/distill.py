@@ -24,6 +24,7 @@ def rollout(
     renoise: Callable | None = None,
     first: Tensor | None = None,
     solver: str | None = None,
+    trace: list | None = None,
 ) -> Iterator[Tensor]:
     """Generate block by block over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
@@ -37,6 +38,7 @@ def rollout(
     renoise(block index, step index, like) -> noise for the next level; default: fresh. first: clean frames
     [B, C, T', H, W] (an image, a video to continue) committed ahead of the first block.
     solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising (many-step sampling).
+    trace: a list that takes (committed frames, input) of every block's exit level, for `replay`.
     """
     if sum(blocks) != noise.shape[2]:
         raise ValueError(f"blocks {blocks} add up to {sum(blocks)} frames, the noise has {noise.shape[2]}")
@@ -57,9 +59,24 @@ def rollout(
                     x0 = x0_from_v(x, generator(x, sigmas[step], context, cache=cache), sigmas[step])
                     fresh = renoise(index, step, x0) if renoise else torch.randn_like(x0)
                     x = add_noise(x0, fresh, sigmas[step + 1])
+            if trace is not None:
+                trace.append((cache.frames, x))
             x0 = x0_from_v(x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step])
         yield x0
         _commit(generator, x0, context, cache)
+
+
+def replay(generator: Callable, context: Tensor, sigma: float, trace: list, cache: KVCache) -> Iterator[Tensor]:
+    """The exit levels of a rollout again, now with grad, last block first: yields each block's x0.
+
+    The loss of a rollout is a function of the x0 alone, so it is differentiated first, on a rollout without grad, and
+    each block here takes its part of that gradient in a backward of its own, before the next is asked for: activations
+    of one block at a time, for the recomputation that checkpointing would cost anyway. Needs a cache of the whole
+    video, whose keys of later blocks are given up on the way back.
+    """
+    for start, x in reversed(trace):
+        cache.rewind(start)
+        yield x0_from_v(x, generator(x, sigma, context, cache=cache), sigma)
 
 
 def clean_blocks(frames: int, size: int) -> list[int]:

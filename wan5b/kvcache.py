@@ -87,6 +87,11 @@ class KVCache:
             )
         self.frames += n_frames
 
+    def rewind(self, frames: int) -> None:
+        """Forget all but the first `frames` committed frames, which must still be in memory."""
+        assert frames <= self.frames <= self.capacity, (frames, self.frames, self.capacity)
+        self.frames = self.written = frames
+
     def text_of(self, context: Tensor) -> dict:
         """The store of text keys for this context tensor (the same object: a new one starts afresh)."""
         if self.context is not context:

@@ -15,15 +15,23 @@ from imageio.plugins.pillow import PillowPlugin
 from PIL import Image
 from torch import Tensor
 
+UNREADABLE = (OSError, ValueError, IndexError)  # no such file, no backend reads it; PyAV: damaged, no picture in it
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file (any format imageio reads; the first frame of an animation) as uint8 [1, H, W, 3], upright."""
     try:
         with iio.imopen(path, "r") as file:
-            upright = {"rotate": True} if isinstance(file, PillowPlugin) else {}  # EXIF orientation of photographs
-            pixels = file.read(index=0, **upright)
-    except OSError as error:  # includes "no such file" and "no backend reads it"
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+            how = {"rotate": True} if isinstance(file, PillowPlugin) else {}  # EXIF orientation of photographs
+            if how and file.metadata(index=0)["mode"] == "CMYK":
+                how["mode"] = "RGB"
+            pixels = file.read(index=0, **how)
+    except UNREADABLE as error:
+        raise ValueError(f"cannot read the image {path}: {first_line(error)}") from error
     if pixels.dtype != np.uint8:
         scale = 255 / (np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1)
         pixels = (pixels * scale).round().clip(0, 255).astype(np.uint8)
@@ -40,8 +48,8 @@ def read_video(path: str | Path, last: int | None = None) -> np.ndarray:
             frames.append(frame)
             if last and len(frames) > last:
                 frames.pop(0)
-    except OSError as error:
-        raise ValueError(f"cannot read the video {path}: {error}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"cannot read the video {path}: {first_line(error)}") from error
     if len(frames) < (last or 1):
         raise ValueError(f"{path} has {len(frames)} frames, {last or 1} are needed")
     return np.stack(frames)
@@ -50,7 +58,7 @@ def read_video(path: str | Path, last: int | None = None) -> np.ndarray:
 def fitting_size(height: int, width: int, area: int = 704 * 1280, step: int = 32) -> tuple[int, int]:
     """The (height, width) for a picture of this shape: multiples of step, at most `area`, nearest aspect ratio."""
     ratio = width / height
-    ideal_width = math.sqrt(area * ratio)
+    ideal_width = min(max(math.sqrt(area * ratio), step), area / step)  # extreme shapes: at least one step high, wide
 
     def floor(x):
         return max(int(x // step * step), step)
@@ -79,7 +87,8 @@ def to_frames(pixels: Tensor) -> Tensor:
 class VideoWriter:
     """An mp4 that grows by chunks of frames while the next ones are computed; encoding runs in a thread of its own.
 
-    Written beside as *.partial.mp4 and renamed by `close`, which may be called at any time and leaves what was added.
+    Written beside as *.partial.mp4 and renamed by `close`, which may be called at any time and leaves what was added;
+    after a failure it is as playable, but keeps the name that says so.
     """
 
     def __init__(self, path: str | Path, fps: int = 24, keep: set[int] = frozenset()):
@@ -107,18 +116,20 @@ class VideoWriter:
         for frame in host.numpy():
             self.file.write_frame(frame)
             if self.count in self.keep:
-                self.kept.append(frame)
+                self.kept.append(frame.copy())  # a view would keep its whole chunk alive
             self.count += 1
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self.thread.shutdown(wait=True)
         self.file.close()
-        if self.count:
-            os.replace(self.partial, self.path)
-        else:
+        if not self.count:
             self.partial.unlink()
+        if failed:
+            return
         if self.pending:
             self.pending.result()
+        if self.count:
+            os.replace(self.partial, self.path)
 
 
 def sheet_indices(frames: int, count: int = 16) -> set[int]:
@@ -129,7 +140,7 @@ def sheet_indices(frames: int, count: int = 16) -> set[int]:
 def write_sheet(path: str | Path, frames: list[np.ndarray], columns: int = 4, width: int = 320) -> None:
     """A PNG of frames side by side, each shrunk to `width` (or kept, if smaller)."""
     h, w = frames[0].shape[:2]
-    size = (min(w, width), round(h * min(w, width) / w))
+    size = (min(w, width), max(round(h * min(w, width) / w), 1))
     tiles = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]

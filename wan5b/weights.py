@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -211,16 +212,16 @@ def check_keys(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None
         raise ValueError(f"{path}: keys don't fit, {'; '.join(texts)}; {hint}")
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy each tensor into the parameter of its name, in the parameter's dtype and on its device."""
+def fill(model: nn.Module, tensors: dict[str, Tensor], copy: Callable[[Tensor, Tensor], None] = Tensor.copy_) -> None:
+    """copy(parameter, tensor) for every name: cast and move on the way; fsdp.copy_part takes the shard that is ours."""
 
     @torch.no_grad()  # which holds for the thread that enters it
-    def copy(name: str, parameter: nn.Parameter) -> None:
-        parameter.copy_(tensors[name])
+    def one(name: str, parameter: nn.Parameter) -> None:
+        copy(parameter, tensors[name])
 
     # Page faults limit a copy; torch's own threads, which share one tensor, wait for each other in them.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(copy, *zip(*model.named_parameters(), strict=True)))  # the list raises what a copy raised
+        list(pool.map(one, *zip(*model.named_parameters(), strict=True)))  # the list raises what a copy raised
 
 
 def _build(build: type, cfg, tensors: dict[str, Tensor], path: Path, device, dtype: torch.dtype) -> nn.Module:
@@ -233,6 +234,32 @@ def _build(build: type, cfg, tensors: dict[str, Tensor], path: Path, device, dty
     return model.eval()
 
 
+def open_dit(
+    path: str | Path, *, channels: int | None = None, part: str | None = None
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """The sizes and mapped tensors of the DiT in a release folder, its index, a .safetensors file or a .pt checkpoint.
+
+    channels: the latent channels needed, if the caller knows. part: entry of a training checkpoint; default
+    generator_ema, else generator. Sizes come from the export's metadata or else a config.json beside the file, and from
+    the tensors themselves. ValueError for whatever is missing, damaged, of other sizes or in another layout.
+    """
+    name = "diffusion_pytorch_model"
+    file = _locate(path, f"{name}*.safetensors.index.json", f"{name}*.safetensors")
+    tensors, metadata = open_tensors(file, part)
+    if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
+        raise ValueError(f"{file} has the diffusers layout, not supported yet; take the original Wan-AI/Wan2.2-TI2V-5B")
+    config = file.with_name("config.json")
+    if "config" in metadata:
+        cfg = dit_config(tensors, json.loads(metadata["config"]))
+    else:
+        cfg = dit_config(tensors, _read_json(config) if config.exists() else {})
+    if channels is not None:
+        _check_channels(file, cfg.in_dim, channels)
+    with torch.device("meta"):
+        check_keys(WanDiT(cfg), tensors, file)
+    return cfg, tensors
+
+
 def load_dit(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -241,23 +268,9 @@ def load_dit(
     channels: int | None = None,
     part: str | None = None,
 ) -> WanDiT:
-    """The DiT of a release folder, its index, a .safetensors file or a training checkpoint (.pt, .pth).
-
-    channels: the latent channels needed, if the caller knows. part: entry of a training checkpoint; default
-    generator_ema, else generator. Sizes come from the export's metadata or else a config.json beside the file, and from
-    the tensors themselves. ValueError for whatever is missing, damaged, of other sizes or in another layout.
-    """
-    file = _locate(path, "*.safetensors.index.json", "diffusion_pytorch_model*.safetensors")
-    tensors, metadata = open_tensors(file, part)
-    if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
-        raise ValueError(f"{file} has the diffusers layout, not supported yet; take the original Wan-AI/Wan2.2-TI2V-5B")
-    named, beside = json.loads(metadata.get("config", "{}")), file.with_name("config.json")
-    if not named and beside.exists():
-        named = _read_json(beside)
-    cfg = dit_config(tensors, named)
-    if channels is not None:
-        _check_channels(file, cfg.in_dim, channels)
-    return _build(WanDiT, cfg, tensors, file, device, dtype)
+    """The DiT that `open_dit` finds, in dtype on the device."""
+    cfg, tensors = open_dit(path, channels=channels, part=part)
+    return _build(WanDiT, cfg, tensors, Path(path), device, dtype)
 
 
 def load_vae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VAE22:
@@ -285,13 +298,20 @@ def tokenizer_path(folder: str | Path) -> Path:
 
 
 def save_dit(
-    model: WanDiT, path: str | Path, metadata: dict, *, dtype: torch.dtype | None = None, overwrite: bool = False
+    model: WanDiT,
+    path: str | Path,
+    metadata: dict,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    value: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write model as safetensors under upstream's names, in dtype (float32 or bfloat16; default: the model's own).
 
     metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it. Written beside path,
     then renamed: path is the old file or the whole new one, and a failure leaves nothing behind. One tensor at a time
-    is copied to the host. ValueError if path exists, unless overwrite.
+    is copied to the host, from value(name) if given (gathered shards, an average). ValueError if path exists, unless
+    overwrite.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -314,7 +334,8 @@ def save_dit(
     try:
         with partial.open("wb") as f:
             f.write(len(head).to_bytes(8, "little") + head)
-            for tensor in model.state_dict().values():
+            for name, tensor in model.state_dict().items():
+                tensor = value(name) if value else tensor
                 f.write(tensor.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
             f.flush()
             os.fsync(f.fileno())

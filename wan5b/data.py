@@ -1,0 +1,220 @@
+"""What training reads: prompts, text embeddings, latents and trajectories on disk; clips of videos; order and chance.
+
+A store is a folder of safetensors shards of one kind, 00000.safetensors, 00001.safetensors, ...; it is mapped, and what
+is read of it is what is asked for. The header of a shard holds, as JSON: the prompts of its items; facts, which are the
+same in all shards of a store (sizes, levels, guidance, ...); made_from, by which prepare.py knows it again.
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wan5b.media import read_image
+
+HEADER = "wan5b"  # the one key of a shard's metadata: with several, their order in the file would be left to chance
+
+# ------------------------------------------------------------------------------------------------------ shards
+
+
+def write_shard(path: str | Path, tensors: dict[str, Tensor], prompts: list[str], *, made_from: str = "", **facts):
+    """Write a shard: beside path, then renamed, so path is whole or absent. Makes its folder.
+
+    tensors: [len(prompts), ...] each; for a `TextStore`, rows [sum of lengths, D] and lengths [len(prompts)].
+    """
+    assert all(len(tensor) == len(prompts) for name, tensor in tensors.items() if name != "rows")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    header = json.dumps({"prompts": prompts, "facts": facts, "made_from": made_from}, ensure_ascii=False)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {HEADER: header})
+        with partial.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_shard(path: Path) -> tuple[safe_open, dict]:
+    """The mapped file and its header. ValueError if it is damaged or something else."""
+    try:
+        file = safe_open(path, "pt")
+        return file, json.loads((file.metadata() or {})[HEADER])
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path} is truncated, corrupt or not of prepare.py ({error!r}); delete it and run prepare.py again"
+        ) from error
+
+
+def difference(a: dict, b: dict) -> str:
+    """What two dicts of facts disagree in: "guidance 6.0 and 5.0, seed 0 and 1"."""
+    keys = [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
+    return ", ".join(f"{key} {a.get(key)} and {b.get(key)}" for key in keys)
+
+
+class Store:
+    """store[i] -> the tensors of item i, without the leading axis; len(store); iterable.
+
+    prompts: of all items, in order. facts: see the module. shapes: of an item's tensors, by name.
+    ValueError if the folder is missing or empty, a shard is damaged, or shards disagree in facts or shapes.
+    """
+
+    def __init__(self, folder: str | Path):
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        if not paths:
+            what = "holds no shards" if Path(folder).is_dir() else "is no folder"
+            raise ValueError(f"{folder} {what}; make it with prepare.py (its --help shows how)")
+        self.folder = Path(folder)
+        self.files, headers = zip(*map(open_shard, paths), strict=True)
+        shapes = [{name: tuple(f.get_slice(name).get_shape()[1:]) for name in f.keys()} for f in self.files]  # noqa: SIM118
+        self.facts, self.shapes = headers[0]["facts"], shapes[0]
+        for path, header, shape in zip(paths, headers, shapes, strict=True):
+            if apart := difference(self.facts | self.shapes, header["facts"] | shape):
+                raise ValueError(f"{path} does not belong with {paths[0].name}: {apart}; keep one kind in a folder")
+        self.prompts = [prompt for header in headers for prompt in header["prompts"]]
+        self.counts = [len(header["prompts"]) for header in headers]
+        self.ends = list(accumulate(self.counts))  # of each shard, in items
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)} in {self.folder}")
+        shard = bisect_right(self.ends, i)
+        row = i - self.ends[shard] + self.counts[shard]
+        # cloned: a slice is the mapped memory itself, and a write to it would be seen by the next reader
+        return {name: self.files[shard].get_slice(name)[row : row + 1][0].clone() for name in self.shapes}
+
+
+class TextStore:
+    """text[prompt] -> the embedding [L, D] of its L tokens, as stored (bfloat16). Errors as `Store`'s.
+
+    prompts: all that it holds. facts: among them negative, the negative prompt, which it holds as well as "".
+    """
+
+    def __init__(self, folder: str | Path):
+        store = Store(folder)
+        if store.shapes.keys() != {"rows", "lengths"}:
+            raise ValueError(f"{folder} holds {', '.join(store.shapes)} and no text embeddings")
+        self.folder, self.facts, self.prompts, self.files = store.folder, store.facts, store.prompts, store.files
+        self.dim = store.shapes["rows"][0]
+        self.place = {}  # prompt -> shard, first row, end
+        start = 0
+        for shard, file in enumerate(store.files):
+            ends = file.get_tensor("lengths").cumsum(0).tolist()
+            places = [(shard, *span) for span in zip([0, *ends], ends, strict=False)]
+            self.place |= zip(store.prompts[start : start + len(places)], places, strict=True)
+            start += len(places)
+
+    def check(self, prompts: list[str]) -> None:
+        """ValueError, with the way out, unless all prompts are there."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.place]
+        if missing:
+            some = ", ".join(repr(prompt[:60]) for prompt in missing[:3])
+            raise ValueError(
+                f"{self.folder} has no embedding of {len(missing)} of the prompts ({some}{', ...' * (len(missing) > 3)}); "
+                "make them: python prepare.py text --release DIR --prompts FILE_OR_STORE --out DIR"
+            )
+
+    def __getitem__(self, prompt: str) -> Tensor:
+        self.check([prompt])
+        shard, start, end = self.place[prompt]
+        return self.files[shard].get_slice("rows")[start:end].clone()
+
+    def batch(self, prompts: list[str], length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[len(prompts), length, D], zero behind each prompt. ValueError if one is missing or longer than length."""
+        self.check(prompts)
+        context = torch.zeros(len(prompts), length, self.dim, dtype=dtype)
+        for row, prompt in zip(context, prompts, strict=True):
+            embedding = self[prompt]
+            if len(embedding) > length:
+                raise ValueError(
+                    f"{self.folder} holds {len(embedding)} tokens of {prompt[:60]!r}, the model takes {length}: "
+                    f"make it again with prepare.py text --length {length}"
+                )
+            row[: len(embedding)] = embedding
+        return context
+
+
+# ------------------------------------------------------------------------------------------- prompts and videos
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt a line, UTF-8; blank lines are dropped. ValueError if missing, not UTF-8, or without prompts."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; it should have one a line")
+    return prompts
+
+
+def read_clips(path: str | Path, frames: int, fps: float, most: int = 1) -> Iterator[np.ndarray]:
+    """The first `most` clips that a video is long enough for, one behind the other: uint8 [frames, H, W, 3].
+
+    path: a video file, of which the frames nearest to the times k / fps are taken; or a folder of images, sorted by
+    length of name and name, taken as they are. Streams: one clip is held. ValueError if unreadable.
+    """
+    try:
+        if Path(path).is_dir():
+            files = sorted(Path(path).iterdir(), key=lambda file: (len(file.name), file.name))
+            yield from _clips((read_image(file)[0] for file in files), frames, 1.0, most)
+        else:
+            with iio.imopen(path, "r", plugin="pyav") as file:
+                ratio = file.metadata()["fps"] / fps
+                yield from _clips(file.iter(format="rgb24"), frames, ratio, most)
+    except (OSError, ValueError) as error:  # PyAV's error for damaged data is a ValueError
+        raise ValueError(f"cannot read the video {path}: {error}") from error
+
+
+def _clips(source: Iterator[np.ndarray], frames: int, ratio: float, most: int) -> Iterator[np.ndarray]:
+    """ratio: source frames per frame of a clip."""
+    clip, taken = [], 0
+    for i, frame in enumerate(source):
+        while int(taken * ratio + 0.5) == i and taken < most * frames:
+            clip.append(frame)
+            taken += 1
+            if len(clip) == frames:
+                yield np.stack(clip)
+                clip = []
+        if taken == most * frames:
+            return
+
+
+# --------------------------------------------------------------------------------------------- order and chance
+
+
+def rng(device: str | torch.device, *keys: int | str) -> torch.Generator:
+    """A generator of random numbers that the keys alone determine: (seed, step, sample, "noise"), say.
+
+    All chance in training comes from here, so it depends on no number of processes, and there is no state to save.
+    CPU and CUDA give different numbers.
+    """
+    assert all(isinstance(key, int | str) for key in keys), keys
+    digest = blake2b(repr(keys).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+
+def order(n: int, position: int, seed: int) -> int:
+    """The item at a global position of an endless pass over n items, shuffled anew in every epoch."""
+    return int(_permutation(n, position // n, seed)[position % n])
+
+
+@lru_cache(maxsize=8)
+def _permutation(n: int, epoch: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=rng("cpu", seed, "order", epoch))
