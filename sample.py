@@ -12,6 +12,7 @@ Only distilled or causally trained weights give a picture in the causal modes; t
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 import zlib
@@ -38,12 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--release", help="folder of Wan2.2-TI2V-5B: DiT, VAE, text encoder")
     add("--weights", help="the DiT to use in place of the release's: an export or a training checkpoint")
     add("--random-weights", action="store_true", help="random networks and text embeddings, for measurements")
-    add(
-        "--preset",
-        default="ti2v-5B",
-        choices=[k for k, v in PRESETS.items() if v.in_dim == 48],
-        help="of random weights",
-    )
+    add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"], help="of random weights")
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="one clip for each (and for each seed)")
     add("--prompts", metavar="FILE", help="more prompts: UTF-8, one a line")
     add("--negative", default=NEGATIVE_PROMPT, metavar="TEXT", help="negative prompt of the modes with CFG")
@@ -52,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=int, default=9, help="how many last frames of --video are given (4k + 1)")
     add("--mode", default="few", choices=["few", "many", "bidirectional"])
     add("--size", help="HEIGHTxWIDTH in pixels, multiples of 32 (default 704x1280, or that area in the image's shape)")
-    add("--frames", type=int, default=81, help="pixel frames of the clip, given ones included (4k + 1)")
+    add("--frames", type=int, help="pixel frames, given ones included (4k + 1; default 81, or what blocks fill next)")
     add("--seed", type=int, nargs="+", default=[0])
     add("--block", type=int, help="latent frames a block (default: the checkpoint's, or 3)")
     add("--window", type=int, help="latent frames that a block sees, itself included (default: all)")
@@ -68,15 +64,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace existing files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16 on a GPU, float32 on the CPU")
-    add(
-        "--compile", action="store_true", help="fuse the networks' small operations: a minute at the start, 1.25x after"
-    )
+    add("--compile", action="store_true", help="fuse small operations: a minute at the start, 1.25x faster after")
     add("--fp8", action="store_true", help="linear layers of the DiT in float8 (Hopper or newer): faster, less exact")
     add("--low-memory", action="store_true", help="for 24 GB: text on the CPU, decoding when the DiT is gone")
     add("--settings", metavar="JSON", help="repeat the run that wrote this file; other options still override")
     args = parser.parse_args(argv)
     if args.settings:
-        parser.set_defaults(**json.loads(read_text(args.settings))["settings"])
+        text = read_text(args.settings)
+        try:
+            settings = dict(json.loads(text)["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{args.settings} is not a JSON that sample.py wrote: {error!r}") from error
+        if unknown := sorted(settings.keys() - vars(args).keys()):
+            raise ValueError(f"{args.settings} has unknown settings: {', '.join(unknown)}")
+        parser.set_defaults(**settings)
         args = parser.parse_args(argv)
     return args
 
@@ -120,20 +121,19 @@ def picture_size(args: argparse.Namespace, given) -> tuple[int, int]:
 
 def block_plan(args: argparse.Namespace, given: int, size: int, first: int | None) -> list[int]:
     """Latent frames of each generated block, behind `given` latent frames. first: a block of its own, if none given."""
-    if args.frames % 4 != 1 or args.frames < 1:
-        raise ValueError(f"--frames {args.frames} is not 4k + 1; nearest valid: {nearest(args.frames, 4, 1)}")
-    frames = (args.frames + 3) // 4 - given
-    if frames < 1:
-        raise ValueError(f"--frames {args.frames} counts the {4 * given - 3} given frames: it must be larger")
     if args.mode == "bidirectional":
-        return [frames]
+        size, first = 1, None
     start = given or first or 0
-    if (given + frames - start) % size:
-        valid = nearest(args.frames, 4 * size, 4 * start - 3)
-        raise ValueError(
-            f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest valid: {valid}"
-        )
-    return block_sizes(frames, size, None if given else first)
+    total = 81 + 4 * ((start - 21) % size) if args.frames is None else args.frames
+    if total % 4 != 1 or total < 1:
+        raise ValueError(f"--frames {total} is not 4k + 1; nearest valid: {nearest(total, 4, 1)}")
+    frames = (total + 3) // 4 - given
+    if frames < 1:
+        raise ValueError(f"--frames {total} counts the {4 * given - 3} given frames: it must be larger")
+    if (frames + given - start) % size:
+        valid = nearest(total, 4 * size, 4 * (start + size * (given > 0)) - 3)
+        raise ValueError(f"--frames {total} is not {start} latent frames and blocks of {size}; nearest valid: {valid}")
+    return [frames] if args.mode == "bidirectional" else block_sizes(frames, size, None if given else first)
 
 
 def random_context(prompts: list[str], length: int, dim: int) -> torch.Tensor:
@@ -176,10 +176,11 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
         yield solve(denoise, x, sigmas, args.solver)[:, :, given:]
         return
     height, width = noise.shape[3:]
-    frames = args.window or given + sum(blocks)
+    total = given + sum(blocks)
+    frames = min(args.window or total, total)
     tokens = model.cfg.tokens_per_frame(height, width)
     cache = KVCache(model.cfg, len(context), frames, tokens, args.window, args.sink, context.device, context.dtype)
-    rng = torch.Generator(context.device).manual_seed(seed)
+    rng = torch.Generator(context.device).manual_seed(seed ^ 0x5EED)  # on the CPU, `seed` would repeat the noise
     finished = rollout(
         field,
         noise,
@@ -202,14 +203,18 @@ def write(args, vae, latents, path: Path, record: dict) -> bool:
     with tqdm(total=args.frames, unit="frame", desc=path.name) as bar:
         try:
             for chunk in latents:
-                kept += [chunk] if args.latents else []
                 pixels = vae.decode_chunk(chunk, state)
                 writer.add(media.to_frames(pixels[0]))
+                kept += [chunk] if args.latents else []
                 bar.update(pixels.shape[2])
         except KeyboardInterrupt:
             stopped = True
-        finally:
-            writer.close()
+        except Exception:
+            writer.close(failed=True)
+            raise
+    writer.close()
+    if not writer.count:
+        return stopped
     if args.sheet and writer.kept:
         media.write_sheet(path.with_suffix(".png"), writer.kept)
     if kept:
@@ -217,19 +222,28 @@ def write(args, vae, latents, path: Path, record: dict) -> bool:
         record["latents_sha256"] = hashlib.sha256(whole.numpy().tobytes()).hexdigest()
         save_file({"latents": whole}, path.with_suffix(".safetensors"))
     record |= {"frames_written": writer.count, "seconds": round(time.time() - start, 3)}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(f"{path}: {writer.count} frames in {record['seconds']} s" + (", stopped early" if stopped else ""))
     return stopped
 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> int:
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here; give --device cpu")
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if not args.release and not args.random_weights:
         raise ValueError("name the release folder with --release, or try --random-weights --preset tiny")
-    if args.fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise ValueError(f"--fp8 needs a GPU of compute capability 8.9 or newer, not {device}")
+    for path in filter(None, (args.release, args.weights)):
+        if not Path(path).exists():
+            raise ValueError(f"{path}: no such file or folder")
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    if args.fp8 and not (capable and dtype == torch.bfloat16):
+        raise ValueError(f"--fp8 needs bfloat16 on a GPU of compute capability 8.9 or newer, not {dtype} on {device}")
+    for name in ("block", "window", "steps", "shift", "fps"):
+        if vars(args)[name] is not None and vars(args)[name] <= 0:
+            raise ValueError(f"--{name} {vars(args)[name]}: must be above 0")
     prompts = args.prompt + (
         [line for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
     )
@@ -239,26 +253,35 @@ def main(args: argparse.Namespace) -> int:
     # What the weights were trained for is in their metadata; the command line overrides it.
     source = args.weights or args.release
     trained = read_metadata(source) if source else {}
-    if args.mode != "bidirectional" and not trained and not args.random_weights:
-        print("note: no record of causal training in these weights: expect noise in the causal modes", file=sys.stderr)
     pixels = given_frames(args)
     given = 0 if pixels is None else (len(pixels) + 3) // 4
     height, width = picture_size(args, pixels)
     blocks = block_plan(args, given, args.block or trained.get("block", 3), trained.get("first"))
+    args.frames = 4 * (given + sum(blocks)) - 3
+    room = (args.window or 0) - max(blocks)
+    if args.mode != "bidirectional" and (args.window or args.sink) and not 0 <= args.sink <= room:
+        raise ValueError(f"--window {args.window}: no room for --sink {args.sink} and a block of {max(blocks)} frames")
     shift = args.shift or trained.get("shift", 5.0)
     if args.mode == "few":
         sigmas = few_step_sigmas(trained.get("levels", FEW_STEPS), shift)
     else:
         sigmas = sampling_sigmas(args.steps or (50 if pixels is None else 40), shift)
 
-    clips = [(i, seed) for i in range(len(prompts)) for seed in args.seed]
-    out = Path(args.out).with_suffix(".mp4")
+    clips = [(i, seed) for i in range(len(prompts)) for seed in dict.fromkeys(args.seed)]
+    out = Path(args.out if args.out.endswith(".mp4") else args.out + ".mp4")
     paths = [out.with_stem(f"{out.stem}-{i:03d}-{seed}") if len(clips) > 1 else out for i, seed in clips]
     suffixes = [".mp4", ".json"] + [".png"] * args.sheet + [".safetensors"] * args.latents
     existing = [file for path in paths for s in suffixes if (file := path.with_suffix(s)).exists()]
     if existing and not args.overwrite:
         raise ValueError(f"{existing[0]} exists; choose another --out, or --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {out.parent}: {error}") from error
+    if args.mode != "bidirectional" and not trained and not args.random_weights:
+        print("note: no record of causal training in these weights: expect noise in the causal modes", file=sys.stderr)
 
     # Text first: the encoder is gone before the DiT comes. The VAE encodes in float32: bfloat16 spoils an image.
     if args.random_weights:
@@ -266,7 +289,9 @@ def main(args: argparse.Namespace) -> int:
         context = random_context([*prompts, args.negative], model.cfg.text_len, model.cfg.text_dim)
     else:
         encoder = load_t5(args.release, "cpu" if args.low_memory else device, torch.bfloat16)
-        context = encode_prompts(encoder, Tokenizer(tokenizer_path(args.release)), [*prompts, args.negative]).cpu()
+        tokenizer = Tokenizer(tokenizer_path(args.release))
+        # One by one: memory does not grow, and no prompt's bits depend on its company.
+        context = torch.cat([encode_prompts(encoder, tokenizer, [text]).cpu() for text in [*prompts, args.negative]])
         del encoder
         torch.cuda.empty_cache()
         vae = load_vae(args.release, device, torch.float32)
@@ -277,16 +302,16 @@ def main(args: argparse.Namespace) -> int:
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)
-    context = context.to(device, dtype)
     shape = (1, model.cfg.in_dim, sum(blocks), height // 16, width // 16)
     print(f"{len(clips)} x {args.frames} frames of {height}x{width}; latent frames {given} given, blocks {blocks}")
 
     held = []
     for (i, seed), path in zip(clips, paths, strict=True):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        text = context[[i]] if args.mode == "few" else context[[i, -1]]
+        text = context[[i] if args.mode == "few" else [i, -1]].to(device, dtype)
         latents = generate(args, model, noise, text, sigmas, blocks, clean, seed)
         settings = vars(args) | {"prompt": [prompts[i]], "prompts": None, "seed": [seed], "settings": None}
+        settings |= {"out": str(path), "overwrite": False}  # a repetition replaces this file only if it is told to
         record = {"settings": settings, "size": [height, width], "blocks": blocks, "sigmas": sigmas, "trained": trained}
         if args.low_memory:
             held.append(([chunk.cpu() for chunk in tqdm(latents, desc="blocks")], path, record))
@@ -308,3 +333,5 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # where there is no clip yet to finish
+        sys.exit(130)

@@ -17,6 +17,7 @@ ORDER = [  # a module imports only from groups above its own
     {"flow", "attention", "kvcache", "vae22", "t5", "fsdp", "media", "codec"},
     {"dit"},
     {"distill", "weights", "data"},
+    {"stages"},
 ]
 RUN_TIME = {"torch", "safetensors", "sentencepiece", "numpy", "imageio", "ftfy", "tqdm", "PIL"}  # PIL: imageio's own
 OPTIONAL = {"matplotlib", "wandb", "tensorboard"}  # imported inside functions only

@@ -8,6 +8,7 @@ same in all shards of a store (sizes, levels, guidance, ...); made_from, by whic
 import json
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
@@ -17,6 +18,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,9 +55,7 @@ def open_shard(path: Path) -> tuple[safe_open, dict]:
         file = safe_open(path, "pt")
         return file, json.loads((file.metadata() or {})[HEADER])
     except (SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"{path} is truncated, corrupt or not of prepare.py ({error!r}); delete it and run prepare.py again"
-        ) from error
+        raise ValueError(f"{path} is damaged or not of prepare.py ({error!r}); delete it, make it again") from error
 
 
 def difference(a: dict, b: dict) -> str:
@@ -84,8 +84,7 @@ class Store:
             if apart := difference(self.facts | self.shapes, header["facts"] | shape):
                 raise ValueError(f"{path} does not belong with {paths[0].name}: {apart}; keep one kind in a folder")
         self.prompts = [prompt for header in headers for prompt in header["prompts"]]
-        self.counts = [len(header["prompts"]) for header in headers]
-        self.ends = list(accumulate(self.counts))  # of each shard, in items
+        self.starts = list(accumulate((len(header["prompts"]) for header in headers), initial=0))  # in items
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -93,8 +92,8 @@ class Store:
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} of {len(self)} in {self.folder}")
-        shard = bisect_right(self.ends, i)
-        row = i - self.ends[shard] + self.counts[shard]
+        shard = bisect_right(self.starts, i) - 1
+        row = i - self.starts[shard]
         # cloned: a slice is the mapped memory itself, and a write to it would be seen by the next reader
         return {name: self.files[shard].get_slice(name)[row : row + 1][0].clone() for name in self.shapes}
 
@@ -109,44 +108,31 @@ class TextStore:
         store = Store(folder)
         if store.shapes.keys() != {"rows", "lengths"}:
             raise ValueError(f"{folder} holds {', '.join(store.shapes)} and no text embeddings")
-        self.folder, self.facts, self.prompts, self.files = store.folder, store.facts, store.prompts, store.files
-        self.dim = store.shapes["rows"][0]
-        self.place = {}  # prompt -> shard, first row, end
-        start = 0
-        for shard, file in enumerate(store.files):
-            ends = file.get_tensor("lengths").cumsum(0).tolist()
-            places = [(shard, *span) for span in zip([0, *ends], ends, strict=False)]
-            self.place |= zip(store.prompts[start : start + len(places)], places, strict=True)
-            start += len(places)
+        self.folder, self.facts, self.prompts = store.folder, store.facts, store.prompts
+        ends = [(file, file.get_tensor("lengths").cumsum(0).tolist()) for file in store.files]
+        places = [(file, *span) for file, end in ends for span in zip([0, *end], end, strict=False)]
+        self.places = dict(zip(store.prompts, places, strict=True))  # prompt -> its file, first row, end
 
     def check(self, prompts: list[str]) -> None:
         """ValueError, with the way out, unless all prompts are there."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.place]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]
         if missing:
-            some = ", ".join(repr(prompt[:60]) for prompt in missing[:3])
-            raise ValueError(
-                f"{self.folder} has no embedding of {len(missing)} of the prompts ({some}{', ...' * (len(missing) > 3)}); "
-                "make them: python prepare.py text --release DIR --prompts FILE_OR_STORE --out DIR"
-            )
+            names = f"{', '.join(missing[:3])[:200]}{', ...' * (len(missing) > 3)}"
+            way_out = "python prepare.py text --release DIR --prompts FILE_OR_STORE --out DIR makes them"
+            raise ValueError(f"{self.folder} has no embedding of {len(missing)} prompts ({names}); {way_out}")
 
     def __getitem__(self, prompt: str) -> Tensor:
         self.check([prompt])
-        shard, start, end = self.place[prompt]
-        return self.files[shard].get_slice("rows")[start:end].clone()
+        file, start, end = self.places[prompt]
+        return file.get_slice("rows")[start:end].clone()
 
     def batch(self, prompts: list[str], length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[len(prompts), length, D], zero behind each prompt. ValueError if one is missing or longer than length."""
         self.check(prompts)
-        context = torch.zeros(len(prompts), length, self.dim, dtype=dtype)
-        for row, prompt in zip(context, prompts, strict=True):
-            embedding = self[prompt]
-            if len(embedding) > length:
-                raise ValueError(
-                    f"{self.folder} holds {len(embedding)} tokens of {prompt[:60]!r}, the model takes {length}: "
-                    f"make it again with prepare.py text --length {length}"
-                )
-            row[: len(embedding)] = embedding
-        return context
+        rows = [self[prompt] for prompt in prompts]
+        if (longest := max(map(len, rows))) > length:
+            raise ValueError(f"the model takes {length} tokens, {self.folder} holds prompts of {longest}: shorten them")
+        return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows]).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------- prompts and videos
@@ -167,33 +153,24 @@ def read_prompts(path: str | Path) -> list[str]:
 def read_clips(path: str | Path, frames: int, fps: float, most: int = 1) -> Iterator[np.ndarray]:
     """The first `most` clips that a video is long enough for, one behind the other: uint8 [frames, H, W, 3].
 
-    path: a video file, of which the frames nearest to the times k / fps are taken; or a folder of images, sorted by
-    length of name and name, taken as they are. Streams: one clip is held. ValueError if unreadable.
+    path: a video file, of which the frames nearest to the times k / fps are taken (its rate must be constant); or a
+    folder of images, sorted by length of name, then name, all taken. One clip is in memory at a time. OSError or
+    ValueError if unreadable, ValueError if too short for one clip.
     """
-    try:
-        if Path(path).is_dir():
-            files = sorted(Path(path).iterdir(), key=lambda file: (len(file.name), file.name))
-            yield from _clips((read_image(file)[0] for file in files), frames, 1.0, most)
-        else:
-            with iio.imopen(path, "r", plugin="pyav") as file:
-                ratio = file.metadata()["fps"] / fps
-                yield from _clips(file.iter(format="rgb24"), frames, ratio, most)
-    except (OSError, ValueError) as error:  # PyAV's error for damaged data is a ValueError
-        raise ValueError(f"cannot read the video {path}: {error}") from error
-
-
-def _clips(source: Iterator[np.ndarray], frames: int, ratio: float, most: int) -> Iterator[np.ndarray]:
-    """ratio: source frames per frame of a clip."""
-    clip, taken = [], 0
-    for i, frame in enumerate(source):
-        while int(taken * ratio + 0.5) == i and taken < most * frames:
-            clip.append(frame)
-            taken += 1
-            if len(clip) == frames:
-                yield np.stack(clip)
-                clip = []
-        if taken == most * frames:
-            return
+    if Path(path).is_dir():
+        files = sorted(Path(path).iterdir(), key=lambda file: (len(file.name), file.name))
+        source, ratio = (read_image(file)[0] for file in files), 1.0
+    else:
+        source, ratio = iio.imiter(path, plugin="pyav", format="rgb24"), iio.immeta(path, plugin="pyav")["fps"] / fps
+    times = Counter(int(k * ratio + 0.5) for k in range(most * frames))  # index in the source -> how often it is taken
+    clip, done = [], False
+    for i, frame in zip(range(max(times) + 1), source, strict=False):
+        clip += [frame] * times[i]
+        while len(clip) >= frames:
+            yield np.stack(clip[:frames])
+            clip, done = clip[frames:], True
+    if not done:
+        raise ValueError(f"{path} has {len(clip)} frames at {fps:g} fps, fewer than {frames}")
 
 
 # --------------------------------------------------------------------------------------------- order and chance

@@ -1,0 +1,240 @@
+"""Inputs of training, made once: text embeddings, latents of videos, ODE trajectories.
+
+    python prepare.py text --release Wan2.2-TI2V-5B --prompts prompts.txt --out data/text
+    python prepare.py latents --release Wan2.2-TI2V-5B --videos clips/ --out data/latents
+    python prepare.py text --release Wan2.2-TI2V-5B --prompts data/latents --out data/captions   # a store's captions
+    python prepare.py trajectories --release Wan2.2-TI2V-5B --text data/text --out data/ode
+    python prepare.py trajectories --release Wan2.2-TI2V-5B --weights ar.safetensors --causal --text data/text --out ode
+    torchrun --nproc_per_node=8 prepare.py ...   # the same on 8 GPUs: each process makes every 8th shard
+
+Stop it at will: the same command goes on, and what is lost is the shard at work. A folder takes one kind of shards,
+made with one set of options. Videos are files with the caption beside (fox.mp4, fox.txt), folders of images likewise
+(fox/, fox.txt), or lines {"video": path, "caption": text} of a .jsonl file. wan5b/data.py says what a shard holds.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wan5b.data import Store, TextStore, difference, open_shard, read_clips, read_prompts, rng, write_shard
+from wan5b.distill import guided, rollout
+from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
+from wan5b.kvcache import KVCache, block_sizes
+from wan5b.media import fit
+from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer
+from wan5b.vae22 import VAEConfig
+from wan5b.weights import load_dit, load_t5, load_vae, read_metadata, tokenizer_path
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable, about: str, per_shard: int, batch: int, dtype: str | None = None) -> Callable:
+        sub = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        add = sub.add_argument
+        add("--release", required=True, metavar="DIR", help="folder of Wan2.2-TI2V-5B")
+        add("--out", required=True, metavar="DIR", help="folder of the shards")
+        add("--per-shard", type=int, default=per_shard, metavar="N", help="prompts or videos to a shard")
+        add("--batch", type=int, default=batch, metavar="N", help="prompts or videos at a time")
+        if dtype:
+            add("--size", default="704x1280", metavar="HxW", help="height and width in pixels")
+            add("--frames", type=int, default=81, help="pixel frames of a clip (4k + 1)")
+            add("--dtype", default=dtype, choices=["bfloat16", "float32"], help="to store")
+        return add
+
+    add = command(text, "prompts -> embeddings", 1024, 16)
+    add("--prompts", required=True, metavar="FILE_OR_STORE", help="UTF-8, one a line; or a store's captions")
+    add("--negative", default=NEGATIVE_PROMPT, metavar="TEXT", help="the negative prompt")
+
+    add = command(latents, "videos with captions -> latents", 32, 1, "bfloat16")
+    add("--videos", required=True, metavar="FILE_OR_DIR", help="a .jsonl file, or a folder of videos and captions")
+    add("--fps", type=float, default=24, help="of the clips; folders of images are taken as they are")
+    add("--clips", type=int, default=1, help="clips of a video at most, one behind the other")
+
+    add = command(trajectories, "teacher or causal model -> ODE trajectories", 8, 1, "float32")
+    add("--weights", metavar="FILE", help="the DiT to use in place of the release's: an export or a checkpoint")
+    add("--text", required=True, metavar="STORE", help="embeddings: a trajectory for each but the negative and empty")
+    add("--guidance", type=float, default=6.0, help="CFG scale: uncond + g (cond - uncond)")
+    add("--steps", type=int, default=48, help=f"Euler steps; x is kept at {len(FEW_STEPS)} of them and at the end")
+    add("--shift", type=float, default=5.0, help="timestep shift")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--causal", action="store_true", help="block by block over the KV cache, as an AR model runs")
+    add("--block", type=int, default=3, help="latent frames a block, with --causal")
+    return parser.parse_args(argv)
+
+
+def latent_size(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Latent frames, height and width of a clip."""
+    sides = [int(side) if side.isdecimal() else 0 for side in args.size.lower().split("x")]
+    if len(sides) != 2 or not all(sides) or any(side % 32 for side in sides) or args.frames % 4 != 1 or args.frames < 1:
+        given = f"--size {args.size}, --frames {args.frames}"
+        raise ValueError(f"{given}: the size must be HEIGHTxWIDTH in multiples of 32, the frames 4k + 1")
+    return (args.frames + 3) // 4, sides[0] // 16, sides[1] // 16
+
+
+def pending(args: argparse.Namespace, inputs: list, facts: dict) -> list[tuple[Path, list, str]]:
+    """(path, inputs, digest of the inputs) of the shards that are left for this process to make.
+
+    ValueError if args.out holds a shard of other inputs or facts.
+    """
+    if min(args.per_shard, args.batch) < 1:
+        raise ValueError("--per-shard and --batch must be at least 1")
+    shards = {}
+    for i, start in enumerate(range(0, len(inputs), args.per_shard)):
+        part, path = inputs[start : start + args.per_shard], Path(args.out) / f"{i:05}.safetensors"
+        shards[path] = path, part, blake2b(repr(part).encode(), digest_size=8).hexdigest()
+    for path in sorted(Path(args.out).glob("*.safetensors")):
+        _, header = open_shard(path)
+        changed = difference(header["facts"], json.loads(json.dumps(facts)))
+        if changed or path not in shards or header["made_from"] != shards[path][2]:
+            why = f"with other options: {changed}" if changed else "of other inputs, or with another --per-shard"
+            raise ValueError(f"{path} was made {why}; choose another --out, or delete it")
+    return [shard for shard in list(shards.values())[RANK::WORLD_SIZE] if not shard[0].exists()]
+
+
+def fill(args: argparse.Namespace, todo: list, facts: dict, make: Callable) -> None:
+    """Write the pending shards. make(some inputs) -> tensors as `write_shard` takes them, prompts of the items."""
+    for i, (path, inputs, digest) in enumerate(todo):
+        pieces = [inputs[start : start + args.batch] for start in range(0, len(inputs), args.batch)]
+        made = [make(piece) for piece in tqdm(pieces, f"shard {i + 1} of {len(todo)}", disable=RANK > 0)]
+        tensors = {name: torch.cat([tensors[name] for tensors, _ in made]) for name in made[0][0]}
+        write_shard(path, tensors, [prompt for _, prompts in made for prompt in prompts], made_from=digest, **facts)
+
+
+def text(args: argparse.Namespace) -> None:
+    given = Store(args.prompts).prompts if Path(args.prompts).is_dir() else read_prompts(args.prompts)
+    prompts = list(dict.fromkeys([args.negative, "", *given]))  # in this order: a list that grows keeps its shards
+    facts = {"model": Path(args.release).resolve().name, "negative": args.negative}
+    todo = pending(args, prompts, facts)
+    tokenizer = Tokenizer(tokenizer_path(args.release))
+    encoder = load_t5(args.release, DEVICE, torch.bfloat16)
+
+    def embed(prompts: list[str]):
+        ids, mask = tokenizer(prompts)
+        rows = encoder(ids.to(DEVICE), mask.to(DEVICE)).cpu()[mask != 0]
+        return {"rows": rows, "lengths": mask.sum(1)}, prompts
+
+    fill(args, todo, facts, embed)
+
+
+def list_videos(where: Path) -> list[tuple[str, str]]:
+    """(path, caption) of each video. ValueError for what is missing or malformed."""
+    if where.is_dir():
+        paths = [path for path in sorted(where.glob("[!.]*")) if path.suffix != ".txt"]
+        return [(str(path), " ".join(read_prompts(path.with_suffix(".txt")))) for path in paths]
+    try:
+        lines = [json.loads(line) for line in read_prompts(where)]
+        return [(str(where.parent / line["video"]), line["caption"].strip()) for line in lines]
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f'every line of {where} must be {{"video": path, "caption": text}}: {error!r}') from error
+
+
+def latents(args: argparse.Namespace) -> None:
+    frames, height, width = latent_size(args)
+    videos = list_videos(Path(args.videos))
+    missing = [path for path, _ in videos if not Path(path).exists()]
+    if missing or not videos:
+        raise ValueError(
+            f"{args.videos} names {len(videos)} videos, of which {len(missing)} are missing: {missing[:3]}"
+        )
+    facts = {name: getattr(args, name) for name in ("frames", "fps", "clips", "dtype")}
+    facts |= {"model": Path(args.release).resolve().name, "size": [16 * height, 16 * width]}
+    todo = pending(args, videos, facts)
+    vae = load_vae(args.release, DEVICE, torch.float32)  # bfloat16 spoils what is encoded
+    dtype, skipped = getattr(torch, args.dtype), []
+
+    def encode(videos: list[tuple[str, str]]):
+        found, captions = [torch.empty(0, vae.cfg.z_dim, frames, height, width, dtype=dtype)], []
+        for path, caption in videos:
+            try:
+                clips = list(read_clips(path, args.frames, args.fps, args.clips))
+            except (OSError, ValueError) as error:  # one bad file should not end the work of hours
+                skipped.append(f"{path}: {error}")
+                continue
+            for clip in clips:
+                pixels = fit(clip, 16 * height, 16 * width)[None].to(DEVICE)
+                found.append(vae.encode(pixels).to("cpu", dtype))
+                captions.append(caption)
+        return {"latent": torch.cat(found)}, captions
+
+    fill(args, todo, facts, encode)
+    print(f"skipped {len(skipped)} videos, too short or unreadable", *skipped[:10], sep="\n  ")
+
+
+def integrate(model: Callable, noise: Tensor, context: Tensor, sigmas: list[float], kept: list[float], blocks, cache):
+    """The states of the Euler solution at the levels kept, of which the last is 0: [B, len(kept), C, T, H, W].
+
+    Arguments as `rollout`'s. A bidirectional model takes the whole clip as one block.
+    """
+    states = {sigma: [] for sigma in kept[:-1]}
+
+    def recorded(x: Tensor, sigma: float, context: Tensor, **cached) -> Tensor:
+        if sigma in states:
+            states[sigma].append(x)
+        return model(x, sigma, context, **cached)
+
+    finished = rollout(recorded, noise, context, sigmas, blocks, cache, solver="euler")
+    ends = [x0 for _, x0 in zip(blocks, finished, strict=False)]  # in this order: the last block needs no commit
+    return torch.stack([torch.cat(x, 2) for x in [*states.values(), ends]], 1)
+
+
+def trajectories(args: argparse.Namespace) -> None:
+    frames, height, width = latent_size(args)
+    if args.steps < 1 or args.steps % len(FEW_STEPS):
+        raise ValueError(f"--steps {args.steps} must be a multiple of {len(FEW_STEPS)}, to meet the levels exactly")
+    blocks = block_sizes(frames, args.block) if args.causal else [frames]
+    store, source = TextStore(args.text), args.weights or args.release
+    negative, trained = store.facts["negative"], read_metadata(source)
+    if args.causal and not trained:
+        print("note: no record of causal training in these weights: expect noise", file=sys.stderr)
+    sigmas = [shift_sigma(1 - i / args.steps, args.shift) for i in range(args.steps + 1)]
+    kept = few_step_sigmas(FEW_STEPS, args.shift)
+    facts = {name: getattr(args, name) for name in ("frames", "guidance", "steps", "shift", "seed", "causal", "dtype")}
+    facts |= {"model": Path(source).resolve().name, "trained": trained, "negative": negative}
+    facts |= {"size": [16 * height, 16 * width], "sigmas": kept, "blocks": blocks}
+    prompts = [prompt for prompt in store.prompts if prompt not in ("", negative)]
+    todo = pending(args, list(enumerate(prompts)), facts)
+    dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
+    model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)
+    field, tokens = guided(model, args.guidance), model.cfg.tokens_per_frame(height, width)
+
+    def generate(numbered: list[tuple[int, str]]):
+        prompts = [prompt for _, prompt in numbered]
+        context = store.batch(prompts + [negative] * len(prompts), model.cfg.text_len, dtype).to(DEVICE)
+        shape = (model.cfg.in_dim, frames, height, width)
+        noise = [torch.randn(shape, generator=rng("cpu", args.seed, "trajectory", i)) for i, _ in numbered]
+        cache = KVCache(model.cfg, len(context), frames, tokens, device=DEVICE, dtype=dtype)
+        x = integrate(field, torch.stack(noise).to(DEVICE), context, sigmas, kept, blocks, cache)
+        return {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
+
+    fill(args, todo, facts, generate)
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
+    args.run(args)
+    print(f"{args.out}: {len(Store(args.out))} items so far")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except ValueError as error:
+        print(f"prepare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("prepare.py: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,277 @@
+"""Stores on disk, prompts, clips of videos, order and chance."""
+
+import json
+import os
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from common import randn
+from safetensors.torch import save_file
+
+from wan5b.data import HEADER, Store, TextStore, order, read_clips, read_prompts, rng, write_shard
+
+
+def two_shards(folder, **facts):
+    """Items 0 to 4 in a shard of 3 and one of 2, with an empty one between them. Returns the tensors."""
+    x, index = randn(5, 2, 3).bfloat16(), torch.arange(5)
+    for i, part in enumerate((slice(0, 3), slice(0, 0), slice(3, 5))):
+        prompts = [f"prompt {k}" for k in range(5)[part]]
+        write_shard(folder / f"0000{i}.safetensors", {"x": x[part], "index": index[part]}, prompts, **facts)
+    return x, index
+
+
+def text_shards(folder, dim=8):
+    """Three prompts of 4, 1 and 2 tokens in two shards. Returns prompt -> embedding."""
+    rows = {"a fox": randn(4, dim).bfloat16(), "": randn(1, dim, seed=1).bfloat16(), "红": randn(2, dim, seed=2).bfloat16()}
+    for i, prompts in enumerate((["a fox", ""], ["红"])):
+        lengths = torch.tensor([len(rows[prompt]) for prompt in prompts])
+        tensors = {"rows": torch.cat([rows[prompt] for prompt in prompts]), "lengths": lengths}
+        write_shard(folder / f"0000{i}.safetensors", tensors, prompts, negative="")
+    return rows
+
+
+def private_memory() -> int:
+    """Bytes of this process that belong to no file."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+
+
+# ------------------------------------------------------------------------------------------------------ stores
+
+
+def test_store_round_trip(tmp_path):
+    x, index = two_shards(tmp_path, sigmas=[1.0, 0.1], name="é")
+    store = Store(tmp_path)
+    assert len(store) == 5
+    assert store.prompts == [f"prompt {k}" for k in range(5)]
+    assert store.facts == {"sigmas": [1.0, 0.1], "name": "é"}
+    assert store.shapes == {"x": (2, 3), "index": ()}
+    for i, item in enumerate(store):
+        assert item.keys() == {"x", "index"}
+        assert torch.equal(item["x"], x[i])
+        assert item["x"].dtype == torch.bfloat16
+        assert item["index"] == index[i]
+    for i in (5, -1):
+        with pytest.raises(IndexError, match="of 5"):
+            store[i]
+
+
+def test_items_are_copies(tmp_path):
+    x, _ = two_shards(tmp_path)
+    store = Store(tmp_path)
+    store[1]["x"].zero_()
+    assert torch.equal(store[1]["x"], x[1])
+    rows = text_shards(tmp_path / "text")
+    text = TextStore(tmp_path / "text")
+    text["a fox"].zero_()
+    assert torch.equal(text["a fox"], rows["a fox"])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_reading_an_item_does_not_read_its_shard(tmp_path):
+    size = 8 * 2**20
+    write_shard(tmp_path / "0.safetensors", {"x": torch.ones(16, size // 4)}, [""] * 16)
+    before = private_memory()
+    store = Store(tmp_path)
+    item = store[7]
+    assert private_memory() - before < 2 * size < 16 * size
+    assert item["x"].untyped_storage().nbytes() == size
+    with open("/proc/self/smaps") as f:  # of the mapped file, too, only the pages of the item (and some read ahead)
+        mapped = f.read().split("0.safetensors")[1:]
+    assert sum(int(part.split("Rss:")[1].split()[0]) for part in mapped) * 1024 < 4 * size
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "0.safetensors"
+    write_shard(path, {"x": torch.ones(1, 2)}, ["whole"])
+    before = path.read_bytes()
+
+    def full(tensors, partial, metadata):
+        partial.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wan5b.data.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_shard(path, {"x": torch.zeros(1, 2)}, ["broken"])
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_files_are_a_function_of_what_is_written(tmp_path):
+    code = (
+        "import sys, torch; from wan5b.data import write_shard; x = torch.arange(6.).view(2, 3)\n"
+        "write_shard(sys.argv[1], {'b': x, 'a': x + 1}, ['p', 'q'], seed=1, size=[1, 2], model='m')"
+    )
+    for name in "ab":
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_store_errors(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        Store(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no shards"):
+        Store(tmp_path)
+    two_shards(tmp_path, seed=0)
+    first = tmp_path / "00000.safetensors"
+    whole = first.read_bytes()
+    for broken in (whole[:-4], whole[:20], b""):
+        first.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"00000.safetensors is damaged"):
+            Store(tmp_path)
+    save_file({"x": torch.ones(1)}, first)
+    with pytest.raises(ValueError, match="not of prepare.py"):
+        Store(tmp_path)
+    first.write_bytes(whole)
+    other = tmp_path / "00003.safetensors"
+    write_shard(other, {"x": torch.ones(1, 2, 3).bfloat16(), "index": torch.ones(1)}, ["p"], seed=1)
+    with pytest.raises(ValueError, match="00003.safetensors does not belong with 00000.safetensors: seed 0 and 1"):
+        Store(tmp_path)
+    write_shard(other, {"x": torch.ones(1, 2, 4).bfloat16(), "index": torch.ones(1)}, ["p"], seed=0)
+    with pytest.raises(ValueError, match=r"x \(2, 3\) and \(2, 4\)"):
+        Store(tmp_path)
+    write_shard(other, {"x": torch.ones(1, 2, 3).bfloat16()}, ["p"], seed=0)
+    with pytest.raises(ValueError, match=r"index \(\) and None"):
+        Store(tmp_path)
+
+
+def test_text_store(tmp_path):
+    rows = text_shards(tmp_path)
+    text = TextStore(tmp_path)
+    assert text.prompts == list(rows)
+    assert text.facts == {"negative": ""}
+    for prompt, embedding in rows.items():
+        assert torch.equal(text[prompt], embedding)
+    batch = text.batch(["红", "a fox", "红"], 5)
+    assert batch.shape == (3, 5, 8)
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch[0], batch[2])
+    for row, prompt in zip(batch, ["红", "a fox"], strict=False):
+        n = len(rows[prompt])
+        assert torch.equal(row[:n], rows[prompt].float())
+        assert not row[n:].any()
+    assert text.batch([""], 1, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="takes 3 tokens, .* holds prompts of 4"):
+        text.batch(["", "a fox"], 3)
+    with pytest.raises(ValueError, match=r"no embedding of 4 prompts \(b, c, d, ...\); python prepare.py text"):
+        text.batch(["a fox", "b", "c", "d", "e", "b"], 5)
+    with pytest.raises(ValueError, match=r"no embedding of 1 prompts \(b\); python"):
+        text["b"]
+    two_shards(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds x, index and no text|holds index, x and no text"):
+        TextStore(tmp_path / "other")
+
+
+# ------------------------------------------------------------------------------------------- prompts and videos
+
+
+def test_read_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa fox \r\n\r\n  \n红色\u2028的\nlast".encode())
+    assert read_prompts(path) == ["a fox", "红色\u2028的", "last"]
+    with pytest.raises(ValueError, match="cannot read .*nothing"):
+        read_prompts(tmp_path / "nothing")
+    path.write_bytes("für".encode("latin1"))
+    with pytest.raises(ValueError, match="cannot read .*prompts.txt.*utf-8"):
+        read_prompts(path)
+    path.write_bytes(b"\n \n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(path)
+
+
+def numbered(count, size=32):
+    """Frames whose gray tells their index."""
+    return np.arange(count, dtype=np.uint8)[:, None, None, None] * 6 * np.ones((1, size, size, 3), np.uint8)
+
+
+def indices(clip):
+    return (clip.mean((1, 2, 3)) / 6).round().astype(int).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "expected"),
+    [
+        (24, 24, [0, 1, 2, 3, 4]),
+        (48, 24, [0, 2, 4, 6, 8]),
+        (30, 24, [0, 1, 3, 4, 5]),  # 0, 1.25, 2.5 (up), 3.75, 5
+        (16, 24, [0, 1, 1, 2, 3]),  # 0, .67, 1.33, 2, 2.67
+        (10, 24, [0, 0, 1, 1, 2]),  # 0, .42, .83, 1.25, 1.67
+    ],
+)
+def test_clips_take_the_frames_nearest_in_time(tmp_path, rate, fps, expected):
+    path = tmp_path / "v.mp4"
+    iio.imwrite(path, numbered(20), plugin="pyav", fps=rate, codec="libx264")
+    (clip,) = read_clips(path, 5, fps)
+    assert clip.dtype == np.uint8
+    assert clip.shape == (5, 32, 32, 3)
+    assert indices(clip) == expected
+
+
+def test_clips_of_a_long_video_follow_each_other(tmp_path):
+    path = tmp_path / "v.mp4"
+    iio.imwrite(path, numbered(22), plugin="pyav", fps=30, codec="libx264")
+    taken = [indices(clip) for clip in read_clips(path, 5, 24, most=9)]
+    assert taken == [[0, 1, 3, 4, 5], [6, 8, 9, 10, 11], [13, 14, 15, 16, 18]]  # the next one would need frame 24
+    assert [indices(clip) for clip in read_clips(path, 5, 24, most=2)] == taken[:2]
+    with pytest.raises(ValueError, match="v.mp4 has 18 frames at 24 fps, fewer than 41"):
+        list(read_clips(path, 41, 24))
+
+
+def test_clips_of_images(tmp_path):
+    for i, frame in enumerate(numbered(12)):
+        iio.imwrite(tmp_path / f"frame{i}.png", frame)  # not padded: 10 comes after 9
+    assert [indices(clip) for clip in read_clips(tmp_path, 5, 24, most=3)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_unreadable_videos(tmp_path):
+    path = tmp_path / "v.mp4"
+    path.write_bytes(b"no video at all" * 100)
+    with pytest.raises(OSError, match="can not handle"):
+        list(read_clips(path, 5, 24))
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="has 0 frames"):
+        list(read_clips(tmp_path / "images", 5, 24))
+    (tmp_path / "images" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="cannot read the image"):
+        list(read_clips(tmp_path / "images", 5, 24))
+
+
+# --------------------------------------------------------------------------------------------- order and chance
+
+
+def test_order_is_a_new_permutation_in_every_epoch():
+    epochs = [[order(10, 10 * epoch + i, seed) for i in range(10)] for seed in (0, 1) for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert [order(10, p, 0) for p in (25, 3, 14)] == [epochs[2][5], epochs[0][3], epochs[1][4]]  # no state
+    assert order(1, 7, 0) == 0
+
+
+def test_rng_is_a_function_of_its_keys():
+    def draw(*keys):
+        return torch.randn(4, generator=rng("cpu", *keys)).tolist()
+
+    assert draw(0, 12, 3, "noise") == pytest.approx(EXPECTED)  # on any machine, in any process
+    others = [(0, 12, 3, "level"), (0, 12, 4, "noise"), (0, 13, 3, "noise"), (1, 12, 3, "noise"), (0, 123, "noise")]
+    assert len({tuple(draw(*keys)) for keys in [*others, (0, 12, 3, "noise")]}) == 6
+    code = 'import torch; from wan5b.data import rng; print(torch.randn(4, generator=rng("cpu", 0, 12, 3, "noise")).tolist())'
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert json.loads(run.stdout) == draw(0, 12, 3, "noise")
+    with pytest.raises(AssertionError):
+        rng("cpu", 0, 1.5)
+
+
+EXPECTED = [0.0, 0.0, 0.0, 0.0]
+
+
+def test_header_is_one_key(tmp_path):
+    from safetensors import safe_open
+
+    write_shard(tmp_path / "0.safetensors", {"x": torch.ones(1)}, ["p"], made_from="abc", seed=1)
+    with safe_open(tmp_path / "0.safetensors", "pt") as f:
+        assert json.loads(f.metadata()[HEADER]) == {"prompts": ["p"], "facts": {"seed": 1}, "made_from": "abc"}
+        assert len(f.metadata()) == 1

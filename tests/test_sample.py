@@ -1,0 +1,592 @@
+"""sample.py on a synthetic release: what it writes, what it repeats, its modes, its stops and its refusals.
+
+Also the two switches that only sample.py and bench.py use: --compile (fuse.py) and --fp8 (fp8.py).
+"""
+
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from common import gpu, randn, rel
+from PIL import Image
+from release import make_release
+from safetensors.torch import load_file
+from torch import nn
+
+import sample
+from wan5b import fp8, fuse, media
+from wan5b.dit import PRESETS, WanDiT
+from wan5b.flow import few_step_sigmas, sampling_sigmas
+from wan5b.vae22 import VAE22, VAEConfig, add_residual_
+from wan5b.weights import load_dit, load_vae, save_dit
+
+SCRIPT = Path(sample.__file__)
+SIZE = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return make_release(tmp_path_factory.mktemp("sample") / "release")
+
+
+@pytest.fixture(scope="module")
+def vae(release):
+    return load_vae(release)
+
+
+def read(out):
+    """What a run left at `out` (no suffix): .frames as the mp4 shows them, .latents, .record."""
+    return SimpleNamespace(
+        frames=iio.imread(out.with_name(out.name + ".mp4"), plugin="pyav"),
+        latents=load_file(out.with_name(out.name + ".safetensors"))["latents"],
+        record=json.loads(out.with_name(out.name + ".json").read_text(encoding="utf-8")),
+    )
+
+
+@pytest.fixture
+def run(release, tmp_path):
+    """run(*options, out=name) -> what was written, or the exit code where the run does not end with 0."""
+
+    def call(*options, out="a", size=True):
+        base = ["--release", release, "--device", "cpu", "--latents", "--out", tmp_path / out]
+        base += ["--prompt", "a red ball", "--frames", 21] + ["--size", "64x96"] * size
+        code = sample.main(sample.parse([str(option) for option in (*base, *options)]))
+        return code or read(tmp_path / out)
+
+    return call
+
+
+def save_picture(path, height=50, width=70, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def first_pass(*_, **__):
+    raise AssertionError("a network is loaded before the options are checked")
+
+
+@pytest.fixture
+def no_networks(monkeypatch):
+    for name in ("load_t5", "load_vae", "load_dit", "random_networks"):
+        monkeypatch.setattr(sample, name, first_pass)
+
+
+# ------------------------------------------------------------------------------------------------- text to video
+
+
+def test_text_to_video(run, tmp_path):
+    made = run("--frames", 33, "--seed", 5)
+    assert made.frames.shape == (33, *SIZE, 3)
+    assert made.latents.shape == (1, 48, 9, 4, 6)
+    meta = iio.immeta(tmp_path / "a.mp4", plugin="pyav")
+    assert (meta["fps"], meta["duration"]) == (24, pytest.approx(33 / 24, abs=1e-3))
+    record, settings = made.record, made.record["settings"]
+    assert record["frames_written"] == 33
+    assert (record["size"], record["blocks"], record["sigmas"]) == ([*SIZE], [3, 3, 3], few_step_sigmas())
+    assert record["latents_sha256"] == hashlib.sha256(made.latents.numpy().tobytes()).hexdigest()
+    assert settings.keys() == vars(sample.parse([])).keys()
+    assert (settings["prompt"], settings["seed"], settings["frames"]) == (["a red ball"], [5], 33)
+    assert settings["out"] == str(tmp_path / "a.mp4")
+
+    again = sample.parse(["--settings", str(tmp_path / "a.json"), "--out", str(tmp_path / "v1.5")])
+    assert sample.main(again) == 0
+    assert torch.equal(read(tmp_path / "v1.5").latents, made.latents)  # and the dot in the name is no suffix
+    assert not torch.equal(run("--frames", 33, "--seed", 6, out="seed").latents, made.latents)
+    assert not torch.equal(run("--frames", 33, "--seed", 5, "--prompt", "a dog", out="prompt").latents, made.latents)
+
+
+def test_frames_are_the_latents_decoded_as_a_whole(run, vae):
+    """In order, with no seam between chunks. Means over 8x8 pixels: the codec loses the noise of random networks."""
+    made = run("--frames", 33, "--window", 6)
+    expected = media.to_frames(vae.decode(made.latents)[0]).numpy()
+    ours, whole = (x.reshape(33, 8, 8, 12, 8, 3).mean((2, 4)) for x in (made.frames, expected))
+    distance = np.abs(ours[:, None] - whole[None]).mean((2, 3, 4))
+    assert distance.diagonal().max() < 4
+    assert np.array_equal(distance.argmin(1), np.arange(33))
+
+
+def test_prompts_and_seeds(run, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n  a blue square \r\n\n雨中的街道\n", encoding="utf-8")
+    options = ("--prompts", tmp_path / "prompts.txt", "--seed", 1, 22, 1, "--frames", 9)
+    with pytest.raises(FileNotFoundError):
+        run(*options)  # the clips have longer names than --out
+    names = [f"a-{i:03d}-{seed}" for i in range(3) for seed in (1, 22)]
+    assert sorted(file.stem for file in tmp_path.glob("*.mp4")) == names
+    clips = [read(tmp_path / name) for name in names]
+    assert len({clip.record["latents_sha256"] for clip in clips}) == 6
+    assert [clip.record["settings"]["prompt"][0].strip() for clip in clips[::2]] == [
+        "a red ball",
+        "a blue square",
+        "雨中的街道",
+    ]
+    # No clip depends on its company: each can be repeated alone.
+    assert sample.main(sample.parse(["--settings", str(tmp_path / f"{names[5]}.json"), "--out", f"{tmp_path}/b"])) == 0
+    assert read(tmp_path / "b").record["latents_sha256"] == clips[5].record["latents_sha256"]
+    with pytest.raises(ValueError, match=f"{names[5]}.json exists"):  # a repetition names the same file
+        sample.main(sample.parse(["--settings", str(tmp_path / f"{names[5]}.json")]))
+    with pytest.raises(ValueError, match="a-000-1.mp4 exists"):
+        run(*options)
+
+
+def test_renoising_does_not_repeat_the_noise(run, monkeypatch):
+    """On the CPU both come from generators of the same kind: they must not be seeded alike."""
+    rollout = sample.rollout
+
+    def spy(field, noise, *args, renoise, **kwargs):
+        fresh = renoise(0, 0, noise)
+        assert abs((fresh * noise).mean()) < 0.1
+        assert (fresh - noise).abs().mean() > 0.5
+        return rollout(field, noise, *args, renoise=renoise, **kwargs)
+
+    monkeypatch.setattr(sample, "rollout", spy)
+    run("--frames", 9)
+
+
+@pytest.mark.parametrize("mode", ["few", "bidirectional"])
+def test_low_memory_gives_the_same(run, mode, tmp_path):
+    save_picture(tmp_path / "a.gif")
+    options = ("--mode", mode, "--steps", 2, "--frames", 25, "--image", tmp_path / "a.gif")
+    made, held = run(*options), run(*options, "--low-memory", out="held")
+    assert made.record["latents_sha256"] == held.record["latents_sha256"]
+    assert np.array_equal(made.frames, held.frames)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_order_of_memory(run, monkeypatch, low_memory):
+    """The text encoder is gone when the DiT comes; with --low-memory the DiT is gone when decoding begins."""
+    load_t5, load_dit, decode, alive = sample.load_t5, sample.load_dit, VAE22.decode_chunk, {}
+
+    def kept(name, load):
+        def call(*args, **kwargs):
+            alive.setdefault("seen", []).append((name, [k for k in ("t5", "dit") if k in alive and alive[k]()]))
+            made = load(*args, **kwargs)
+            if isinstance(made, nn.Module):
+                alive[name] = weakref.ref(made)
+            return made
+
+        return call
+
+    monkeypatch.setattr(sample, "load_t5", kept("t5", load_t5))
+    monkeypatch.setattr(sample, "load_dit", kept("dit", load_dit))
+    monkeypatch.setattr(VAE22, "decode_chunk", kept("decode", decode))
+    run("--frames", 9, *["--low-memory"] * low_memory)
+    assert alive["seen"] == [("t5", []), ("dit", []), ("decode", [] if low_memory else ["dit"])]
+
+
+def test_a_single_frame_and_a_sheet(run, tmp_path):
+    made = run("--frames", 1, "--block", 1, "--sheet")
+    assert made.frames.shape == (1, *SIZE, 3)
+    assert iio.imread(tmp_path / "a.png").shape == (64, 4 * 96, 3)
+    run("--frames", 33, "--sheet", out="long")
+    sheet = iio.imread(tmp_path / "long.png")
+    assert sheet.shape == (4 * 64, 4 * 96, 3)
+    assert np.unique(sheet.reshape(4, 64, 4, 96, 3).mean((1, 3, 4))).size == 16  # 16 different frames
+
+
+# -------------------------------------------------------------------------------------------------- given frames
+
+
+def test_image_to_video(run, tmp_path, vae):
+    images = [save_picture(tmp_path / f"{seed}.png", seed=seed) for seed in (1, 2)]
+    clips = [run("--image", image, "--frames", 13, out=image.stem) for image in images]
+    for clip, image in zip(clips, images, strict=True):
+        assert clip.record["blocks"] == [3]
+        first = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
+        assert torch.equal(clip.latents[:, :, :1], first)
+    assert rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-3  # the rest depends on the image
+
+
+def test_size_follows_the_image(run, tmp_path, monkeypatch):
+    given = np.zeros((1, 720, 1280, 3), np.uint8)
+    assert sample.picture_size(sample.parse([]), given) == (704, 1248)
+    assert sample.picture_size(sample.parse([]), None) == (704, 1280)
+    assert sample.picture_size(sample.parse(["--size", "64X96"]), given) == SIZE
+    fitting = media.fitting_size
+    monkeypatch.setattr(media, "fitting_size", lambda height, width: fitting(height, width, 64 * 128))
+    made = run("--image", save_picture(tmp_path / "high.png", 300, 150), "--frames", 13, size=False)
+    assert made.frames.shape == (13, 128, 64, 3)
+
+
+def test_video_goes_on(run, tmp_path, vae):
+    writer = media.VideoWriter(tmp_path / "given.mp4")
+    writer.add((torch.arange(12).view(12, 1, 1, 1) * torch.ones(12, 48, 80, 3) * 20).to(torch.uint8))
+    writer.close()
+    made = run("--video", tmp_path / "given.mp4", "--context", 5, "--frames", 17)
+    assert made.record["blocks"] == [3]
+    given = iio.imread(tmp_path / "given.mp4", plugin="pyav")[-5:]
+    assert torch.equal(made.latents[:, :, :2], vae.encode(media.fit(given, *SIZE)[None]))
+    assert np.abs(made.latents[:, :, 2:].numpy()).max() > 0
+    with pytest.raises(ValueError, match="12 frames, 13 are needed"):
+        run("--video", tmp_path / "given.mp4", "--context", 13, out="b")
+
+
+# --------------------------------------------------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+@pytest.mark.parametrize("mode", ["many", "bidirectional"])
+def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
+    options = ("--mode", mode, "--solver", solver, "--steps", 3, "--frames", 9)
+    text = run(*options)
+    assert text.record["sigmas"] == sampling_sigmas(3)
+    assert text.latents.isfinite().all()
+    image = save_picture(tmp_path / "a.png")
+    made = run(*options, "--frames", 13, "--image", image, out="image")
+    assert torch.equal(made.latents[:, :, :1], vae.encode(media.fit(media.read_image(image), *SIZE)[None]))
+    assert made.latents.isfinite().all()
+    assert made.record["blocks"] == [3]
+    other = run(*options, "--negative", "a dog", out="negative")
+    assert rel(other.latents, text.latents) > 1e-4
+    plain = run(*options, "--negative", "a dog", "--guidance", 1, out="plain")
+    unguided = run(*options, "--guidance", 1, out="unguided")
+    assert rel(plain.latents, unguided.latents) < 1e-5  # scale 1 is the conditional branch alone
+
+
+def test_few_steps_do_not_see_the_negative_prompt(run):
+    assert torch.equal(run().latents, run("--negative", "a dog", out="b").latents)
+
+
+def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
+    """--steps 1 --guidance 1: x0 = x - sigma v(x), with the level that the released sampler shows the network."""
+    made = run("--mode", "bidirectional", "--steps", 1, "--guidance", 1, "--frames", 5, "--seed", 3)
+    prompts = sample.encode_prompts(
+        sample.load_t5(release), sample.Tokenizer(sample.tokenizer_path(release)), ["a red ball"]
+    )
+    noise, sigma = randn(1, 48, 2, 4, 6, seed=3), sampling_sigmas(1)[0]
+    with torch.no_grad():
+        v = load_dit(release)(noise, int(1000 * sigma) / 1000, prompts.float())
+    assert rel(made.latents, noise - sigma * v) < 1e-4
+
+
+def test_metadata_of_an_export(run, release, tmp_path):
+    weights = tmp_path / "export.safetensors"
+    save_dit(load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1})
+    args = ["--release", str(release), "--weights", str(weights), "--prompt", "a", "--size", "64x96", "--device", "cpu"]
+
+    def record(*options):
+        assert sample.main(sample.parse([*args, "--overwrite", "--out", f"{tmp_path}/a.mp4", *options])) == 0
+        return json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+
+    made = record("--frames", "17")
+    assert made["trained"] == {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1}
+    assert made["sigmas"] == few_step_sigmas([1000, 500], 3.0)
+    assert made["blocks"] == [1, 2, 2]
+    over = record("--frames", "17", "--block", "4", "--shift", "5")
+    assert over["sigmas"] == few_step_sigmas([1000, 500], 5.0)
+    assert over["blocks"] == [1, 4]
+    given = record("--frames", "13", "--block", "3", "--image", str(save_picture(tmp_path / "image.png")))
+    assert given["blocks"] == [3]  # the image is the first block
+
+
+def test_window_bounds_the_memory(run, monkeypatch):
+    """30 latent frames in a cache of 6, equal to a cache of 30 whose window is 6, unlike no window."""
+    made = []
+
+    class Spy(sample.KVCache):
+        def __init__(self, cfg, batch, frames, *args):
+            super().__init__(cfg, batch, self.capacities.pop(0) or frames, *args)
+            made.append(self.capacity)
+
+        capacities = [None, 30, None, None]
+
+    monkeypatch.setattr(sample, "KVCache", Spy)
+    long = ("--frames", 117)
+    window = run(*long, "--window", 6, "--sink", 1)
+    whole = run(*long, "--window", 6, "--sink", 1, out="b")
+    every = run(*long, out="c")
+    assert made == [6, 30, 30]
+    assert rel(window.latents, whole.latents) < 1e-5
+    assert rel(window.latents, every.latents) > 1e-3
+    run("--window", 100, out="d")
+    assert made[3] == 6, "a window beyond the clip needs no memory beyond the clip"
+
+
+# --------------------------------------------------------------------------------------------------------- stops
+
+
+def stop_at(monkeypatch, call, error):
+    """Have the call-th chunk (from 0) raise in place of being decoded."""
+    decode, calls = VAE22.decode_chunk, iter(range(1000))
+
+    def stopping(self, latent, state):
+        if next(calls) == call:
+            raise error
+        return decode(self, latent, state)
+
+    monkeypatch.setattr(VAE22, "decode_chunk", stopping)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_ctrl_c_leaves_what_was_finished(run, tmp_path, monkeypatch, low_memory):
+    whole = run("--frames", 45, out="whole")
+    stop_at(monkeypatch, 2, KeyboardInterrupt)
+    assert run("--frames", 45, "--sheet", *["--low-memory"] * low_memory) == 130
+    assert {file.name for file in tmp_path.glob("a*")} == {"a.mp4", "a.json", "a.png", "a.safetensors"}
+    made = read(tmp_path / "a")
+    assert made.frames.shape == (21, *SIZE, 3)
+    assert made.record["frames_written"] == 21
+    assert torch.equal(made.latents, whole.latents[:, :, :6])  # what the frames show, and nothing more
+
+
+def test_ctrl_c_before_the_first_frame_leaves_nothing(run, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 0, KeyboardInterrupt)
+    assert run("--sheet") == 130
+    assert not list(tmp_path.glob("a*"))
+
+
+def test_ctrl_c_ends_all_clips(run, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3, KeyboardInterrupt)
+    assert run("--seed", 1, 2, 3) == 130
+    assert [file.name for file in sorted(tmp_path.glob("*.mp4"))] == ["a-000-1.mp4", "a-000-2.mp4"]
+
+
+def test_failure_leaves_a_playable_part_under_no_final_name(run, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2, RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run("--frames", 45)
+    assert [file.name for file in tmp_path.glob("a*")] == ["a.partial.mp4"]
+    assert iio.imread(tmp_path / "a.partial.mp4", plugin="pyav").shape == (21, *SIZE, 3)
+    monkeypatch.undo()
+    run("--frames", 45)  # not in the way of another try
+    assert not (tmp_path / "a.partial.mp4").exists()
+
+
+def test_ctrl_c_in_a_terminal(tmp_path):
+    """The signal itself, at whatever moment it comes."""
+    options = "--random-weights --preset tiny --size 64x96 --frames 4001 --block 1 --window 3 --prompt a --device cpu"
+    command = [sys.executable, SCRIPT, *options.split(), "--out", tmp_path / "a"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        bar = ""
+        while not re.search(r" [1-9]\d*/4001", bar):  # frames have been written
+            read = process.stderr.read(1)
+            assert read, bar
+            bar += read
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert {file.name for file in tmp_path.iterdir()} == {"a.mp4", "a.json"}
+    written = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["frames_written"]
+    assert 0 < written < 4001
+    assert len(iio.imread(tmp_path / "a.mp4", plugin="pyav")) == written
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
+    for suffix in (".mp4", ".json", ".png", ".safetensors"):
+        file = tmp_path / f"a{suffix}"
+        file.write_text("mine")
+        with pytest.raises(ValueError, match=re.escape(f"{file} exists; ") + ".*--overwrite"):
+            run("--sheet")
+        assert file.read_text() == "mine"
+        file.unlink()
+    (tmp_path / "a.png").write_text("mine")
+    monkeypatch.undo()
+    run()  # no sheet is asked for
+    assert (tmp_path / "a.png").read_text() == "mine"
+    assert run("--overwrite", "--frames", 9).frames.shape[0] == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--frames 82", "--frames 82 is not 4k + 1; nearest valid: 81 or 85"),
+        ("--frames 0", "--frames 0 is not 4k + 1; nearest valid: 1"),
+        ("--frames -3", "--frames -3 is not 4k + 1; nearest valid: 1"),
+        ("--frames 25", "blocks of 3; nearest valid: 21 or 33"),
+        ("--frames 5", "blocks of 3; nearest valid: 9"),
+        ("--frames 81 --image {image}", "1 latent frames and blocks of 3; nearest valid: 73 or 85"),
+        ("--frames 5 --image {image}", "nearest valid: 13 or 25"),
+        ("--frames 1 --image {image}", "counts the 1 given frames"),
+        ("--size 70x96", "nearest valid: 64 or 96 high, 96 or 128 wide"),
+        ("--size 0x96", "nearest valid: 32 high"),
+        ("--size 64", "HEIGHTxWIDTH"),
+        ("--size 64x-96", "HEIGHTxWIDTH"),
+        ("--image {dir}/none.png", "cannot read the image {dir}/none.png"),
+        ("--image {text}", "cannot read the image {text}"),
+        ("--video {dir}/none.mp4", "cannot read the video {dir}/none.mp4"),
+        ("--video {text}", "cannot read the video {text}"),
+        ("--video {image} --context 5", "has 1 frames, 5 are needed"),
+        ("--video {image} --context 6", "--context 6 is not 4k + 1; nearest valid: 5 or 9"),
+        ("--image {image} --video {image}", "not both"),
+        ("--prompts {dir}/none.txt", "cannot read {dir}/none.txt"),
+        ("--prompts {latin}", "cannot read {latin}"),
+        ("--settings {dir}/none.json", "cannot read {dir}/none.json"),
+        ("--settings {text}", "{text} is not a JSON that sample.py wrote"),
+        ("--settings {other}", "{other} is not a JSON that sample.py wrote"),
+        ("--settings {newer}", "{newer} has unknown settings: colour"),
+        ("--window 2", "--window 2: no room"),
+        ("--window 3 --sink 1", "--window 3: no room for --sink 1 and a block of 3"),
+        ("--window 6 --sink -1", "no room for --sink -1"),
+        ("--sink 1", "--window None: no room for --sink 1"),
+        ("--window 0", "--window 0: must be above 0"),
+        ("--block 0", "--block 0: must be above 0"),
+        ("--steps 0", "--steps 0: must be above 0"),
+        ("--shift 0", "--shift 0.0: must be above 0"),
+        ("--fps 0", "--fps 0: must be above 0"),
+        ("--fp8", "--fp8 needs bfloat16 on a GPU"),
+        ("--release {dir}/none", "{dir}/none: no such file or folder"),
+        ("--weights {dir}/none.pt", "{dir}/none.pt: no such file or folder"),
+        ("--out {text}/a", "cannot write to the folder {text}"),
+    ],
+)
+def test_refusals(run, tmp_path, no_networks, options, message, capsys):
+    """One line each, before any network is loaded."""
+    names = {"dir": tmp_path, "image": save_picture(tmp_path / "a.png")}
+    for name, content in {
+        "text": b"hello",
+        "latin": b"caf\xe9",
+        "other": b'{"frames": 5}',
+        "newer": b'{"settings": {"colour": 1}}',
+    }.items():
+        names[name] = tmp_path / name
+        names[name].write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message.format(**names))) as error:
+        run(*options.format(**names).split())
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_refusals_without_prompt_or_release(release, tmp_path, no_networks):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    for options in ([], ["--prompts", str(tmp_path / "empty.txt")]):
+        with pytest.raises(ValueError, match="no prompt: give --prompt"):
+            sample.main(sample.parse(["--release", str(release), *options]))
+    with pytest.raises(ValueError, match="name the release folder"):
+        sample.main(sample.parse(["--prompt", "a"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_refusal_of_a_gpu_that_is_not_there(run, no_networks):
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        run("--device", "cuda:0")
+
+
+def test_refusal_of_a_folder_that_is_read_only(run, no_networks, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample.os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ValueError, match=f"cannot write to the folder {tmp_path}: "):
+        run()
+
+
+def test_refusal_in_a_terminal(release):
+    command = [sys.executable, SCRIPT, "--release", release, "--prompt", "a", "--image", "none.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("sample.py: error: cannot read the image none.png: ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mode", "given", "size", "first", "expected"),
+    [  # without --frames: 81, or what blocks fill next
+        ("few", 0, 3, None, [3] * 7),
+        ("few", 1, 3, None, [3] * 7),  # 85
+        ("few", 0, 3, 1, [1] + [3] * 7),
+        ("few", 3, 3, 1, [3] * 6),
+        ("few", 0, 4, None, [4] * 6),  # 93
+        ("bidirectional", 0, 3, 1, [21]),
+        ("bidirectional", 1, 3, None, [20]),
+    ],
+)
+def test_default_length(mode, given, size, first, expected):
+    assert sample.block_plan(sample.parse(["--mode", mode]), given, size, first) == expected
+
+
+# ------------------------------------------------------------------------------------------------ compile and fp8
+
+
+def test_pieces_are_not_compiled_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(torch, "compile", first_pass)
+    h, bias, x = randn(2, 3), randn(3), randn(2, 3)
+    assert torch.equal(add_residual_(h.clone(), bias, x), h + bias + x)
+
+
+def test_compiled_piece_gives_the_same(monkeypatch):
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "fail_on_recompile_limit_hit")}
+    calls, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: calls.append(args) or compile(*args, **kwargs))
+    piece = fuse.fused(lambda x, scale: torch.nn.functional.silu(x * scale) + x)
+    x, scale = randn(64, 48), randn(48, seed=1)
+    try:
+        fuse.enable()
+        fused = piece(x, scale), piece(2 * x, scale)
+    finally:
+        fuse.enable(False)
+        for name, value in limits.items():
+            setattr(torch._dynamo.config, name, value)
+    assert len(calls) == 1
+    for y, like in zip(fused, (x, 2 * x), strict=True):
+        assert rel(y, piece(like, scale)) < 1e-6
+
+
+def test_fp8_rounding():
+    """Within half a step of e4m3 (2^-4 relative, 2^-10 of the scale near 0); each row on its own scale."""
+    x = randn(8, 64) * torch.logspace(-6, 6, 8)[:, None]
+    x[3], x[4, 0] = 0, 1e9
+    q, scale = fp8._quantize(x)
+    assert q.dtype == torch.float8_e4m3fn
+    assert scale.shape == (8, 1)
+    error = (q.float() * scale - x).abs()
+    assert (error <= torch.maximum(x.abs() * 2**-4, scale * 2**-10) * 1.001).all()
+    assert torch.allclose((q.float() * scale).abs().amax(1), x.abs().amax(1), rtol=1e-5)
+
+
+def test_fp8_replaces_the_linear_layers_of_the_blocks():
+    model = WanDiT(PRESETS["tiny"])
+    before = sum(isinstance(m, nn.Linear) for m in model.modules())
+    size = sum(p.nbytes for p in model.blocks.parameters())
+    fp8.quantize_blocks(model)
+    kinds = [type(m) for m in model.blocks.modules()]
+    assert nn.Linear not in kinds
+    assert kinds.count(fp8.Fp8Linear) == 10 * len(model.blocks)
+    assert sum(isinstance(m, nn.Linear) for m in model.modules()) == before - 10 * len(model.blocks) == 6
+    assert sum(p.nbytes for p in model.blocks.parameters()) < 0.3 * size
+
+
+@gpu
+def test_fp8_linear_on_the_gpu():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    linear = nn.Linear(1024, 2048, device="cuda", dtype=torch.bfloat16)
+    x = randn(2, 3, 40, 1024).cuda().bfloat16()
+    x[0, 0, 0] *= 1000  # a row of its own scale
+    with torch.no_grad():
+        y = fp8.Fp8Linear(linear)(x)
+        assert y.dtype == torch.bfloat16
+        expected = nn.functional.linear(x.float(), linear.weight.float(), linear.bias.float())
+    assert rel(y[0, 0, 0], expected[0, 0, 0]) < 5e-2
+    assert rel(y[1], expected[1]) < 5e-2
+    model = WanDiT(PRESETS["tiny"]).init_weights(torch.Generator().manual_seed(0)).cuda().bfloat16()
+    inputs = randn(1, 48, 2, 4, 6).cuda(), 0.5, randn(1, 32, 64, seed=1).cuda().bfloat16()
+    with torch.no_grad():
+        whole = model(*inputs)
+        assert rel(fp8.quantize_blocks(model)(*inputs), whole) < 0.2
+
+
+@gpu
+def test_clip_on_the_gpu(tmp_path):
+    """bfloat16, pinned copies beside the stream: the mp4 shows the decoded latents, and twice the same bytes."""
+    options = "--random-weights --preset tiny --size 64x96 --frames 33 --prompt a --latents --window 6 --device cuda"
+    for name in ("a", "b"):
+        assert sample.main(sample.parse([*options.split(), "--out", str(tmp_path / name)])) == 0
+    made = read(tmp_path / "a")
+    assert made.record["latents_sha256"] == read(tmp_path / "b").record["latents_sha256"]
+    _, decoder = sample.random_networks("tiny", torch.device("cuda"), torch.bfloat16)
+    assert isinstance(decoder.cfg, VAEConfig)
+    expected = media.to_frames(decoder.bfloat16().decode(made.latents.cuda())[0]).cpu().numpy()
+    ours, whole = (x.reshape(33, 8, 8, 12, 8, 3).mean((2, 4)) for x in (made.frames, expected))
+    assert np.abs(ours - whole).mean((1, 2, 3)).max() < 6

@@ -1,0 +1,289 @@
+"""Train one stage: teacher, ar, ode, dmd or sid.
+
+    python train.py configs/dmd-5b.toml                                    # one process
+    torchrun --nproc_per_node=8 train.py configs/dmd-5b.toml batch=64      # one node; key=value overrides the file
+    torchrun --nnodes=2 --nproc_per_node=8 ... train.py configs/dmd-5b.toml  # sharded in a node, replicated over nodes
+
+The same command again goes on from the newest checkpoint. Nothing random depends on the number of processes: every draw
+comes from (seed, step, sample).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from sample import generate
+from wan5b import fsdp, media
+from wan5b.data import rng
+from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
+from wan5b.kvcache import block_sizes
+from wan5b.stages import Run
+from wan5b.t5 import NEGATIVE_PROMPT
+from wan5b.weights import load_vae, save_dit
+
+STAGES = ("teacher", "ar", "ode", "dmd", "sid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
+
+    stage: str
+    out: str
+    text: str  # embeddings of all prompts
+    weights: str = ""  # where the trained network starts; empty: random weights of `preset`
+    preset: str = "tiny"
+    teacher: str = ""  # dmd, sid: the frozen network; the critic starts from it too
+    latents: str = ""  # teacher, ar; dmd and sid with first = 1
+    trajectories: str = ""  # ode
+    vae: str = ""  # for sample videos
+    negative: str = NEGATIVE_PROMPT
+    frames: int = 21  # latent frames
+    height: int = 44  # of latents
+    width: int = 80
+    block: int = 3
+    first: int = 0  # 1: image to video, a clean first frame outside the loss
+    window: int = 0
+    levels: tuple[int, ...] = FEW_STEPS
+    shift: float = 5.0
+    steps: int = 1000
+    batch: int = 64  # over all processes
+    micro_batch: int = 1
+    lr: float = 2e-6
+    critic_lr: float = 4e-7
+    warmup: int = 0
+    decay: bool = False  # cosine, to zero at the last step
+    beta1: float = 0.0
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 10.0
+    ema: float = 0.99  # 0: none
+    ema_start: int = 200
+    ratio: int = 5  # critic updates per generator update
+    guidance: float = 3.0  # DMD convention: cond + g (cond - uncond), one less than the sampling convention's scale
+    alpha: float = 1.0  # sid
+    dropout: float = 0.1  # teacher, ar: share of samples whose text becomes the negative prompt
+    bell: bool = True  # teacher, ar: weight the flow loss over levels
+    forcing: str = "teacher"  # ar: "teacher" (clean context) or "diffusion" (noisy context)
+    clean_noise: float = 0.0  # ar: noise on the clean context, up to this level
+    context: str = "self"  # dmd: "self" rollouts, or "data": ground-truth context (the baseline of the paper)
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
+    checkpointing: bool = True
+    shard: int = 0  # processes that share one copy of the weights; 0: those of a node
+    seed: int = 0
+    save_every: int = 100
+    keep: int = 2
+    sample_every: int = 100
+    sample_prompts: tuple[str, ...] = ()
+    sample_guidance: float = 5.0  # of the stages sampled with CFG
+
+
+def parse(arguments: list[str]) -> Config:
+    """A TOML file and key=value overrides -> Config. ValueError for unknown keys and wrong types."""
+    if not arguments:
+        raise ValueError("usage: train.py CONFIG.toml [key=value ...]")
+    try:
+        values = tomllib.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        for override in arguments[1:]:
+            key, _, value = override.partition("=")
+            types = {field.name: field.type for field in dataclasses.fields(Config)}
+            values |= {key: value} if types.get(key) is str else tomllib.loads(f"{key} = {value}")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
+    for field in dataclasses.fields(Config):
+        if field.name not in values:
+            if field.default is dataclasses.MISSING:
+                raise ValueError(f"{arguments[0]} lacks the key {field.name!r}")
+            continue
+        value = values[field.name]
+        if isinstance(value, list):
+            values[field.name] = value = tuple(value)
+        wanted = {tuple[int, ...]: tuple, tuple[str, ...]: tuple}.get(field.type, field.type)
+        if wanted is float and type(value) is int:
+            values[field.name] = value = float(value)
+        if type(value) is not wanted:
+            raise ValueError(f"{field.name} must be {wanted.__name__}, got {value!r}")
+    unknown = values.keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"unknown keys {sorted(unknown)}; known: {[f.name for f in dataclasses.fields(Config)]}")
+    return Config(**values)
+
+
+def check(cfg: Config, world: fsdp.World) -> None:
+    """What can be known to be wrong before anything is loaded."""
+    if cfg.stage not in STAGES:
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {cfg.stage!r}")
+    needed = {"teacher": "latents", "ar": "latents", "ode": "trajectories", "dmd": "teacher", "sid": "teacher"}[
+        cfg.stage
+    ]
+    if not getattr(cfg, needed):
+        raise ValueError(f"stage {cfg.stage} needs {needed}")
+    if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
+        raise ValueError("first = 1 and context = 'data' take frames from real clips: name latents")
+    if cfg.forcing not in ("teacher", "diffusion") or cfg.context not in ("self", "data"):
+        raise ValueError(
+            f"forcing is 'teacher' or 'diffusion', context 'self' or 'data': {cfg.forcing!r}, {cfg.context!r}"
+        )
+    block_sizes(cfg.frames - cfg.first, cfg.block)
+    few_step_sigmas(cfg.levels, cfg.shift)
+    if len(world.share(cfg.batch)) % cfg.micro_batch:
+        part = len(world.share(cfg.batch))
+        raise ValueError(f"batch {cfg.batch} is {part} a process, not a multiple of micro_batch {cfg.micro_batch}")
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product on this device: what MFU is measured by."""
+    n = 8192 if device.type == "cuda" else 768
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    for repeats in (2, 10):  # the first round warms up
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return repeats * 2 * n**3 / (time.perf_counter() - start)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def facts(cfg: Config, step: int) -> dict:
+    """What a checkpoint or export says of itself; sample.py reads levels, shift and block layout."""
+    layout = {"levels": cfg.levels, "shift": cfg.shift, "block": cfg.block, "first": cfg.first or None}
+    return {"stage": cfg.stage, "step": step, **layout, "training": dataclasses.asdict(cfg)}
+
+
+def export(run: Run, path: Path, step: int) -> None:
+    """The trained network (its average, where one is kept) as safetensors. Every process takes part in gathering it."""
+    optimizer = run.optimizers["generator"]
+    values = optimizer.sharded(optimizer.ema or optimizer.master)
+    if run.world.rank == 0:
+        save_dit(run.generator, path, facts(run.cfg, step), value=lambda name: fsdp.whole(values[name]))
+    else:
+        for name in run.generator.state_dict():
+            fsdp.whole(values[name])
+
+
+@torch.no_grad()
+def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
+    """A clip of each sample prompt, always from the same noise, as this stage's network generates them."""
+    cfg = run.cfg
+    mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
+    sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
+    options = argparse.Namespace(
+        mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0
+    )
+    blocks = [cfg.frames] if mode == "bidirectional" else run.layout
+    with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
+        for i, prompt in enumerate(cfg.sample_prompts):
+            noise = torch.randn((1, *run.shape(cfg.frames)), generator=rng("cpu", cfg.seed, "sample", i))
+            context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
+            pieces = list(generate(options, run.generator, noise, context, sigmas, blocks, None, cfg.seed))
+            if run.world.rank == 0:
+                writer, state = media.VideoWriter(folder / f"step-{step:07d}-{i}.mp4"), vae.stream()
+                for piece in pieces:
+                    writer.add(media.to_frames(vae.decode_chunk(piece, state)[0]))
+                writer.close()
+
+
+def resume(run: Run, out: Path) -> int:
+    """Read the newest checkpoint, if there is one; the step to go on from."""
+    done = fsdp.checkpoints(out)
+    if not done:
+        return 0
+    saved = fsdp.load(run.world, done[-1], run.optimizers)
+    now = json.loads(json.dumps(dataclasses.asdict(run.cfg)))
+    free = {"out", "steps", "device", "micro_batch", "shard", "save_every", "keep", "sample_every", "sample_prompts"}
+    changed = [key for key, value in now.items() if saved["training"].get(key) != value and key not in free]
+    if changed:
+        raise ValueError(f"{done[-1]} was made with another {', '.join(changed)}; choose another out")
+    return saved["step"]
+
+
+def main(cfg: Config, world: fsdp.World) -> int:
+    check(cfg, world)
+    out, leading = Path(cfg.out), world.rank == 0
+    final = out / f"{cfg.stage}.safetensors"
+    if final.exists():
+        raise ValueError(f"{final} exists, so this run is finished; choose another out")
+    run = Run(cfg, world)
+    start = resume(run, out)
+    vae = load_vae(cfg.vae, world.device, torch.float32) if cfg.vae and leading else None
+    log = out / "metrics.jsonl"
+    if leading:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        record = {"commit": git.stdout.strip(), "processes": world.size, "config": dataclasses.asdict(cfg)}
+        (out / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
+    ceiling, flop = matmul_rate(world.device, run.dtype), {}
+
+    for step in (
+        bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
+    ):
+        began = time.perf_counter()
+        kind = run.distilling and step % cfg.ratio == 0  # an iteration with a generator phase costs more
+        counting = kind not in flop and world.device.type == "cuda"  # too slow for small operations on a CPU
+        with FlopCounterMode(display=False) if counting else contextlib.nullcontext() as counter:
+            values = run.iteration(step)
+        if counting:
+            flop[kind] = counter.get_total_flops()
+        names = sorted(values)
+        mine = torch.stack([values[name].float() for name in names])
+        metrics = dict(zip(names, world.mean(mine).tolist(), strict=True))
+        if not all(map(math.isfinite, metrics.values())):
+            last = (fsdp.checkpoints(out) or ["none"])[-1]
+            where = world.rank if not mine.isfinite().all() else f"other than {world.rank}"
+            raise FloatingPointError(f"not finite at step {step}, rank {where}: {metrics}; last checkpoint: {last}")
+
+        seconds, done = time.perf_counter() - began, step + 1
+        metrics |= {
+            "step": step,
+            "seconds": seconds,
+            "mfu": flop[kind] / seconds / ceiling,
+            "gib": memory_gib(world.device),
+        }
+        if leading:
+            with log.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+            bar.set_postfix(
+                {k: f"{v:.3g}" for k, v in metrics.items() if k in ("loss", "critic_loss", "norm", "mfu", "gib")}
+            )
+        stop = world.stop_requested()
+        if cfg.sample_prompts and cfg.vae and done % cfg.sample_every == 0:
+            sample_videos(run, vae, out / "samples", done)
+        if stop or done % cfg.save_every == 0 or done == cfg.steps:
+            fsdp.save(world, out, run.optimizers, facts(cfg, done), cfg.keep)
+        if stop:
+            tqdm.write(f"stopped by SIGTERM after step {step}; the same command goes on")
+            return 0
+    export(run, final, cfg.steps)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        config = parse(sys.argv[1:])
+        with fsdp.World(config.device, config.shard) as processes:
+            sys.exit(main(config, processes))
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

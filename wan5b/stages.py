@@ -1,0 +1,250 @@
+"""The training stages: each phase takes one global batch through one network. Used by train.py, which owns the loop.
+
+Stages in the order that works for the 5B: teacher (fine-tuning, tiny models), ar, ode, then dmd or sid. Every random
+number comes from (seed, phase, step, sample), so a run is the same on any number of processes.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from wan5b import fsdp
+from wan5b.data import Store, TextStore, order, rng
+from wan5b.distill import critic_loss, dmd_gradient, dmd_loss, replay, rollout, sid_loss
+from wan5b.dit import PRESETS, WanDiT
+from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, x0_from_v
+from wan5b.kvcache import KVCache, block_sizes
+from wan5b.weights import fill, open_dit
+
+
+class Draws:
+    """The random numbers of a micro-batch, each sample's from a generator of its own."""
+
+    def __init__(self, device: torch.device, samples: range, *keys):
+        self.generators = [rng(device, *keys, sample) for sample in samples]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in self.generators])
+
+
+class Run:
+    """The networks, optimizers and data of a run, and its phases: each one global batch through one network."""
+
+    def __init__(self, cfg, world: fsdp.World):
+        self.cfg, self.world, self.device, self.dtype = cfg, world, world.device, getattr(torch, cfg.dtype)
+        self.blocks = block_sizes(cfg.frames - cfg.first, cfg.block)
+        self.layout = [cfg.first] * (cfg.first > 0) + self.blocks  # of whole sequences
+        self.sigmas = few_step_sigmas(cfg.levels, cfg.shift)
+        self.distilling = cfg.stage in ("dmd", "sid")
+        self.text = TextStore(cfg.text)
+        self.latents = Store(cfg.latents) if cfg.latents else None
+        self.trajectories = Store(cfg.trajectories) if cfg.trajectories else None
+        source = self.trajectories or self.latents
+        self.prompts = source.prompts if source else [p for p in self.text.prompts if p not in (cfg.negative, "")]
+
+        self.generator, tensors = self.network(cfg.weights)
+        options = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+        self.optimizers = {"generator": fsdp.AdamW(self.generator, world, tensors, *options, ema=cfg.ema > 0)}
+        if self.distilling:
+            self.teacher, _ = self.network(cfg.teacher, self.generator.cfg.in_dim)
+            self.teacher.requires_grad_(False)
+            self.critic, tensors = self.network(cfg.teacher, self.generator.cfg.in_dim)
+            self.optimizers["critic"] = fsdp.AdamW(self.critic, world, tensors, cfg.critic_lr, *options[1:])
+            tokens = self.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+            window = cfg.window or None
+            self.cache = KVCache(
+                self.generator.cfg, cfg.micro_batch, cfg.frames, tokens, window, device=self.device, dtype=self.dtype
+            )
+
+    def network(self, path: str, channels: int | None = None) -> tuple[WanDiT, dict[str, Tensor]]:
+        """A sharded network in the compute dtype, and the tensors it was filled from."""
+        if path:
+            model_cfg, tensors = open_dit(path, channels=channels)
+        else:
+            model_cfg = PRESETS[self.cfg.preset]
+            tensors = WanDiT(model_cfg).init_weights(rng("cpu", self.cfg.seed, "init")).state_dict()
+        with torch.device("meta"):
+            model = WanDiT(model_cfg).to(self.dtype)
+        model = self.world.shard(model)
+        fill(model, tensors, fsdp.copy_part)
+        model.checkpointing = self.cfg.checkpointing
+        return model, tensors
+
+    def micro_batches(self, step: int, phase: str) -> Iterator[tuple[Draws, list[int], Tensor]]:
+        """(draws, item indices, context) of each micro-batch of this process."""
+        share = self.world.share(self.cfg.batch)
+        for start in range(share.start, share.stop, self.cfg.micro_batch):
+            samples = range(start, start + self.cfg.micro_batch)
+            keys = (self.cfg.seed, phase)
+            items = [order(len(self.prompts), step * self.cfg.batch + sample, str(keys)) for sample in samples]
+            yield Draws(self.device, samples, *keys, step), items, self.context([self.prompts[i] for i in items])
+
+    def context(self, prompts: list[str]) -> Tensor:
+        return self.text.batch(prompts, self.generator.cfg.text_len).to(self.device, self.dtype)
+
+    def clips(self, items: list[int]) -> Tensor:
+        return torch.stack([self.latents[i]["latent"] for i in items]).to(self.device, torch.float32)
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        return (self.generator.cfg.in_dim, frames, self.cfg.height, self.cfg.width)
+
+    def per_frame(self, per_block: Tensor) -> Tensor:
+        """Levels [B, blocks] (or [B, 1] for all) -> [B, T], 0 at a clean first frame."""
+        sizes = torch.tensor(self.layout, device=self.device)
+        level = per_block.expand(-1, len(sizes)).repeat_interleave(sizes, 1)
+        level[:, : self.cfg.first] = 0
+        return level
+
+    def flow_phase(self, step: int) -> dict[str, Tensor]:
+        """teacher and ar: flow matching on real clips (Self Forcing's stage 1 is ar with teacher forcing)."""
+        cfg, losses = self.cfg, []
+        for draws, items, context in self.micro_batches(step, "flow"):
+            x0, noise = self.clips(items), draws.normal(*self.shape(cfg.frames))
+            dropped = draws.uniform() < cfg.dropout
+            context = torch.where(dropped[:, None, None], self.context([cfg.negative]), context)
+            options = {}
+            if cfg.stage == "ar":
+                options = {"blocks": self.layout, "window": cfg.window or None}
+            if cfg.stage == "ar" and cfg.forcing == "teacher":
+                level = self.per_frame(cfg.clean_noise * draws.uniform(1))
+                options |= {"clean": add_noise(x0, draws.normal(*x0.shape[1:]), level), "clean_sigma": level}
+            sigma = self.per_frame(shift_sigma(draws.uniform(len(self.layout) if cfg.stage == "ar" else 1), cfg.shift))
+            v = self.generator(add_noise(x0, noise, sigma), sigma, context, **options)
+            error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.first :]  # [B, T]
+            loss = (error * ar_loss_weight(sigma[:, cfg.first :], cfg.shift) if cfg.bell else error).mean()
+            loss.backward()
+            losses.append(loss.detach())
+        return {"loss": torch.stack(losses).mean(), "norm": self.update("generator", step)}
+
+    def ode_phase(self, step: int) -> dict[str, Tensor]:
+        """Regression to ODE trajectories (CausVid, arXiv 2412.07772, section 4.3): x at a level -> its end."""
+        cfg, losses = self.cfg, []
+        sigmas = torch.tensor(self.trajectories.facts["sigmas"], device=self.device)
+        for draws, items, context in self.micro_batches(step, "ode"):
+            x = torch.stack([self.trajectories[i]["x"] for i in items]).to(self.device, torch.float32)
+            chosen = (draws.uniform(len(self.layout)) * len(sigmas)).long()
+            index = chosen.repeat_interleave(torch.tensor(self.layout, device=self.device), 1)  # [B, T]
+            index[:, : cfg.first] = len(sigmas) - 1
+            end = x[:, -1]
+            noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
+            options = {"clean": end} if cfg.forcing == "teacher" else {}
+            v = self.generator(noisy, sigmas[index], context, blocks=self.layout, window=cfg.window or None, **options)
+            counted = (sigmas[index] > 0).float()
+            error = (x0_from_v(noisy, v, sigmas[index]) - end).square().mean((1, 3, 4))
+            loss = (error * counted).sum() / counted.sum().clamp(min=1)
+            loss.backward()
+            losses.append(loss.detach())
+        return {"loss": torch.stack(losses).mean(), "norm": self.update("generator", step)}
+
+    @torch.no_grad()
+    def generate(self, step: int, phase: str, draws: Draws, items: list[int], context: Tensor):
+        """A rollout without grad -> (given first frame or none, x0 [B, C, T, H, W], its trace, exit level)."""
+        cfg, trace = self.cfg, []
+        exit_step = int(torch.randint(len(self.sigmas) - 1, (), generator=rng("cpu", cfg.seed, phase, step, "exit")))
+        clips = self.clips(items) if cfg.first or cfg.context == "data" else None
+        first = clips[:, :, : cfg.first] if cfg.first else None
+        noise = draws.normal(*self.shape(sum(self.blocks)))
+        self.cache.reset()
+        common = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:]), "trace": trace}
+        with self.world.gathered(self.generator):
+            if cfg.context == "self":
+                steps = rollout(
+                    self.generator, noise, context, self.sigmas, self.blocks, self.cache, first=first, **common
+                )
+                x0 = [block for _, block in zip(self.blocks, steps, strict=False)]
+            else:  # every block behind real ones
+                x0, real = [], clips[:, :, cfg.first :].split(self.blocks, 2)
+                for size, part, clean in zip(self.blocks, noise.split(self.blocks, 2), real, strict=True):
+                    lead = first if not x0 else None
+                    x0.append(
+                        next(
+                            rollout(
+                                self.generator, part, context, self.sigmas, [size], self.cache, first=lead, **common
+                            )
+                        )
+                    )
+                    self.generator(clean, 0.0, context, cache=self.cache)
+                    self.cache.commit(size)
+        return first, torch.cat(x0, 2), trace, exit_step
+
+    def noised(self, draws: Draws, first: Tensor | None, x0: Tensor):
+        """x0 behind the given frame at one random level a sample (DMD2): (xs, level [B, T], noise)."""
+        whole = x0 if first is None else torch.cat([first, x0], 2)
+        noise = draws.normal(*whole.shape[1:])
+        level = self.per_frame(shift_sigma(draws.uniform(1), self.cfg.shift).clamp(0.02, 0.98))
+        return add_noise(whole, noise, level), level, noise
+
+    def generator_phase(self, step: int) -> dict[str, Tensor]:
+        """One DMD or SiD step of the generator on its own rollouts (Self Forcing, algorithm 1)."""
+        cfg, rows = self.cfg, []
+        negative = self.context([cfg.negative] * cfg.micro_batch)
+        for draws, items, context in self.micro_batches(step, "generator"):
+            first, x0, trace, exit_step = self.generate(step, "generator", draws, items, context)
+            x0.requires_grad_()
+            with torch.set_grad_enabled(cfg.stage == "sid"):
+                xs, level, _ = self.noised(draws, first, x0)
+
+                def estimate(model, text, xs=xs, level=level):
+                    return x0_from_v(xs, model(xs, level, text), level)[:, :, cfg.first :]
+
+                fake, real = estimate(self.critic, context), estimate(self.teacher, context)
+                unconditional = estimate(self.teacher, negative) if cfg.guidance else real
+            scores = (fake, real, unconditional, cfg.guidance)
+            gradient = dmd_gradient(x0, *scores)
+            loss = dmd_loss(x0, gradient) if cfg.stage == "dmd" else sid_loss(x0, *scores, cfg.alpha)
+            (grad,) = torch.autograd.grad(loss, x0)
+            blocks = replay(self.generator, context, self.sigmas[exit_step], trace, self.cache)
+            for block, part in zip(blocks, reversed(grad.split(self.blocks, 2)), strict=True):
+                block.backward(part.to(block.dtype))
+            x0 = x0.detach()
+            rows.append(
+                {
+                    "loss": loss.detach().float(),
+                    "gradient": gradient.abs().mean(),
+                    "x0_std_first": x0[:, :, : self.blocks[0]].std(),
+                    "x0_std_last": x0[:, :, -self.blocks[-1] :].std(),
+                    "x0_mean": x0.mean(),
+                    "x0_motion": x0.diff(dim=2).square().mean(),
+                }
+            )
+        return average(rows) | {"norm": self.update("generator", step)}
+
+    def critic_phase(self, step: int) -> dict[str, Tensor]:
+        """One flow-matching step of the critic on the generator's rollouts."""
+        rows = []
+        for draws, items, context in self.micro_batches(step, "critic"):
+            first, x0, _, _ = self.generate(step, "critic", draws, items, context)
+            xs, level, noise = self.noised(draws, first, x0)
+            v = self.critic(xs, level, context)[:, :, self.cfg.first :]
+            loss = critic_loss(v, x0, noise[:, :, self.cfg.first :])
+            loss.backward()
+            high = (level[:, -1] > 0.8).float().mean()  # critic loss by level: mean of loss and loss at high levels
+            rows.append({"critic_loss": loss.detach(), "critic_high": high * loss.detach(), "critic_share_high": high})
+        return average(rows) | {"critic_norm": self.update("critic", step)}
+
+    def update(self, who: str, step: int) -> Tensor:
+        """The optimizer's step, after all micro-batches; returns the gradient norm."""
+        cfg, optimizer = self.cfg, self.optimizers[who]
+        if step == 0:
+            unreached = optimizer.missing()
+            assert not unreached, f"no gradient reaches {unreached[:3]} and {len(unreached)} parameters in all"
+        base = cfg.lr if who == "generator" else cfg.critic_lr
+        decay = 0.5 * (1 + math.cos(math.pi * step / cfg.steps)) if cfg.decay else 1.0
+        optimizer.lr = base * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
+        micro_batches = len(self.world.share(cfg.batch)) // cfg.micro_batch
+        return optimizer.step(1 / micro_batches, cfg.clip, cfg.ema if step >= cfg.ema_start else 0.0)
+
+    def iteration(self, step: int) -> dict[str, Tensor]:
+        if not self.distilling:
+            return self.ode_phase(step) if self.cfg.stage == "ode" else self.flow_phase(step)
+        metrics = self.generator_phase(step) if step % self.cfg.ratio == 0 else {}
+        return metrics | self.critic_phase(step)
+
+
+def average(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
