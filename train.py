@@ -34,6 +34,7 @@ from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.weights import load_vae, save_dit
 
 STAGES = ("teacher", "ar", "ode", "dmd", "sid")
+SHOWN = ("loss", "critic_loss", "norm", "mfu", "gib")  # in the progress line; metrics.jsonl has everything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,18 +256,13 @@ def main(cfg: Config, world: fsdp.World) -> int:
             raise FloatingPointError(f"not finite at step {step}, rank {where}: {metrics}; last checkpoint: {last}")
 
         seconds, done = time.perf_counter() - began, step + 1
-        metrics |= {
-            "step": step,
-            "seconds": seconds,
-            "mfu": flop[kind] / seconds / ceiling,
-            "gib": memory_gib(world.device),
-        }
+        metrics |= {"step": step, "seconds": seconds, "gib": memory_gib(world.device)}
+        if kind in flop:
+            metrics["mfu"] = flop[kind] / seconds / ceiling
         if leading:
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-            bar.set_postfix(
-                {k: f"{v:.3g}" for k, v in metrics.items() if k in ("loss", "critic_loss", "norm", "mfu", "gib")}
-            )
+            bar.set_postfix({k: f"{metrics[k]:.3g}" for k in SHOWN if k in metrics})
         stop = world.stop_requested()
         if cfg.sample_prompts and cfg.vae and done % cfg.sample_every == 0:
             sample_videos(run, vae, out / "samples", done)

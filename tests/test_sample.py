@@ -3,6 +3,7 @@
 Also the two switches that only sample.py and bench.py use: --compile (fuse.py) and --fp8 (fp8.py).
 """
 
+import gc
 import hashlib
 import json
 import re
@@ -31,7 +32,16 @@ from wan5b.vae22 import VAE22, VAEConfig, add_residual_
 from wan5b.weights import load_dit, load_vae, save_dit
 
 SCRIPT = Path(sample.__file__)
-SIZE = (64, 96)
+SIZE = (32, 64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """imageio collects garbage whenever it closes a video: a quarter of a second unless torch's objects are frozen."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +69,16 @@ def run(release, tmp_path):
 
     def call(*options, out="a", size=True):
         base = ["--release", release, "--device", "cpu", "--latents", "--out", tmp_path / out]
-        base += ["--prompt", "a red ball", "--frames", 21] + ["--size", "64x96"] * size
+        base += ["--prompt", "a red ball", "--frames", 21] + ["--size", "32x64"] * size
         code = sample.main(sample.parse([str(option) for option in (*base, *options)]))
         return code or read(tmp_path / out)
 
     return call
+
+
+def blurred(frames):
+    """Means over 8x8 pixels: finer noise, which random networks make, is lost in the codec."""
+    return frames.reshape(len(frames), SIZE[0] // 8, 8, SIZE[1] // 8, 8, 3).mean((2, 4))
 
 
 def save_picture(path, height=50, width=70, seed=0):
@@ -72,14 +87,14 @@ def save_picture(path, height=50, width=70, seed=0):
     return path
 
 
-def first_pass(*_, **__):
-    raise AssertionError("a network is loaded before the options are checked")
+def forbidden(*_, **__):
+    raise AssertionError("called")
 
 
 @pytest.fixture
 def no_networks(monkeypatch):
     for name in ("load_t5", "load_vae", "load_dit", "random_networks"):
-        monkeypatch.setattr(sample, name, first_pass)
+        monkeypatch.setattr(sample, name, forbidden)
 
 
 # ------------------------------------------------------------------------------------------------- text to video
@@ -88,7 +103,7 @@ def no_networks(monkeypatch):
 def test_text_to_video(run, tmp_path):
     made = run("--frames", 33, "--seed", 5)
     assert made.frames.shape == (33, *SIZE, 3)
-    assert made.latents.shape == (1, 48, 9, 4, 6)
+    assert made.latents.shape == (1, 48, 9, 2, 4)
     meta = iio.immeta(tmp_path / "a.mp4", plugin="pyav")
     assert (meta["fps"], meta["duration"]) == (24, pytest.approx(33 / 24, abs=1e-3))
     record, settings = made.record, made.record["settings"]
@@ -107,10 +122,10 @@ def test_text_to_video(run, tmp_path):
 
 
 def test_frames_are_the_latents_decoded_as_a_whole(run, vae):
-    """In order, with no seam between chunks. Means over 8x8 pixels: the codec loses the noise of random networks."""
+    """In order, with no seam between chunks."""
     made = run("--frames", 33, "--window", 6)
     expected = media.to_frames(vae.decode(made.latents)[0]).numpy()
-    ours, whole = (x.reshape(33, 8, 8, 12, 8, 3).mean((2, 4)) for x in (made.frames, expected))
+    ours, whole = blurred(made.frames), blurred(expected)
     distance = np.abs(ours[:, None] - whole[None]).mean((2, 3, 4))
     assert distance.diagonal().max() < 4
     assert np.array_equal(distance.argmin(1), np.arange(33))
@@ -120,7 +135,7 @@ def test_prompts_and_seeds(run, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n  a blue square \r\n\n雨中的街道\n", encoding="utf-8")
     options = ("--prompts", tmp_path / "prompts.txt", "--seed", 1, 22, 1, "--frames", 9)
     with pytest.raises(FileNotFoundError):
-        run(*options)  # the clips have longer names than --out
+        run(*options)  # of the reader: the clips have longer names than --out
     names = [f"a-{i:03d}-{seed}" for i in range(3) for seed in (1, 22)]
     assert sorted(file.stem for file in tmp_path.glob("*.mp4")) == names
     clips = [read(tmp_path / name) for name in names]
@@ -133,7 +148,7 @@ def test_prompts_and_seeds(run, tmp_path, capsys):
     # No clip depends on its company: each can be repeated alone.
     assert sample.main(sample.parse(["--settings", str(tmp_path / f"{names[5]}.json"), "--out", f"{tmp_path}/b"])) == 0
     assert read(tmp_path / "b").record["latents_sha256"] == clips[5].record["latents_sha256"]
-    with pytest.raises(ValueError, match=f"{names[5]}.json exists"):  # a repetition names the same file
+    with pytest.raises(ValueError, match=f"{names[5]}.mp4 exists"):  # a repetition names the same file
         sample.main(sample.parse(["--settings", str(tmp_path / f"{names[5]}.json")]))
     with pytest.raises(ValueError, match="a-000-1.mp4 exists"):
         run(*options)
@@ -154,12 +169,16 @@ def test_renoising_does_not_repeat_the_noise(run, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["few", "bidirectional"])
-def test_low_memory_gives_the_same(run, mode, tmp_path):
+def test_low_memory_gives_the_same(run, mode, tmp_path, monkeypatch):
     save_picture(tmp_path / "a.gif")
     options = ("--mode", mode, "--steps", 2, "--frames", 25, "--image", tmp_path / "a.gif")
+    add, given = media.VideoWriter.add, []
+    monkeypatch.setattr(media.VideoWriter, "add", lambda self, frames: given.append(frames) or add(self, frames))
     made, held = run(*options), run(*options, "--low-memory", out="held")
     assert made.record["latents_sha256"] == held.record["latents_sha256"]
-    assert np.array_equal(made.frames, held.frames)
+    streamed, late = torch.cat(given).chunk(2)
+    assert torch.equal(streamed, late)
+    assert len(made.frames) == len(held.frames) == 25
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -187,11 +206,11 @@ def test_order_of_memory(run, monkeypatch, low_memory):
 def test_a_single_frame_and_a_sheet(run, tmp_path):
     made = run("--frames", 1, "--block", 1, "--sheet")
     assert made.frames.shape == (1, *SIZE, 3)
-    assert iio.imread(tmp_path / "a.png").shape == (64, 4 * 96, 3)
+    assert iio.imread(tmp_path / "a.png").shape == (32, 4 * 64, 3)
     run("--frames", 33, "--sheet", out="long")
     sheet = iio.imread(tmp_path / "long.png")
-    assert sheet.shape == (4 * 64, 4 * 96, 3)
-    assert np.unique(sheet.reshape(4, 64, 4, 96, 3).mean((1, 3, 4))).size == 16  # 16 different frames
+    assert sheet.shape == (4 * 32, 4 * 64, 3)
+    assert np.unique(sheet.reshape(4, 32, 4, 64, 3).mean((1, 3, 4))).size == 16  # 16 different frames
 
 
 # -------------------------------------------------------------------------------------------------- given frames
@@ -204,14 +223,14 @@ def test_image_to_video(run, tmp_path, vae):
         assert clip.record["blocks"] == [3]
         first = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
         assert torch.equal(clip.latents[:, :, :1], first)
-    assert rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-3  # the rest depends on the image
+    assert rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-5  # the rest depends on the image
 
 
 def test_size_follows_the_image(run, tmp_path, monkeypatch):
     given = np.zeros((1, 720, 1280, 3), np.uint8)
     assert sample.picture_size(sample.parse([]), given) == (704, 1248)
     assert sample.picture_size(sample.parse([]), None) == (704, 1280)
-    assert sample.picture_size(sample.parse(["--size", "64X96"]), given) == SIZE
+    assert sample.picture_size(sample.parse(["--size", "32X64"]), given) == SIZE
     fitting = media.fitting_size
     monkeypatch.setattr(media, "fitting_size", lambda height, width: fitting(height, width, 64 * 128))
     made = run("--image", save_picture(tmp_path / "high.png", 300, 150), "--frames", 13, size=False)
@@ -263,7 +282,7 @@ def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
     prompts = sample.encode_prompts(
         sample.load_t5(release), sample.Tokenizer(sample.tokenizer_path(release)), ["a red ball"]
     )
-    noise, sigma = randn(1, 48, 2, 4, 6, seed=3), sampling_sigmas(1)[0]
+    noise, sigma = randn(1, 48, 2, 2, 4, seed=3), sampling_sigmas(1)[0]
     with torch.no_grad():
         v = load_dit(release)(noise, int(1000 * sigma) / 1000, prompts.float())
     assert rel(made.latents, noise - sigma * v) < 1e-4
@@ -272,7 +291,7 @@ def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
 def test_metadata_of_an_export(run, release, tmp_path):
     weights = tmp_path / "export.safetensors"
     save_dit(load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1})
-    args = ["--release", str(release), "--weights", str(weights), "--prompt", "a", "--size", "64x96", "--device", "cpu"]
+    args = ["--release", str(release), "--weights", str(weights), "--prompt", "a", "--size", "32x64", "--device", "cpu"]
 
     def record(*options):
         assert sample.main(sample.parse([*args, "--overwrite", "--out", f"{tmp_path}/a.mp4", *options])) == 0
@@ -307,7 +326,7 @@ def test_window_bounds_the_memory(run, monkeypatch):
     every = run(*long, out="c")
     assert made == [6, 30, 30]
     assert rel(window.latents, whole.latents) < 1e-5
-    assert rel(window.latents, every.latents) > 1e-3
+    assert rel(window.latents, every.latents) > 1e-4
     run("--window", 100, out="d")
     assert made[3] == 6, "a window beyond the clip needs no memory beyond the clip"
 
@@ -364,7 +383,7 @@ def test_failure_leaves_a_playable_part_under_no_final_name(run, tmp_path, monke
 
 def test_ctrl_c_in_a_terminal(tmp_path):
     """The signal itself, at whatever moment it comes."""
-    options = "--random-weights --preset tiny --size 64x96 --frames 4001 --block 1 --window 3 --prompt a --device cpu"
+    options = "--random-weights --preset tiny --size 32x64 --frames 4001 --block 1 --window 3 --prompt a --device cpu"
     command = [sys.executable, SCRIPT, *options.split(), "--out", tmp_path / "a"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         bar = ""
@@ -510,7 +529,7 @@ def test_default_length(mode, given, size, first, expected):
 
 
 def test_pieces_are_not_compiled_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(torch, "compile", first_pass)
+    monkeypatch.setattr(torch, "compile", forbidden)
     h, bias, x = randn(2, 3), randn(3), randn(2, 3)
     assert torch.equal(add_residual_(h.clone(), bias, x), h + bias + x)
 
@@ -580,7 +599,7 @@ def test_fp8_linear_on_the_gpu():
 @gpu
 def test_clip_on_the_gpu(tmp_path):
     """bfloat16, pinned copies beside the stream: the mp4 shows the decoded latents, and twice the same bytes."""
-    options = "--random-weights --preset tiny --size 64x96 --frames 33 --prompt a --latents --window 6 --device cuda"
+    options = "--random-weights --preset tiny --size 32x64 --frames 33 --prompt a --latents --window 6 --device cuda"
     for name in ("a", "b"):
         assert sample.main(sample.parse([*options.split(), "--out", str(tmp_path / name)])) == 0
     made = read(tmp_path / "a")
@@ -588,5 +607,4 @@ def test_clip_on_the_gpu(tmp_path):
     _, decoder = sample.random_networks("tiny", torch.device("cuda"), torch.bfloat16)
     assert isinstance(decoder.cfg, VAEConfig)
     expected = media.to_frames(decoder.bfloat16().decode(made.latents.cuda())[0]).cpu().numpy()
-    ours, whole = (x.reshape(33, 8, 8, 12, 8, 3).mean((2, 4)) for x in (made.frames, expected))
-    assert np.abs(ours - whole).mean((1, 2, 3)).max() < 6
+    assert np.abs(blurred(made.frames) - blurred(expected)).mean((1, 2, 3)).max() < 6

@@ -1,0 +1,403 @@
+"""prepare.py on a tiny release: what it writes, that it goes on where it stopped, what it refuses."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import prepare
+import pytest
+import torch
+from common import rel
+from release import DIT, make_release, write_dit
+
+from wan5b.data import Store, TextStore, read_clips, rng, write_shard
+from wan5b.distill import guided, rollout
+from wan5b.flow import few_step_sigmas, shift_sigma, solve
+from wan5b.kvcache import KVCache
+from wan5b.media import fit
+from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
+from wan5b.weights import load_dit, load_t5, load_vae, save_dit, tokenizer_path
+
+PROMPTS = ["a red fox", "a blue bird flies", "rain", "a red fox", "snow on a hill"]
+SMALL = ["--size", "32x64", "--frames", "9"]  # 3 latent frames of 2 x 4
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return make_release(tmp_path_factory.mktemp("release") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def embeddings(release, prompts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("text") / "text"
+    run("text", "--release", release, "--prompts", prompts, "--per-shard", "2", "--out", out)
+    return out
+
+
+def run(*arguments) -> None:
+    prepare.main(prepare.parse([str(argument) for argument in arguments]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def video(path, count, fps=24, size=(48, 96), seed=0):
+    """A file (or a folder of PNGs) of smooth moving colours. Returns the frames of the folder."""
+    t, y, x = np.mgrid[:count, : size[0], : size[1]]
+    wave = np.stack([np.sin(0.1 * (x + seed) + 0.3 * t), np.cos(0.1 * y - 0.2 * t), np.sin(0.05 * (x + y))], -1)
+    frames = (127.5 * (1 + wave)).astype(np.uint8)
+    if path.suffix:
+        iio.imwrite(path, frames, plugin="pyav", fps=fps, codec="libx264")
+        return None
+    path.mkdir()
+    for i, frame in enumerate(frames):
+        iio.imwrite(path / f"{i}.png", frame)
+    return frames
+
+
+# ----------------------------------------------------------------------------------------------------- commands
+
+
+def test_text(release, embeddings):
+    store = TextStore(embeddings)
+    assert store.prompts == [NEGATIVE_PROMPT, "", *dict.fromkeys(PROMPTS)]  # each once
+    assert store.facts == {"model": "tiny", "negative": NEGATIVE_PROMPT}
+    assert sorted(contents(embeddings)) == [f"0000{i}.safetensors" for i in range(3)]
+    encoder, tokenizer = load_t5(release), Tokenizer(tokenizer_path(release))
+    for i in range(0, 6, 2):  # as they were batched: the rounding may depend on it
+        pair = store.prompts[i : i + 2]
+        context = encode_prompts(encoder, tokenizer, pair)
+        assert torch.equal(store.batch(pair, 512, torch.bfloat16), context)
+        for prompt, length in zip(pair, tokenizer(pair)[1].sum(1), strict=True):
+            assert store[prompt].shape == (length, 64)
+
+
+def test_text_of_a_stores_captions(release, tmp_path):
+    write_shard(tmp_path / "latents" / "0.safetensors", {"latent": torch.zeros(2, 1)}, ["a cat", "a cat"])
+    run(
+        "text", "--release", release, "--prompts", tmp_path / "latents", "--negative", "bad", "--out", tmp_path / "text"
+    )
+    assert TextStore(tmp_path / "text").prompts == ["bad", "", "a cat"]
+
+
+def test_latents(release, tmp_path, capsys):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    video(clips / "fast.mp4", 30, fps=30)  # 24 frames at 24 fps: two clips of 9
+    video(clips / "short.mp4", 8)
+    images = video(clips / "still", 9)
+    (clips / "zz.mp4").write_bytes(b"damaged" * 500)
+    for name in ("fast", "short", "still", "zz"):
+        (clips / f"{name}.txt").write_text(f" a {name}\nclip\n")
+    options = [*SMALL, "--clips", 3, "--dtype", "float32", "--per-shard", 3]
+    run("latents", "--release", release, "--videos", clips, *options, "--out", tmp_path / "out")
+
+    assert "skipped 2 videos" in (printed := capsys.readouterr().out)
+    assert "short.mp4 has 8 frames at 24 fps, fewer than 9" in printed
+    assert "zz.mp4" in printed
+    store = Store(tmp_path / "out")
+    assert store.prompts == ["a fast clip", "a fast clip", "a still clip"]  # and a shard without any
+    facts = {"frames": 9, "fps": 24.0, "clips": 3, "dtype": "float32", "model": "tiny", "size": [32, 64]}
+    assert store.facts == facts
+    assert store.shapes == {"latent": (48, 3, 2, 4)}
+    vae = load_vae(release)
+    for item, frames in zip(store, [*read_clips(clips / "fast.mp4", 9, 24, 3), images], strict=True):
+        assert torch.equal(item["latent"], vae.encode(fit(frames, 32, 64)[None])[0])
+
+    lines = [{"video": "clips/still", "caption": "stands "}, {"video": str(clips / "fast.mp4"), "caption": "红"}]
+    listing = tmp_path / "list.jsonl"
+    listing.write_text("\n".join(map(json.dumps, lines)))
+    run("latents", "--release", release, "--videos", listing, *SMALL, "--out", tmp_path / "listed")
+    listed = Store(tmp_path / "listed")
+    assert listed.prompts == ["stands", "红"]
+    for i, j in ((0, 2), (1, 0)):
+        assert torch.equal(listed[i]["latent"], store[j]["latent"].bfloat16())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_trajectories(release, embeddings, tmp_path, causal):
+    out = tmp_path / "out"
+    options = [
+        "--steps",
+        "12",
+        "--seed",
+        "7",
+        "--guidance",
+        "2",
+        "--batch",
+        "2",
+        *["--causal", "--block", "1"] * causal,
+    ]
+    run("trajectories", "--release", release, "--text", embeddings, *SMALL, *options, "--out", out)
+    store, text = Store(out), TextStore(embeddings)
+    assert store.prompts == list(dict.fromkeys(PROMPTS))  # neither the negative prompt nor the empty one
+    assert store.shapes == {"x": (5, 48, 3, 2, 4)}
+    assert store.facts == {
+        "frames": 9,
+        "guidance": 2.0,
+        "steps": 12,
+        "shift": 5.0,
+        "seed": 7,
+        "causal": causal,
+        "dtype": "float32",
+        "model": "tiny",
+        "trained": {},
+        "negative": NEGATIVE_PROMPT,
+        "size": [32, 64],
+        "sigmas": few_step_sigmas(),
+        "blocks": [1, 1, 1] if causal else [3],
+    }
+
+    model, sigmas = load_dit(release), [shift_sigma(1 - i / 12) for i in range(13)]
+    x = torch.stack([item["x"] for item in store])  # [4, 5, C, T, H, W]
+    noise = torch.stack([torch.randn(48, 3, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(4)])
+    assert torch.equal(x[:, 0], noise)
+    i = [1, 2]  # not the pair that was batched
+    context = text.batch([store.prompts[k] for k in i] + [NEGATIVE_PROMPT] * 2, 512)
+    field = guided(model, 2.0)
+    with torch.no_grad():
+        if causal:
+            tokens = model.cfg.tokens_per_frame(2, 4)
+            cache = KVCache(model.cfg, 4, 3, tokens)
+            blocks = list(rollout(field, noise[i], context, sigmas, [1, 1, 1], cache, solver="euler"))
+            end = torch.cat(blocks, 2)
+            # the middle of the second block, by hand: behind the first one's end
+            cache = KVCache(model.cfg, 4, 3, tokens)
+            field(blocks[0], 0.0, context, cache=cache)
+            cache.commit(1)
+            half = noise[i][:, :, 1:2]
+            for a, b in zip(sigmas[:6], sigmas[1:7], strict=True):
+                half = half + (b - a) * field(half, a, context, cache=cache)
+            assert rel(x[i, 2][:, :, 1:2], half) < 1e-5
+        else:
+            end = solve(lambda x, sigma: field(x, sigma, context), noise[i], sigmas, "euler")
+            half = solve(lambda x, sigma: field(x, sigma, context), noise[i], sigmas[:7], "euler")
+            assert rel(x[i, 2], half) < 1e-5
+    assert rel(x[i, 4], end) < 1e-5
+    assert rel(x[i, 3], end) > 0.05  # the levels differ
+
+
+def test_levels_are_exact():
+    for steps in (4, 12, 48, 100):
+        sigmas = [shift_sigma(1 - i / steps, 5.0) for i in range(steps + 1)]
+        assert sigmas[:: steps // 4] == few_step_sigmas()
+
+
+def test_trajectories_of_an_export(release, embeddings, tmp_path):
+    """The weights' own record goes with the trajectories, which may be stored as bfloat16."""
+    save_dit(load_dit(release), tmp_path / "ar.safetensors", {"stage": "ar", "step": 3})
+    common = ["--text", embeddings, *SMALL, "--steps", "4", "--release", release]
+    run(
+        "trajectories",
+        *common,
+        "--out",
+        tmp_path / "a",
+        "--dtype",
+        "bfloat16",
+        "--weights",
+        tmp_path / "ar.safetensors",
+    )
+    run("trajectories", *common, "--out", tmp_path / "b")
+    a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
+    assert a.facts["trained"] == {"stage": "ar", "step": 3}
+    assert a.facts["model"] == "ar.safetensors"
+    assert torch.equal(a[1]["x"], b[1]["x"].bfloat16())
+
+
+# ------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", ["text", "latents", "trajectories"])
+def test_going_on_gives_the_same_files(kind, processes, release, prompts, embeddings, tmp_path, monkeypatch):
+    if kind == "latents":
+        (tmp_path / "clips").mkdir()
+        for i in range(3):
+            video(tmp_path / "clips" / f"{i}.mp4", 9, seed=10 * i)
+            (tmp_path / "clips" / f"{i}.txt").write_text(f"clip {i}")
+    command = {
+        "text": ["text", "--prompts", prompts, "--per-shard", "2"],
+        "latents": ["latents", "--videos", tmp_path / "clips", *SMALL, "--per-shard", "1"],
+        "trajectories": ["trajectories", "--text", embeddings, *SMALL, "--steps", "4", "--per-shard", "1"],
+    }[kind] + ["--release", release]
+    run(*command, "--out", tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    assert len(expected) >= 3
+
+    out, made = tmp_path / "parts", []
+
+    def stop_at_the_second(path, *args, **facts):
+        if made:
+            raise KeyboardInterrupt
+        made.append(path.name)
+        write_shard(path, *args, **facts)
+
+    with monkeypatch.context() as m:
+        m.setattr(prepare, "write_shard", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(*command, "--out", out)
+    assert list(contents(out)) == made == ["00000.safetensors"]
+    stamp = (out / made[0]).stat().st_mtime_ns
+    monkeypatch.setattr(prepare, "WORLD_SIZE", processes)
+    for rank in reversed(range(processes)):
+        monkeypatch.setattr(prepare, "RANK", rank)
+        run(*command, "--out", out)
+        if (rank, processes) == (1, 2):
+            assert set(contents(out)) == {name for i, name in enumerate(sorted(expected)) if i % 2} | set(made)
+    assert contents(out) == expected
+    assert (out / made[0]).stat().st_mtime_ns == stamp  # not made again
+
+
+def test_a_longer_list_goes_on_at_whole_shards(release, tmp_path):
+    command = [
+        "text",
+        "--release",
+        release,
+        "--prompts",
+        tmp_path / "p.txt",
+        "--per-shard",
+        "2",
+        "--out",
+        tmp_path / "o",
+    ]
+    (tmp_path / "p.txt").write_text("a\nb")
+    run(*command)
+    before = contents(tmp_path / "o")
+    (tmp_path / "p.txt").write_text("a\nb\nc")
+    run(*command)
+    assert before.items() < contents(tmp_path / "o").items()
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(ValueError, match="00002.safetensors was made of other inputs.*or delete it"):
+        run(*command)
+    (tmp_path / "o" / "00002.safetensors").unlink()
+    run(*command)
+    assert TextStore(tmp_path / "o").prompts[2:] == list("abcd")
+
+
+def test_the_script_stops_and_fails_politely(release, embeddings, tmp_path):
+    script = [
+        sys.executable,
+        "prepare.py",
+        "trajectories",
+        "--release",
+        str(release),
+        *SMALL,
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    failed = subprocess.run([*script, "--text", "nowhere"], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("prepare.py: error: nowhere is no folder")
+    assert failed.stderr.count("\n") == 1
+
+    command = [*script, "--text", str(embeddings), "--steps", "20000", "--per-shard", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in iter(lambda: process.stderr.read(1), ""):
+        if line == "%":  # the progress bar: at work
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed.endswith("prepare.py: stopped; the same command goes on\n")
+    assert not (tmp_path / "o").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+def test_errors_of_options(release, embeddings, prompts, tmp_path):
+    def refused(match, *arguments):
+        with pytest.raises(ValueError, match=match):
+            run(*arguments, "--release", release, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    ode = ["trajectories", "--text", embeddings, *SMALL]
+    for size, frames in (("30x64", 9), ("64", 9), ("0x64", 9), ("axb", 9), ("32x64", 8), ("32x64", -3)):
+        given = f"--size {size}, --frames {frames}: the size must be HEIGHTxWIDTH in multiples of 32, the frames 4k . 1"
+        refused(given, "trajectories", "--text", embeddings, "--size", size, "--frames", frames)
+        refused(given, "latents", "--videos", tmp_path, "--size", size, "--frames", frames)
+    refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
+    refused("--steps 0 must", *ode, "--steps", 0)
+    refused("3 latent frames do not divide into blocks of 2; nearest valid: 2 or 4", *ode, "--causal", "--block", 2)
+    refused("--per-shard and --batch must be at least 1", *ode, "--per-shard", 0)
+    refused("--per-shard and --batch must be at least 1", "text", "--prompts", prompts, "--batch", -1)
+    refused("nowhere is no folder", "trajectories", "--text", tmp_path / "nowhere")
+    refused("cannot read .*nowhere", "text", "--prompts", tmp_path / "nowhere")
+    refused("no such file or folder", *ode, "--weights", tmp_path / "nowhere.safetensors")
+    refused("cannot read .*nowhere", "latents", "--videos", tmp_path / "nowhere", *SMALL)
+    with pytest.raises(ValueError, match="spiece.model: no such file"):
+        run("text", "--prompts", prompts, "--release", tmp_path, "--out", tmp_path / "out")
+
+
+def test_errors_of_another_latent_space(release, embeddings, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_dit(other, replace(DIT, in_dim=16, out_dim=16))
+    with pytest.raises(ValueError, match="16 latent channels where 48 are needed"):
+        run("trajectories", "--release", other, "--text", embeddings, *SMALL, "--out", tmp_path / "out")
+
+
+def test_errors_of_video_lists(release, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+
+    def refused(match, videos):
+        with pytest.raises(ValueError, match=match):
+            run("latents", "--release", release, "--videos", videos, *SMALL, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    refused("clips names 0 videos", clips)
+    (clips / "a.mp4").touch()
+    refused("cannot read .*a.txt", clips)
+    listing = tmp_path / "list.jsonl"
+    for line in (
+        "video.mp4",
+        "[1]",
+        '{"video": "clips/a.mp4"}',
+        '{"video": 1, "caption": "x"}',
+        '{"video": "a", "caption": 1}',
+    ):
+        listing.write_text(line)
+        refused("every line of .*list.jsonl must be", listing)
+    listing.write_text('{"video": "clips/a.mp4", "caption": "x"}\n{"video": "clips/b.mp4", "caption": "x"}')
+    refused("names 2 videos, of which 1 are missing: .*b.mp4", listing)
+
+
+def test_errors_of_a_folder_with_other_shards(release, embeddings, prompts, tmp_path):
+    out = tmp_path / "out"
+    command = ["trajectories", "--release", release, "--text", embeddings, *SMALL, "--steps", "4", "--out", out]
+    run(*command)
+    before = contents(out)
+    for change, match in {
+        ("--guidance", 5): "with other options: guidance 6.0 and 5.0; choose another --out",
+        ("--seed", 1): "seed 0 and 1",
+        ("--dtype", "bfloat16"): "dtype float32 and bfloat16",
+        ("--per-shard", 2): "of other inputs, or with another --per-shard",
+    }.items():
+        with pytest.raises(ValueError, match=f"00000.safetensors was made .*{match}"):
+            run(*command, *change)
+    with pytest.raises(ValueError, match="with other options: .*steps 4 and None"):
+        run("text", "--release", release, "--prompts", prompts, "--out", out)
+    assert contents(out) == before
+    shutil.copy(out / "00000.safetensors", out / "00007.safetensors")
+    with pytest.raises(ValueError, match="00007.safetensors was made of other inputs"):
+        run(*command)
+    (out / "00007.safetensors").write_bytes(before["00000.safetensors"][:-9])
+    with pytest.raises(ValueError, match="00007.safetensors is damaged"):
+        run(*command)
