@@ -10,6 +10,7 @@
 Stop it at will: the same command goes on, and what is lost is the shard at work. A folder takes one kind of shards,
 made with one set of options. Videos are files with the caption beside (fox.mp4, fox.txt), folders of images likewise
 (fox/, fox.txt), or lines {"video": path, "caption": text} of a .jsonl file. wan5b/data.py says what a shard holds.
+Trajectories of 81 frames of 704x1280 take 14 GB of GPU memory for every prompt of --batch, beside the model's 10.
 """
 
 import argparse
@@ -80,8 +81,7 @@ def latent_size(args: argparse.Namespace) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip."""
     sides = [int(side) if side.isdecimal() else 0 for side in args.size.lower().split("x")]
     if len(sides) != 2 or not all(sides) or any(side % 32 for side in sides) or args.frames % 4 != 1 or args.frames < 1:
-        given = f"--size {args.size}, --frames {args.frames}"
-        raise ValueError(f"{given}: the size must be HEIGHTxWIDTH in multiples of 32, the frames 4k + 1")
+        raise ValueError(f"sizes are HEIGHTxWIDTH in multiples of 32, frames 4k + 1; got {args.size}, {args.frames}")
     return (args.frames + 3) // 4, sides[0] // 16, sides[1] // 16
 
 
@@ -147,9 +147,7 @@ def latents(args: argparse.Namespace) -> None:
     videos = list_videos(Path(args.videos))
     missing = [path for path, _ in videos if not Path(path).exists()]
     if missing or not videos:
-        raise ValueError(
-            f"{args.videos} names {len(videos)} videos, of which {len(missing)} are missing: {missing[:3]}"
-        )
+        raise ValueError(f"{args.videos} names {len(videos)} videos, {len(missing)} of them missing: {missing[:3]}")
     facts = {name: getattr(args, name) for name in ("frames", "fps", "clips", "dtype")}
     facts |= {"model": Path(args.release).resolve().name, "size": [16 * height, 16 * width]}
     todo = pending(args, videos, facts)
@@ -209,14 +207,15 @@ def trajectories(args: argparse.Namespace) -> None:
     todo = pending(args, list(enumerate(prompts)), facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)
-    field, tokens = guided(model, args.guidance), model.cfg.tokens_per_frame(height, width)
+    tokens = model.cfg.tokens_per_frame(height, width)
 
     def generate(numbered: list[tuple[int, str]]):
         prompts = [prompt for _, prompt in numbered]
         context = store.batch(prompts + [negative] * len(prompts), model.cfg.text_len, dtype).to(DEVICE)
-        shape = (model.cfg.in_dim, frames, height, width)
-        noise = [torch.randn(shape, generator=rng("cpu", args.seed, "trajectory", i)) for i, _ in numbered]
+        draws = [rng("cpu", args.seed, "trajectory", i) for i, _ in numbered]
+        noise = [torch.randn(model.cfg.in_dim, frames, height, width, generator=draw) for draw in draws]
         cache = KVCache(model.cfg, len(context), frames, tokens, device=DEVICE, dtype=dtype)
+        field = guided(model, args.guidance)
         x = integrate(field, torch.stack(noise).to(DEVICE), context, sigmas, kept, blocks, cache)
         return {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
 
@@ -226,7 +225,7 @@ def trajectories(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     args.run(args)
-    print(f"{args.out}: {len(Store(args.out))} items so far")
+    print(f"{args.out} holds {len(list(Path(args.out).glob('*.safetensors')))} shards")
 
 
 if __name__ == "__main__":

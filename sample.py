@@ -181,17 +181,12 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
     tokens = model.cfg.tokens_per_frame(height, width)
     cache = KVCache(model.cfg, len(context), frames, tokens, args.window, args.sink, context.device, context.dtype)
     rng = torch.Generator(context.device).manual_seed(seed ^ 0x5EED)  # on the CPU, `seed` would repeat the noise
-    finished = rollout(
-        field,
-        noise,
-        context,
-        sigmas,
-        blocks,
-        cache,
-        renoise=lambda block, step, like: torch.randn(like.shape, generator=rng, device=like.device),
-        first=clean,
-        solver=None if args.mode == "few" else args.solver,
-    )
+
+    def renoise(block, step, like):
+        return torch.randn(like.shape, generator=rng, device=like.device)
+
+    solver = None if args.mode == "few" else args.solver
+    finished = rollout(field, noise, context, sigmas, blocks, cache, renoise=renoise, first=clean, solver=solver)
     for _, x0 in zip(blocks, finished, strict=False):  # in this order: nothing asks for the last block's commit
         yield x0
 
@@ -244,9 +239,8 @@ def main(args: argparse.Namespace) -> int:
     for name in ("block", "window", "steps", "shift", "fps"):
         if vars(args)[name] is not None and vars(args)[name] <= 0:
             raise ValueError(f"--{name} {vars(args)[name]}: must be above 0")
-    prompts = args.prompt + (
-        [line for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
-    )
+    lines = read_text(args.prompts).splitlines() if args.prompts else []
+    prompts = [*args.prompt, *filter(str.strip, lines)]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one a line")
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import typing
 from pathlib import Path
 
 import torch
@@ -27,13 +28,24 @@ from tqdm import tqdm
 from sample import generate
 from wan5b import fsdp, media
 from wan5b.data import rng
+from wan5b.dit import PRESETS
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
 from wan5b.kvcache import block_sizes
 from wan5b.stages import Run
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.weights import load_vae, save_dit
 
-STAGES = ("teacher", "ar", "ode", "dmd", "sid")
+CHOICES = {  # of the keys that take one of a few values
+    "stage": ("teacher", "ar", "ode", "dmd", "sid"),
+    "preset": tuple(PRESETS),
+    "first": (0, 1),
+    "forcing": ("teacher", "diffusion"),
+    "context": ("self", "data"),
+    "device": ("cuda", "cpu"),
+    "dtype": ("bfloat16", "float32"),
+}
+AT_LEAST_1 = ("frames", "height", "width", "block", "steps", "batch", "micro_batch", "ratio")
+AT_LEAST_1 += ("save_every", "keep", "sample_every")
 SHOWN = ("loss", "critic_loss", "norm", "mfu", "gib")  # in the progress line; metrics.jsonl has everything
 
 
@@ -91,6 +103,14 @@ class Config:
     sample_prompts: tuple[str, ...] = ()
     sample_guidance: float = 5.0  # of the stages sampled with CFG
 
+    def __post_init__(self):
+        for key, known in CHOICES.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} must be one of {', '.join(map(str, known))}, got {getattr(self, key)!r}")
+        for key in AT_LEAST_1:
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+
 
 def parse(arguments: list[str]) -> Config:
     """A TOML file and key=value overrides -> Config. ValueError for unknown keys and wrong types."""
@@ -99,7 +119,9 @@ def parse(arguments: list[str]) -> Config:
     try:
         values = tomllib.loads(Path(arguments[0]).read_text(encoding="utf-8"))
         for override in arguments[1:]:
-            key, _, value = override.partition("=")
+            key, given, value = override.partition("=")
+            if not given:
+                raise ValueError(f"overrides are key=value, got {override!r}")
             types = {field.name: field.type for field in dataclasses.fields(Config)}
             values |= {key: value} if types.get(key) is str else tomllib.loads(f"{key} = {value}")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -109,14 +131,12 @@ def parse(arguments: list[str]) -> Config:
             if field.default is dataclasses.MISSING:
                 raise ValueError(f"{arguments[0]} lacks the key {field.name!r}")
             continue
-        value = values[field.name]
-        if isinstance(value, list):
-            values[field.name] = value = tuple(value)
-        wanted = {tuple[int, ...]: tuple, tuple[str, ...]: tuple}.get(field.type, field.type)
-        if wanted is float and type(value) is int:
-            values[field.name] = value = float(value)
-        if type(value) is not wanted:
-            raise ValueError(f"{field.name} must be {wanted.__name__}, got {value!r}")
+        value, (kind, *many) = values[field.name], typing.get_args(field.type) or (field.type,)
+        items = value if many and isinstance(value, list) else [value]
+        items = [float(item) if kind is float and type(item) is int else item for item in items]
+        if bool(many) != isinstance(value, list) or any(type(item) is not kind for item in items):
+            raise ValueError(f"{field.name} must be {'a list of ' if many else ''}{kind.__name__}, got {value!r}")
+        values[field.name] = tuple(items) if many else items[0]
     unknown = values.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)}; known: {[f.name for f in dataclasses.fields(Config)]}")
@@ -125,8 +145,6 @@ def parse(arguments: list[str]) -> Config:
 
 def check(cfg: Config, world: fsdp.World) -> None:
     """What can be known to be wrong before anything is loaded."""
-    if cfg.stage not in STAGES:
-        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {cfg.stage!r}")
     needed = {"teacher": "latents", "ar": "latents", "ode": "trajectories", "dmd": "teacher", "sid": "teacher"}[
         cfg.stage
     ]
@@ -134,11 +152,9 @@ def check(cfg: Config, world: fsdp.World) -> None:
         raise ValueError(f"stage {cfg.stage} needs {needed}")
     if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
         raise ValueError("first = 1 and context = 'data' take frames from real clips: name latents")
-    if cfg.forcing not in ("teacher", "diffusion") or cfg.context not in ("self", "data"):
-        raise ValueError(
-            f"forcing is 'teacher' or 'diffusion', context 'self' or 'data': {cfg.forcing!r}, {cfg.context!r}"
-        )
-    block_sizes(cfg.frames - cfg.first, cfg.block)
+    block_sizes(cfg.frames, cfg.block, cfg.first)
+    if cfg.window and cfg.window < cfg.block:
+        raise ValueError(f"a block of {cfg.block} frames does not fit in a window of {cfg.window}")
     few_step_sigmas(cfg.levels, cfg.shift)
     if len(world.share(cfg.batch)) % cfg.micro_batch:
         part = len(world.share(cfg.batch))
@@ -184,19 +200,22 @@ def export(run: Run, path: Path, step: int) -> None:
 
 @torch.no_grad()
 def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
-    """A clip of each sample prompt, always from the same noise, as this stage's network generates them."""
+    """A clip of each sample prompt, always from the same noise, as this stage's network generates them.
+
+    Image to video starts from the first frames of the data's first clips, whatever the prompts.
+    """
     cfg = run.cfg
     mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
     sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
     options = argparse.Namespace(
         mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0
     )
-    blocks = [cfg.frames] if mode == "bidirectional" else run.layout
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
-            noise = torch.randn((1, *run.shape(cfg.frames)), generator=rng("cpu", cfg.seed, "sample", i))
+            noise = torch.randn((1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i))
+            first = run.clips([i % len(run.store)])[:, :, : cfg.first] if cfg.first else None
             context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
-            pieces = list(generate(options, run.generator, noise, context, sigmas, blocks, None, cfg.seed))
+            pieces = list(generate(options, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed))
             if run.world.rank == 0:
                 writer, state = media.VideoWriter(folder / f"step-{step:07d}-{i}.mp4"), vae.stream()
                 for piece in pieces:
@@ -204,18 +223,15 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
                 writer.close()
 
 
-def resume(run: Run, out: Path) -> int:
-    """Read the newest checkpoint, if there is one; the step to go on from."""
-    done = fsdp.checkpoints(out)
-    if not done:
-        return 0
-    saved = fsdp.load(run.world, done[-1], run.optimizers)
-    now = json.loads(json.dumps(dataclasses.asdict(run.cfg)))
-    free = {"out", "steps", "device", "micro_batch", "shard", "save_every", "keep", "sample_every", "sample_prompts"}
-    changed = [key for key, value in now.items() if saved["training"].get(key) != value and key not in free]
+def check_unchanged(cfg: Config, checkpoint: Path) -> None:
+    """ValueError if the checkpoint is of a run with other settings, but for those that training does not depend on."""
+    saved = json.loads((checkpoint / "facts.json").read_text())["training"]
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    free = {"out", "steps", "device", "micro_batch", "shard", "checkpointing", "save_every", "keep"}
+    free |= {"vae", "sample_every", "sample_prompts", "sample_guidance"}
+    changed = [key for key, value in now.items() if saved.get(key) != value and key not in free]
     if changed:
-        raise ValueError(f"{done[-1]} was made with another {', '.join(changed)}; choose another out")
-    return saved["step"]
+        raise ValueError(f"{checkpoint} was made with another {', '.join(changed)}; choose another out")
 
 
 def main(cfg: Config, world: fsdp.World) -> int:
@@ -224,8 +240,11 @@ def main(cfg: Config, world: fsdp.World) -> int:
     final = out / f"{cfg.stage}.safetensors"
     if final.exists():
         raise ValueError(f"{final} exists, so this run is finished; choose another out")
+    saved = fsdp.checkpoints(out)
+    if saved:
+        check_unchanged(cfg, saved[-1])
     run = Run(cfg, world)
-    start = resume(run, out)
+    start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
     vae = load_vae(cfg.vae, world.device, torch.float32) if cfg.vae and leading else None
     log = out / "metrics.jsonl"
     if leading:
@@ -234,7 +253,7 @@ def main(cfg: Config, world: fsdp.World) -> int:
         record = {"commit": git.stdout.strip(), "processes": world.size, "config": dataclasses.asdict(cfg)}
         (out / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         lines = log.read_text().splitlines() if log.exists() else []
-        log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < start))
+        log.write_text("".join(f"{line}\n" for line in lines[:start]))  # one a step
     ceiling, flop = matmul_rate(world.device, run.dtype), {}
 
     for step in (
@@ -251,9 +270,10 @@ def main(cfg: Config, world: fsdp.World) -> int:
         mine = torch.stack([values[name].float() for name in names])
         metrics = dict(zip(names, world.mean(mine).tolist(), strict=True))
         if not all(map(math.isfinite, metrics.values())):
+            here = [name for name in names if not values[name].isfinite()]  # norms are the same on all ranks
+            where = f"step {step}, rank {world.rank}: not finite here: {', '.join(here) or 'nothing'}"
             last = (fsdp.checkpoints(out) or ["none"])[-1]
-            where = world.rank if not mine.isfinite().all() else f"other than {world.rank}"
-            raise FloatingPointError(f"not finite at step {step}, rank {where}: {metrics}; last checkpoint: {last}")
+            raise FloatingPointError(f"{where}; means over ranks: {metrics}; last checkpoint: {last}")
 
         seconds, done = time.perf_counter() - began, step + 1
         metrics |= {"step": step, "seconds": seconds, "gib": memory_gib(world.device)}
@@ -264,7 +284,7 @@ def main(cfg: Config, world: fsdp.World) -> int:
                 file.write(json.dumps(metrics) + "\n")
             bar.set_postfix({k: f"{metrics[k]:.3g}" for k in SHOWN if k in metrics})
         stop = world.stop_requested()
-        if cfg.sample_prompts and cfg.vae and done % cfg.sample_every == 0:
+        if not stop and cfg.sample_prompts and cfg.vae and done % cfg.sample_every == 0:
             sample_videos(run, vae, out / "samples", done)
         if stop or done % cfg.save_every == 0 or done == cfg.steps:
             fsdp.save(world, out, run.optimizers, facts(cfg, done), cfg.keep)

@@ -136,6 +136,7 @@ def test_prompts_and_seeds(run, tmp_path, capsys):
     options = ("--prompts", tmp_path / "prompts.txt", "--seed", 1, 22, 1, "--frames", 9)
     with pytest.raises(FileNotFoundError):
         run(*options)  # of the reader: the clips have longer names than --out
+    assert capsys.readouterr().out.startswith("6 x 9 frames")  # a seed given twice is one clip
     names = [f"a-{i:03d}-{seed}" for i in range(3) for seed in (1, 22)]
     assert sorted(file.stem for file in tmp_path.glob("*.mp4")) == names
     clips = [read(tmp_path / name) for name in names]
@@ -288,6 +289,24 @@ def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
     assert rel(made.latents, noise - sigma * v) < 1e-4
 
 
+def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
+    """Bidirectional: the network sees the image itself at level 0, whatever the solver made of that frame."""
+    forward, seen = WanDiT.forward, []
+
+    def spy(self, x, sigma, context):
+        seen.append((x, sigma))
+        return forward(self, x, sigma, context)
+
+    monkeypatch.setattr(WanDiT, "forward", spy)
+    image = save_picture(tmp_path / "a.png")
+    run("--mode", "bidirectional", "--solver", "euler", "--steps", 3, "--frames", 13, "--image", image)
+    clean = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
+    assert len(seen) == 3
+    for (x, level), sigma in zip(seen, sampling_sigmas(3), strict=False):
+        assert torch.equal(x[:, :, :1], torch.cat([clean, clean]))
+        assert torch.equal(level, torch.tensor([0, sigma, sigma, sigma]).expand(2, 4))
+
+
 def test_metadata_of_an_export(run, release, tmp_path):
     weights = tmp_path / "export.safetensors"
     save_dit(load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1})
@@ -320,6 +339,7 @@ def test_window_bounds_the_memory(run, monkeypatch):
         capacities = [None, 30, None, None]
 
     monkeypatch.setattr(sample, "KVCache", Spy)
+    monkeypatch.setattr(VAE22, "decode_chunk", lambda self, latent, state: torch.zeros(1, 3, 1, *SIZE))  # quicker
     long = ("--frames", 117)
     window = run(*long, "--window", 6, "--sink", 1)
     whole = run(*long, "--window", 6, "--sink", 1, out="b")

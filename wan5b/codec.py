@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class CodecConfig:
     """scale: factor from DCT coefficients to latents; temporal_scale: further factor on those of time frequency 1."""
 
-    scale: float = 0.25
-    temporal_scale: float = 1.0
+    scale: float = 0.5
+    temporal_scale: float = 3.0
     z_dim: int = 48
     spatial_stride: int = 16
     temporal_stride: int = 4

@@ -74,8 +74,7 @@ class Store:
     def __init__(self, folder: str | Path):
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
-            what = "holds no shards" if Path(folder).is_dir() else "is no folder"
-            raise ValueError(f"{folder} {what}; make it with prepare.py (its --help shows how)")
+            raise ValueError(f"{folder} is no folder of shards; make it with prepare.py (its --help shows how)")
         self.folder = Path(folder)
         self.files, headers = zip(*map(open_shard, paths), strict=True)
         shapes = [{name: tuple(f.get_slice(name).get_shape()[1:]) for name in f.keys()} for f in self.files]  # noqa: SIM118
@@ -117,9 +116,8 @@ class TextStore:
         """ValueError, with the way out, unless all prompts are there."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]
         if missing:
-            names = f"{', '.join(missing[:3])[:200]}{', ...' * (len(missing) > 3)}"
-            way_out = "python prepare.py text --release DIR --prompts FILE_OR_STORE --out DIR makes them"
-            raise ValueError(f"{self.folder} has no embedding of {len(missing)} prompts ({names}); {way_out}")
+            some = f"{len(missing)} prompts ({', '.join(repr(prompt[:40]) for prompt in missing[:3])} first)"
+            raise ValueError(f"{self.folder} lacks {some}; python prepare.py text --prompts FILE makes embeddings")
 
     def __getitem__(self, prompt: str) -> Tensor:
         self.check([prompt])
@@ -187,11 +185,11 @@ def rng(device: str | torch.device, *keys: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
 
 
-def order(n: int, position: int, seed: int) -> int:
+def order(n: int, position: int, seed: int | str) -> int:
     """The item at a global position of an endless pass over n items, shuffled anew in every epoch."""
     return int(_permutation(n, position // n, seed)[position % n])
 
 
 @lru_cache(maxsize=8)
-def _permutation(n: int, epoch: int, seed: int) -> Tensor:
+def _permutation(n: int, epoch: int, seed: int | str) -> Tensor:
     return torch.randperm(n, generator=rng("cpu", seed, "order", epoch))

@@ -118,7 +118,7 @@ def part_for(parameter: Tensor, full: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return full
     mesh = parameter.device_mesh
-    chunks = full.chunk(mesh["shard"].size() if mesh.ndim > 1 else mesh.size())
+    chunks = full.chunk(mesh.size(-1))
     index = mesh.get_local_rank("shard")
     return chunks[index] if index < len(chunks) else full[:0]
 
@@ -206,7 +206,7 @@ class AdamW:
     @torch.no_grad()
     def averaged(self) -> Iterator[None]:
         """The model with the moving average in place of its weights, if one is kept."""
-        weights = {name: self.master[name].clone() for name in self.ema}
+        weights = {name: local(self.parameters[name].detach()).clone() for name in self.ema}
         for name, value in self.ema.items():
             local(self.parameters[name].detach()).copy_(value)
         yield
@@ -245,8 +245,9 @@ def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, 
     path = folder / f"step-{facts['step']:07d}"
     partial = path.with_suffix(".partial")
     state = {f"{who}.{k}": v for who, optimizer in optimizers.items() for k, v in optimizer.state().items()}
-    if world.rank == 0 and partial.exists():
-        shutil.rmtree(partial)
+    if world.rank == 0:
+        for unfinished in folder.glob("step-*.partial"):
+            shutil.rmtree(unfinished)
     world.barrier()
     dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
     if world.rank == 0:

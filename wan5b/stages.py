@@ -13,7 +13,7 @@ from torch import Tensor
 from wan5b import fsdp
 from wan5b.data import Store, TextStore, order, rng
 from wan5b.distill import critic_loss, dmd_gradient, dmd_loss, replay, rollout, sid_loss
-from wan5b.dit import PRESETS, WanDiT
+from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, x0_from_v
 from wan5b.kvcache import KVCache, block_sizes
 from wan5b.weights import fill, open_dit
@@ -37,23 +37,25 @@ class Run:
 
     def __init__(self, cfg, world: fsdp.World):
         self.cfg, self.world, self.device, self.dtype = cfg, world, world.device, getattr(torch, cfg.dtype)
-        self.blocks = block_sizes(cfg.frames - cfg.first, cfg.block)
-        self.layout = [cfg.first] * (cfg.first > 0) + self.blocks  # of whole sequences
+        self.layout = block_sizes(cfg.frames, cfg.block, cfg.first)  # of whole sequences
+        self.blocks = self.layout[cfg.first :]  # generated ones
         self.sigmas = few_step_sigmas(cfg.levels, cfg.shift)
         self.distilling = cfg.stage in ("dmd", "sid")
         self.text = TextStore(cfg.text)
-        self.latents = Store(cfg.latents) if cfg.latents else None
-        self.trajectories = Store(cfg.trajectories) if cfg.trajectories else None
-        source = self.trajectories or self.latents
-        self.prompts = source.prompts if source else [p for p in self.text.prompts if p not in (cfg.negative, "")]
+        folder = cfg.trajectories if cfg.stage == "ode" else cfg.latents
+        self.store = Store(folder) if folder else None
+        self.prompts = self.store.prompts if folder else [p for p in self.text.prompts if p not in (cfg.negative, "")]
+        source = open_dit(cfg.weights) if cfg.weights else (PRESETS[cfg.preset], {})
+        scores = open_dit(cfg.teacher, channels=source[0].in_dim) if self.distilling else source
+        self.check(source[0], scores[0])  # before anything is loaded
 
-        self.generator, tensors = self.network(cfg.weights)
+        self.generator, tensors = self.network(*source)
         options = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
         self.optimizers = {"generator": fsdp.AdamW(self.generator, world, tensors, *options, ema=cfg.ema > 0)}
         if self.distilling:
-            self.teacher, _ = self.network(cfg.teacher, self.generator.cfg.in_dim)
+            self.teacher, _ = self.network(*scores)
             self.teacher.requires_grad_(False)
-            self.critic, tensors = self.network(cfg.teacher, self.generator.cfg.in_dim)
+            self.critic, tensors = self.network(*scores)
             self.optimizers["critic"] = fsdp.AdamW(self.critic, world, tensors, cfg.critic_lr, *options[1:])
             tokens = self.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
             window = cfg.window or None
@@ -61,12 +63,34 @@ class Run:
                 self.generator.cfg, cfg.micro_batch, cfg.frames, tokens, window, device=self.device, dtype=self.dtype
             )
 
-    def network(self, path: str, channels: int | None = None) -> tuple[WanDiT, dict[str, Tensor]]:
-        """A sharded network in the compute dtype, and the tensors it was filled from."""
-        if path:
-            model_cfg, tensors = open_dit(path, channels=channels)
-        else:
-            model_cfg = PRESETS[self.cfg.preset]
+    def check(self, model: DiTConfig, scores: DiTConfig) -> None:
+        """ValueError unless data, config and networks fit each other."""
+        cfg, shape = self.cfg, (model.in_dim, self.cfg.frames, self.cfg.height, self.cfg.width)
+        model.tokens_per_frame(cfg.height, cfg.width)
+        takes, other = (model.text_dim, model.text_len), (scores.text_dim, scores.text_len)
+        if takes != other:
+            raise ValueError(f"weights and teacher take different texts (width, length): {takes} and {other}")
+        needed = {*self.prompts, *cfg.sample_prompts, *[cfg.negative] * (cfg.stage != "ode")}
+        if not self.prompts:
+            raise ValueError(f"{self.store.folder if self.store else cfg.text} holds nothing to train on")
+        self.text.check(sorted(needed))
+        longest, width = max(self.text[prompt].shape for prompt in needed)
+        if width != model.text_dim or longest > model.text_len:
+            given = f"{cfg.text} holds embeddings of width {width} and up to {longest} tokens"
+            raise ValueError(f"{given}, the network takes {takes}: make them with its own text encoder")
+        name, shape = ("x", (len(self.sigmas), *shape)) if cfg.stage == "ode" else ("latent", shape)
+        if self.store and self.store.shapes.get(name) != shape:
+            given = f"{self.store.folder} holds {self.store.shapes}, this run needs {name} {shape}"
+            raise ValueError(f"{given}, (levels,) channels, frames, height, width: change these, or make it again")
+        if cfg.stage == "ode" and any(
+            abs(a - b) > 1e-3 for a, b in zip(self.store.facts["sigmas"], self.sigmas, strict=True)
+        ):
+            given = f"{self.store.folder} has levels {self.store.facts['sigmas']}, this run {self.sigmas}"
+            raise ValueError(f"{given}: change levels and shift, or make it again")
+
+    def network(self, model_cfg: DiTConfig, tensors: dict[str, Tensor]) -> tuple[WanDiT, dict[str, Tensor]]:
+        """A sharded network in the compute dtype, and the tensors it was filled from (if none, random ones)."""
+        if not tensors:
             tensors = WanDiT(model_cfg).init_weights(rng("cpu", self.cfg.seed, "init")).state_dict()
         with torch.device("meta"):
             model = WanDiT(model_cfg).to(self.dtype)
@@ -88,7 +112,9 @@ class Run:
         return self.text.batch(prompts, self.generator.cfg.text_len).to(self.device, self.dtype)
 
     def clips(self, items: list[int]) -> Tensor:
-        return torch.stack([self.latents[i]["latent"] for i in items]).to(self.device, torch.float32)
+        """Clean latents: the data's, or the ends of trajectories."""
+        rows = [self.store[i] for i in items]
+        return torch.stack([row["x"][-1] if "x" in row else row["latent"] for row in rows]).to(self.device, torch.float32)
 
     def shape(self, frames: int) -> tuple[int, ...]:
         return (self.generator.cfg.in_dim, frames, self.cfg.height, self.cfg.width)
@@ -124,9 +150,9 @@ class Run:
     def ode_phase(self, step: int) -> dict[str, Tensor]:
         """Regression to ODE trajectories (CausVid, arXiv 2412.07772, section 4.3): x at a level -> its end."""
         cfg, losses = self.cfg, []
-        sigmas = torch.tensor(self.trajectories.facts["sigmas"], device=self.device)
+        sigmas = torch.tensor(self.store.facts["sigmas"], device=self.device)
         for draws, items, context in self.micro_batches(step, "ode"):
-            x = torch.stack([self.trajectories[i]["x"] for i in items]).to(self.device, torch.float32)
+            x = torch.stack([self.store[i]["x"] for i in items]).to(self.device, torch.float32)
             chosen = (draws.uniform(len(self.layout)) * len(sigmas)).long()
             index = chosen.repeat_interleave(torch.tensor(self.layout, device=self.device), 1)  # [B, T]
             index[:, : cfg.first] = len(sigmas) - 1
@@ -136,7 +162,7 @@ class Run:
             v = self.generator(noisy, sigmas[index], context, blocks=self.layout, window=cfg.window or None, **options)
             counted = (sigmas[index] > 0).float()
             error = (x0_from_v(noisy, v, sigmas[index]) - end).square().mean((1, 3, 4))
-            loss = (error * counted).sum() / counted.sum().clamp(min=1)
+            loss = ((error * counted).sum(1) / counted.sum(1).clamp(min=1)).mean()  # per sample: of no micro-batch
             loss.backward()
             losses.append(loss.detach())
         return {"loss": torch.stack(losses).mean(), "norm": self.update("generator", step)}
@@ -202,16 +228,11 @@ class Run:
             for block, part in zip(blocks, reversed(grad.split(self.blocks, 2)), strict=True):
                 block.backward(part.to(block.dtype))
             x0 = x0.detach()
-            rows.append(
-                {
-                    "loss": loss.detach().float(),
-                    "gradient": gradient.abs().mean(),
-                    "x0_std_first": x0[:, :, : self.blocks[0]].std(),
-                    "x0_std_last": x0[:, :, -self.blocks[-1] :].std(),
-                    "x0_mean": x0.mean(),
-                    "x0_motion": x0.diff(dim=2).square().mean(),
-                }
-            )
+            row = {"loss": loss.detach().float(), "gradient": gradient.abs().mean()}
+            row["x0_motion"] = x0.diff(dim=2).square().mean()
+            for i, block in enumerate(x0.split(self.blocks, 2)):
+                row |= {f"x0_mean_{i}": block.mean(), f"x0_std_{i}": block.std()}
+            rows.append(row)
         return average(rows) | {"norm": self.update("generator", step)}
 
     def critic_phase(self, step: int) -> dict[str, Tensor]:
@@ -220,11 +241,13 @@ class Run:
         for draws, items, context in self.micro_batches(step, "critic"):
             first, x0, _, _ = self.generate(step, "critic", draws, items, context)
             xs, level, noise = self.noised(draws, first, x0)
-            v = self.critic(xs, level, context)[:, :, self.cfg.first :]
-            loss = critic_loss(v, x0, noise[:, :, self.cfg.first :])
+            v, noise = (x[:, :, self.cfg.first :] for x in (self.critic(xs, level, context), noise))
+            loss = critic_loss(v, x0, noise)
             loss.backward()
-            high = (level[:, -1] > 0.8).float().mean()  # critic loss by level: mean of loss and loss at high levels
-            rows.append({"critic_loss": loss.detach(), "critic_high": high * loss.detach(), "critic_share_high": high})
+            error = (v.detach().float() - (noise - x0)).square().mean((1, 2, 3, 4))
+            high = (level[:, -1] > 0.8).float()  # loss at high levels: critic_high / critic_share_high
+            rows.append({"critic_loss": loss.detach(), "critic_high": (high * error).mean()})
+            rows[-1]["critic_share_high"] = high.mean()
         return average(rows) | {"critic_norm": self.update("critic", step)}
 
     def update(self, who: str, step: int) -> Tensor:
