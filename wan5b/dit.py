@@ -112,16 +112,8 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """RMS norm over the whole width, all heads together, statistics in float32."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+def mlp(dim: int, hidden: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out_dim))
 
 
 class Attention(nn.Module):
@@ -131,7 +123,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = cfg.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(cfg.dim, cfg.eps), RMSNorm(cfg.dim, cfg.eps)
+        self.norm_q, self.norm_k = nn.RMSNorm(cfg.dim, cfg.eps), nn.RMSNorm(cfg.dim, cfg.eps)  # over all heads together
 
     def split(self, x: Tensor) -> Tensor:
         """[B, ..., D] -> [B, S, N, K]"""
@@ -159,9 +151,7 @@ class Block(nn.Module):
         self.eps = cfg.eps
         self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
-        self.ffn = nn.Sequential(
-            nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, cfg.dim)
-        )
+        self.ffn = mlp(cfg.dim, cfg.ffn_dim, cfg.dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
     @fused
@@ -193,14 +183,7 @@ class Block(nn.Module):
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
     def forward(
-        self,
-        x: Tensor,
-        mod: Tensor,
-        rope: Tensor,
-        context: Tensor,
-        attend: Callable,
-        layer: int,
-        text: dict | None = None,
+        self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor, attend: Callable, layer: int, text=None
     ) -> Tensor:
         """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D].
 
@@ -238,9 +221,7 @@ class WanDiT(nn.Module):
         super().__init__()
         self.cfg, self.checkpointing = cfg, False
         self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(cfg.text_dim, cfg.dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.dim, cfg.dim)
-        )
+        self.text_embedding = mlp(cfg.text_dim, cfg.dim, cfg.dim)
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
@@ -319,11 +300,9 @@ class WanDiT(nn.Module):
         cfg, frames = self.cfg, x.shape[2]
         if x.shape[1] != cfg.in_dim:
             raise ValueError(f"latents have {x.shape[1]} channels, this model takes {cfg.in_dim}: another latent space")
-        if context.shape != (len(x), cfg.text_len, cfg.text_dim):
-            want = (len(x), cfg.text_len, cfg.text_dim)
-            raise ValueError(
-                f"context must be zero-padded to {want} (batch, text_len, text_dim), got {tuple(context.shape)}"
-            )
+        want = (len(x), cfg.text_len, cfg.text_dim)
+        if context.shape != want:
+            raise ValueError(f"context must be [B, text_len, text_dim] {want}, zero-padded, got {tuple(context.shape)}")
         if blocks and sum(blocks) != frames:
             raise ValueError(f"blocks {list(blocks)} add up to {sum(blocks)} frames, x has {frames}")
         if blocks and window and window < max(blocks):

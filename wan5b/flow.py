@@ -20,9 +20,7 @@ def shift_sigma(u, shift: float = 5.0):
 def few_step_sigmas(steps=FEW_STEPS, shift: float = 5.0) -> list[float]:
     """Levels of few-step sampling: each step in thousandths, shifted, then 0. Default 1, .9375, .8333, .625, 0."""
     if not steps or any(a <= b for a, b in zip(steps, [*steps[1:], 0], strict=True)) or steps[0] > 1000:
-        raise ValueError(
-            f"steps must fall strictly within 1000 >= step > 0, as in {list(FEW_STEPS)}; got {list(steps)}"
-        )
+        raise ValueError(f"steps must fall within 1000 >= step > 0, as {list(FEW_STEPS)} do; got {list(steps)}")
     return [shift_sigma(step / 1000, shift) for step in steps] + [0.0]
 
 

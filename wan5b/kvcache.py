@@ -22,13 +22,10 @@ def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[in
         raise ValueError(f"block sizes must be positive, got size {size}, first {first}")
     whole, rest = divmod(frames - head, size)
     if rest or frames < max(head, 1):
-        lower = head + max(whole, 0) * size
-        options = [n for n in (lower, lower + size) if n > 0]
-        start = f"a first block of {head} and " if head else ""
-        raise ValueError(
-            f"{frames} latent frames do not divide into {start}blocks of {size}; nearest valid: "
-            + " or ".join(map(str, options))
-        )
+        below = head + max(whole, 0) * size
+        nearest = " or ".join(str(n) for n in (below, below + size) if n > 0)
+        plan = f"a first block of {head} and blocks of {size}" if head else f"blocks of {size}"
+        raise ValueError(f"{frames} latent frames do not divide into {plan}; nearest valid: {nearest}")
     return [head] * (head > 0) + [size] * whole
 
 
@@ -62,14 +59,9 @@ class KVCache:
 
     def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
         """ValueError unless the cache was made for this model, batch and frame size."""
-        made, asked = (
-            (self.memory.shape[0], self.memory.shape[2], self.tokens_per_frame),
-            (layers, batch, tokens_per_frame),
-        )
+        made, asked = (*self.memory.shape[:3:2], self.tokens_per_frame), (layers, batch, tokens_per_frame)
         if made != asked:
-            raise ValueError(
-                f"the cache was made for (layers, batch, tokens per frame) {made}, the forward has {asked}"
-            )
+            raise ValueError(f"the cache was made for (layers, batch, tokens a frame) {made}, the forward has {asked}")
 
     def reset(self) -> None:
         """Forget everything; also needed when the weights have changed."""
@@ -80,11 +72,9 @@ class KVCache:
 
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
-        if not 0 < n_frames <= self.written - self.frames:
-            raise ValueError(
-                f"commit({n_frames}): the last forward ran on {max(self.written - self.frames, 0)} frames "
-                f"behind {self.frames} committed ones"
-            )
+        pending = self.written - self.frames
+        if not 0 < n_frames <= pending:
+            raise ValueError(f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones")
         self.frames += n_frames
 
     def rewind(self, frames: int) -> None:
