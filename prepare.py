@@ -19,17 +19,18 @@ import os
 import sys
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan5b.data import Store, TextStore, difference, open_shard, read_clips, read_prompts, rng, write_shard
+from wan5b.data import Store, TextStore, difference, open_shard, read_clip, read_prompts, rng, write_shard
 from wan5b.distill import guided, rollout
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
 from wan5b.kvcache import KVCache, block_sizes
-from wan5b.media import fit
+from wan5b.media import fit, latent_frames, parse_size
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import load_dit, load_t5, load_vae, read_metadata, tokenizer_path
@@ -63,7 +64,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = command(latents, "videos with captions -> latents", 32, 1, "bfloat16")
     add("--videos", required=True, metavar="FILE_OR_DIR", help="a .jsonl file, or a folder of videos and captions")
     add("--fps", type=float, default=24, help="of the clips; folders of images are taken as they are")
-    add("--clips", type=int, default=1, help="clips of a video at most, one behind the other")
 
     add = command(trajectories, "teacher or causal model -> ODE trajectories", 8, 1, "float32")
     add("--weights", metavar="FILE", help="the DiT to use in place of the release's: an export or a checkpoint")
@@ -79,10 +79,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def latent_size(args: argparse.Namespace) -> tuple[int, int, int]:
     """Latent frames, height and width of a clip."""
-    sides = [int(side) if side.isdecimal() else 0 for side in args.size.lower().split("x")]
-    if len(sides) != 2 or not all(sides) or any(side % 32 for side in sides) or args.frames % 4 != 1 or args.frames < 1:
-        raise ValueError(f"sizes are HEIGHTxWIDTH in multiples of 32, frames 4k + 1; got {args.size}, {args.frames}")
-    return (args.frames + 3) // 4, sides[0] // 16, sides[1] // 16
+    height, width = parse_size(args.size)
+    return latent_frames(args.frames), height // 16, width // 16
+
+
+def facts_of(args: argparse.Namespace, source: str, *options: str) -> dict:
+    """What a store says of all its items: the options that they depend on, and where the weights are from."""
+    return {name: getattr(args, name) for name in options} | {"model": Path(source).resolve().name}
 
 
 def pending(args: argparse.Namespace, inputs: list, facts: dict) -> list[tuple[Path, list, str]]:
@@ -117,7 +120,7 @@ def fill(args: argparse.Namespace, todo: list, facts: dict, make: Callable) -> N
 def text(args: argparse.Namespace) -> None:
     given = Store(args.prompts).prompts if Path(args.prompts).is_dir() else read_prompts(args.prompts)
     prompts = list(dict.fromkeys([args.negative, "", *given]))  # in this order: a list that grows keeps its shards
-    facts = {"model": Path(args.release).resolve().name, "negative": args.negative}
+    facts = facts_of(args, args.release, "negative")
     todo = pending(args, prompts, facts)
     tokenizer = Tokenizer(tokenizer_path(args.release))
     encoder = load_t5(args.release, DEVICE, torch.bfloat16)
@@ -148,8 +151,7 @@ def latents(args: argparse.Namespace) -> None:
     missing = [path for path, _ in videos if not Path(path).exists()]
     if missing or not videos:
         raise ValueError(f"{args.videos} names {len(videos)} videos, {len(missing)} of them missing: {missing[:3]}")
-    facts = {name: getattr(args, name) for name in ("frames", "fps", "clips", "dtype")}
-    facts |= {"model": Path(args.release).resolve().name, "size": [16 * height, 16 * width]}
+    facts = facts_of(args, args.release, "size", "frames", "fps", "dtype")
     todo = pending(args, videos, facts)
     vae = load_vae(args.release, DEVICE, torch.float32)  # bfloat16 spoils what is encoded
     dtype, skipped = getattr(torch, args.dtype), []
@@ -158,14 +160,12 @@ def latents(args: argparse.Namespace) -> None:
         found, captions = [torch.empty(0, vae.cfg.z_dim, frames, height, width, dtype=dtype)], []
         for path, caption in videos:
             try:
-                clips = list(read_clips(path, args.frames, args.fps, args.clips))
+                pixels = fit(read_clip(path, args.frames, args.fps), 16 * height, 16 * width)
             except (OSError, ValueError) as error:  # one bad file should not end the work of hours
                 skipped.append(f"{path}: {error}")
                 continue
-            for clip in clips:
-                pixels = fit(clip, 16 * height, 16 * width)[None].to(DEVICE)
-                found.append(vae.encode(pixels).to("cpu", dtype))
-                captions.append(caption)
+            found.append(vae.encode(pixels[None].to(DEVICE)).to("cpu", dtype))
+            captions.append(caption)
         return {"latent": torch.cat(found)}, captions
 
     fill(args, todo, facts, encode)
@@ -185,7 +185,7 @@ def integrate(model: Callable, noise: Tensor, context: Tensor, sigmas: list[floa
         return model(x, sigma, context, **cached)
 
     finished = rollout(recorded, noise, context, sigmas, blocks, cache, solver="euler")
-    ends = [x0 for _, x0 in zip(blocks, finished, strict=False)]  # in this order: the last block needs no commit
+    ends = list(islice(finished, len(blocks)))  # asking for no more: the last block needs no commit
     return torch.stack([torch.cat(x, 2) for x in [*states.values(), ends]], 1)
 
 
@@ -196,13 +196,10 @@ def trajectories(args: argparse.Namespace) -> None:
     blocks = block_sizes(frames, args.block) if args.causal else [frames]
     store, source = TextStore(args.text), args.weights or args.release
     negative, trained = store.facts["negative"], read_metadata(source)
-    if args.causal and not trained:
-        print("note: no record of causal training in these weights: expect noise", file=sys.stderr)
     sigmas = [shift_sigma(1 - i / args.steps, args.shift) for i in range(args.steps + 1)]
     kept = few_step_sigmas(FEW_STEPS, args.shift)
-    facts = {name: getattr(args, name) for name in ("frames", "guidance", "steps", "shift", "seed", "causal", "dtype")}
-    facts |= {"model": Path(source).resolve().name, "trained": trained, "negative": negative}
-    facts |= {"size": [16 * height, 16 * width], "sigmas": kept, "blocks": blocks}
+    facts = facts_of(args, source, "size", "frames", "guidance", "steps", "shift", "seed", "causal", "dtype")
+    facts |= {"trained": trained, "negative": negative, "sigmas": kept, "blocks": blocks}
     prompts = [prompt for prompt in store.prompts if prompt not in ("", negative)]
     todo = pending(args, list(enumerate(prompts)), facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32

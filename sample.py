@@ -10,12 +10,11 @@ Only distilled or causally trained weights give a picture in the causal modes; t
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
-import time
-import zlib
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from wan5b import fuse, media
+from wan5b.data import read_prompts, rng
 from wan5b.distill import guided, rollout
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas, solve
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fps", type=int, default=24)
     add("--out", default="out/sample.mp4", help="with several clips, prompt number and seed are added to the name")
     add("--sheet", action="store_true", help="also a PNG of 16 frames")
-    add("--latents", action="store_true", help="also the latents (safetensors), their SHA-256 in the JSON")
+    add("--latents", action="store_true", help="also the latents (safetensors)")
     add("--overwrite", action="store_true", help="replace existing files")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16 on a GPU, float32 on the CPU")
@@ -70,69 +70,34 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--settings", metavar="JSON", help="repeat the run that wrote this file; other options still override")
     args = parser.parse_args(argv)
     if args.settings:
-        text = read_text(args.settings)
         try:
-            settings = dict(json.loads(text)["settings"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{args.settings} is not a JSON that sample.py wrote: {error!r}") from error
-        if unknown := sorted(settings.keys() - vars(args).keys()):
-            raise ValueError(f"{args.settings} has unknown settings: {', '.join(unknown)}")
-        parser.set_defaults(**settings)
+            settings = json.loads(Path(args.settings).read_text(encoding="utf-8"))["settings"]
+            parser.set_defaults(**{name: settings[name] for name in vars(args)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{args.settings} is not a JSON that this sample.py wrote: {error!r}") from error
         args = parser.parse_args(argv)
     return args
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
-def nearest(value: int, step: int, offset: int) -> str:
-    low = max((value - offset) // step, 0) * step + offset
-    return " or ".join(str(v) for v in (low, low + step) if v > 0)
 
 
 def given_frames(args: argparse.Namespace):
     """The clean frames the clip starts with, uint8 [T, H, W, 3], or None."""
     if args.image and args.video:
         raise ValueError("give --image or --video, not both")
-    if args.context % 4 != 1 or args.context < 1:
-        raise ValueError(f"--context {args.context} is not 4k + 1; nearest valid: {nearest(args.context, 4, 1)}")
     if args.image:
         return media.read_image(args.image)
     return media.read_video(args.video, last=args.context) if args.video else None
-
-
-def picture_size(args: argparse.Namespace, given) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    if not args.size:
-        return media.fitting_size(*given.shape[1:3]) if given is not None else (704, 1280)
-    sides = args.size.lower().split("x")
-    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-        raise ValueError(f"--size takes HEIGHTxWIDTH, as in 704x1280, got {args.size!r}")
-    height, width = map(int, sides)
-    if height % 32 or width % 32 or not height * width:
-        choice = f"{nearest(height, 32, 0)} high, {nearest(width, 32, 0)} wide"
-        raise ValueError(f"--size {args.size}: both sides must be multiples of 32; nearest valid: {choice}")
-    return height, width
 
 
 def block_plan(args: argparse.Namespace, given: int, size: int, first: int | None) -> list[int]:
     """Latent frames of each generated block, behind `given` latent frames. first: a block of its own, if none given."""
     if args.mode == "bidirectional":
         size, first = 1, None
-    start = given or first or 0
-    total = 81 + 4 * ((start - 21) % size) if args.frames is None else args.frames
-    if total % 4 != 1 or total < 1:
-        raise ValueError(f"--frames {total} is not 4k + 1; nearest valid: {nearest(total, 4, 1)}")
-    frames = (total + 3) // 4 - given
-    if frames < 1:
-        raise ValueError(f"--frames {total} counts the {4 * given - 3} given frames: it must be larger")
-    if (frames + given - start) % size:
-        valid = nearest(total, 4 * size, 4 * (start + size * (given > 0)) - 3)
-        raise ValueError(f"--frames {total} is not {start} latent frames and blocks of {size}; nearest valid: {valid}")
+    start, least = given or first or 0, max(21, given + 1)
+    total = least + (start - least) % size if args.frames is None else media.latent_frames(args.frames)
+    if total <= given or (total - start) % size:
+        valid = media.nearest(args.frames, 4 * size, 4 * (given + size if given else first or size) - 3)
+        raise ValueError(f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest valid: {valid}")
+    frames = total - given
     return [frames] if args.mode == "bidirectional" else block_sizes(frames, size, None if given else first)
 
 
@@ -141,7 +106,7 @@ def random_context(prompts: list[str], length: int, dim: int) -> torch.Tensor:
     context = torch.zeros(len(prompts), length, dim)
     for row, prompt in zip(context, prompts, strict=True):
         words = min(len(prompt.split()) + 1, length)
-        row[:words] = torch.randn(words, dim, generator=torch.Generator().manual_seed(zlib.crc32(prompt.encode())))
+        row[:words] = torch.randn(words, dim, generator=rng("cpu", prompt))
     return context
 
 
@@ -165,91 +130,78 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
     if args.mode == "bidirectional":
 
         def denoise(x, sigma):
-            if not given:
+            if clean is None:
                 return field(x, sigma, context)
-            level = torch.full((1, x.shape[2]), sigma)
-            level[:, :given] = 0  # the given frames are clean at every step, whatever the solver made of them
-            return field(torch.cat([clean, x[:, :, given:]], 2), level, context)
+            level = torch.full((1, given + x.shape[2]), sigma)
+            level[:, :given] = 0
+            return field(torch.cat([clean, x], 2), level, context)[:, :, given:]
 
-        x = noise.to(context.device)
-        x = x if clean is None else torch.cat([clean, x], 2)
-        yield solve(denoise, x, sigmas, args.solver)[:, :, given:]
+        yield solve(denoise, noise.to(context.device), sigmas, args.solver)
         return
-    height, width = noise.shape[3:]
     total = given + sum(blocks)
     frames = min(args.window or total, total)
-    tokens = model.cfg.tokens_per_frame(height, width)
+    tokens = model.cfg.tokens_per_frame(*noise.shape[3:])
     cache = KVCache(model.cfg, len(context), frames, tokens, args.window, args.sink, context.device, context.dtype)
-    rng = torch.Generator(context.device).manual_seed(seed ^ 0x5EED)  # on the CPU, `seed` would repeat the noise
+    draws = rng(context.device, seed, "renoise")
 
     def renoise(block, step, like):
-        return torch.randn(like.shape, generator=rng, device=like.device)
+        return torch.randn(like.shape, generator=draws, device=like.device)
 
     solver = None if args.mode == "few" else args.solver
     finished = rollout(field, noise, context, sigmas, blocks, cache, renoise=renoise, first=clean, solver=solver)
-    for _, x0 in zip(blocks, finished, strict=False):  # in this order: nothing asks for the last block's commit
-        yield x0
+    yield from islice(finished, len(blocks))  # asking for no more: nothing needs the last block in the cache
 
 
-def write(args, vae, latents, path: Path, record: dict) -> bool:
-    """Decode and write a clip while it is generated, then what goes beside it. True if Ctrl-C ended it early."""
-    shown = media.sheet_indices(args.frames) if args.sheet else set()
-    writer, state, kept, stopped, start = media.VideoWriter(path, args.fps, shown), vae.stream(), [], False, time.time()
-    with tqdm(total=args.frames, unit="frame", desc=path.name) as bar:
-        try:
+def write(vae, latents, path: Path, record: dict | None = None, *, frames=None, fps=24, sheet=False, save_latents=False):
+    """Decode a clip into an mp4 while its latents are made; beside it a sheet, the latents, and the record as JSON.
+
+    frames: how many there will be. Whatever ends it, Ctrl-C included, leaves the frames that were finished, playable.
+    """
+    writer = media.VideoWriter(path, fps, media.sheet_indices(frames) if sheet else set())
+    state, kept = vae.stream(), []
+    try:
+        with tqdm(total=frames, unit="frame", desc=path.name) as bar, closing(writer):
             for chunk in latents:
                 pixels = vae.decode_chunk(chunk, state)
                 writer.add(media.to_frames(pixels[0]))
-                kept += [chunk] if args.latents else []
+                kept += [chunk] if save_latents else []
                 bar.update(pixels.shape[2])
-        except KeyboardInterrupt:
-            stopped = True
-        except Exception:
-            writer.close(failed=True)
-            raise
-    writer.close()
-    if not writer.count:
-        return stopped
-    if args.sheet and writer.kept:
-        media.write_sheet(path.with_suffix(".png"), writer.kept)
-    if kept:
-        whole = torch.cat(kept, 2).float().cpu().contiguous()
-        record["latents_sha256"] = hashlib.sha256(whole.numpy().tobytes()).hexdigest()
-        save_file({"latents": whole}, path.with_suffix(".safetensors"))
-    record |= {"frames_written": writer.count, "seconds": round(time.time() - start, 3)}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    print(f"{path}: {writer.count} frames in {record['seconds']} s" + (", stopped early" if stopped else ""))
-    return stopped
+    finally:
+        if writer.kept:
+            media.write_sheet(path.with_suffix(".png"), writer.kept)
+        if kept:
+            save_file({"latents": torch.cat(kept, 2).float().cpu().contiguous()}, path.with_suffix(".safetensors"))
+        if record and writer.count:
+            text = json.dumps(record | {"frames_written": writer.count}, indent=2, ensure_ascii=False)
+            path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("no CUDA device here; give --device cpu")
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if not args.release and not args.random_weights:
         raise ValueError("name the release folder with --release, or try --random-weights --preset tiny")
-    for path in filter(None, (args.release, args.weights)):
-        if not Path(path).exists():
-            raise ValueError(f"{path}: no such file or folder")
+    source = args.weights or args.release
+    if source and not Path(source).exists():
+        raise ValueError(f"{source}: no such file or folder")
     capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     if args.fp8 and not (capable and dtype == torch.bfloat16):
         raise ValueError(f"--fp8 needs bfloat16 on a GPU of compute capability 8.9 or newer, not {dtype} on {device}")
-    for name in ("block", "window", "steps", "shift", "fps"):
+    for name in ("context", "block", "window", "steps", "shift", "fps"):
         if vars(args)[name] is not None and vars(args)[name] <= 0:
             raise ValueError(f"--{name} {vars(args)[name]}: must be above 0")
-    lines = read_text(args.prompts).splitlines() if args.prompts else []
-    prompts = [*args.prompt, *filter(str.strip, lines)]
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with one a line")
 
     # What the weights were trained for is in their metadata; the command line overrides it.
-    source = args.weights or args.release
     trained = read_metadata(source) if source else {}
     pixels = given_frames(args)
-    given = 0 if pixels is None else (len(pixels) + 3) // 4
-    height, width = picture_size(args, pixels)
+    given, shape = (0, (704, 1280)) if pixels is None else (media.latent_frames(len(pixels)), pixels.shape[1:3])
+    height, width = media.parse_size(args.size) if args.size else media.fitting_size(*shape)
     blocks = block_plan(args, given, args.block or trained.get("block", 3), trained.get("first"))
     args.frames = 4 * (given + sum(blocks)) - 3
     room = (args.window or 0) - max(blocks)
@@ -268,12 +220,9 @@ def main(args: argparse.Namespace) -> int:
     existing = [file for path in paths for s in suffixes if (file := path.with_suffix(s)).exists()]
     if existing and not args.overwrite:
         raise ValueError(f"{existing[0]} exists; choose another --out, or --overwrite")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK):
-            raise PermissionError("no permission to write")
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {out.parent}: {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"cannot write to the folder {out.parent}; choose another --out")
     if args.mode != "bidirectional" and not trained and not args.random_weights:
         print("note: no record of causal training in these weights: expect noise in the causal modes", file=sys.stderr)
 
@@ -299,33 +248,31 @@ def main(args: argparse.Namespace) -> int:
     shape = (1, model.cfg.in_dim, sum(blocks), height // 16, width // 16)
     print(f"{len(clips)} x {args.frames} frames of {height}x{width}; latent frames {given} given, blocks {blocks}")
 
-    held = []
-    for (i, seed), path in zip(clips, paths, strict=True):
+    def clip(place: tuple[int, int], path: Path):
+        """The latents of one clip, made as they are asked for, its path and what is to be recorded of it."""
+        i, seed = place
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         text = context[[i] if args.mode == "few" else [i, -1]].to(device, dtype)
-        latents = generate(args, model, noise, text, sigmas, blocks, clean, seed)
         settings = vars(args) | {"prompt": [prompts[i]], "prompts": None, "seed": [seed], "settings": None}
         settings |= {"out": str(path), "overwrite": False}  # a repetition replaces this file only if it is told to
         record = {"settings": settings, "size": [height, width], "blocks": blocks, "sigmas": sigmas, "trained": trained}
-        if args.low_memory:
-            held.append(([chunk.cpu() for chunk in tqdm(latents, desc="blocks")], path, record))
-        elif write(args, vae, latents, path, record):
-            return 130
-    if held:
-        del model, latents
+        return generate(args, model, noise, text, sigmas, blocks, clean, seed), path, record
+
+    made = map(clip, clips, paths)
+    if args.low_memory:
+        made = [([chunk.cpu() for chunk in tqdm(latents, "blocks")], path, record) for latents, path, record in made]
+        del model
         torch.cuda.empty_cache()
         vae = vae.to(device)
-    for latents, path, record in held:
-        if write(args, vae, (chunk.to(device) for chunk in latents), path, record):
-            return 130
-    return 0
+    options = {"frames": args.frames, "fps": args.fps, "sheet": args.sheet, "save_latents": args.latents}
+    for latents, path, record in made:
+        write(vae, (chunk.to(device) for chunk in latents), path, record, **options)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(parse()))
-    except ValueError as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # where there is no clip yet to finish
+        main(parse())
+    except (OSError, ValueError) as error:
+        sys.exit(f"sample.py: error: {error}")
+    except KeyboardInterrupt:
         sys.exit(130)

@@ -35,15 +35,8 @@ from wan5b.stages import Run
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.weights import load_vae, save_dit
 
-CHOICES = {  # of the keys that take one of a few values
-    "stage": ("teacher", "ar", "ode", "dmd", "sid"),
-    "preset": tuple(PRESETS),
-    "first": (0, 1),
-    "forcing": ("teacher", "diffusion"),
-    "context": ("self", "data"),
-    "device": ("cuda", "cpu"),
-    "dtype": ("bfloat16", "float32"),
-}
+CHOICES = {"stage": "teacher ar ode dmd sid", "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
+CHOICES |= {"context": "self data", "first": "0 1", "device": "cuda cpu", "dtype": "bfloat16 float32"}
 AT_LEAST_1 = ("frames", "height", "width", "block", "steps", "batch", "micro_batch", "ratio")
 AT_LEAST_1 += ("save_every", "keep", "sample_every")
 SHOWN = ("loss", "critic_loss", "norm", "mfu", "gib")  # in the progress line; metrics.jsonl has everything
@@ -105,8 +98,8 @@ class Config:
 
     def __post_init__(self):
         for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key} must be one of {', '.join(map(str, known))}, got {getattr(self, key)!r}")
+            if str(getattr(self, key)) not in known.split():
+                raise ValueError(f"{key} must be one of {known}, got {getattr(self, key)!r}")
         for key in AT_LEAST_1:
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
@@ -145,9 +138,7 @@ def parse(arguments: list[str]) -> Config:
 
 def check(cfg: Config, world: fsdp.World) -> None:
     """What can be known to be wrong before anything is loaded."""
-    needed = {"teacher": "latents", "ar": "latents", "ode": "trajectories", "dmd": "teacher", "sid": "teacher"}[
-        cfg.stage
-    ]
+    needed = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(cfg.stage, "latents")
     if not getattr(cfg, needed):
         raise ValueError(f"stage {cfg.stage} needs {needed}")
     if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from wan5b.vae22 import LATENT_MEAN, LATENT_STD, VAE22, VAEConfig
+from wan5b import vae22
+from wan5b.codec import CodecConfig, DCTCodec
+from wan5b.vae22 import LATENT_MEAN, LATENT_STD, VAE22, LinearCodec, VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -47,11 +49,6 @@ def vae():
 def decode_in(vae, latent, sizes):
     state = vae.stream()
     return torch.cat([vae.decode_chunk(chunk, state) for chunk in latent.split(sizes, dim=2)], dim=2)
-
-
-def encode_in(vae, video, sizes):
-    state = vae.stream()
-    return torch.cat([vae.encode_chunk(chunk, state) for chunk in video.split(sizes, dim=2)], dim=2)
 
 
 def golden_errors(vae, tensors):
@@ -99,15 +96,10 @@ def test_manifest():
     assert {key: list(t.shape) for key, t in vae.state_dict().items()} == manifest
 
 
-def test_config():
-    cfg = VAEConfig(dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
-    assert cfg == VAEConfig()
-    assert hash(cfg) == hash(VAEConfig())
-    assert (cfg.spatial_stride, cfg.temporal_stride) == (16, 4)
-    with pytest.raises(ValueError, match="z_dim 16.*48"):
-        VAEConfig(z_dim=16)
-    with pytest.raises(ValueError, match="one entry more"):
-        VAEConfig(dim_mult=(1, 2))
+def test_strides():
+    assert (VAEConfig().spatial_stride, VAEConfig().temporal_stride) == (16, 4)
+    other = VAEConfig(dim_mult=[1, 2, 2], temperal_downsample=[False, True])
+    assert (other.spatial_stride, other.temporal_stride) == (8, 2)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 7, [3, 3, 1], [1, 2, 4], [2, 5], [7]], ids=str)
@@ -119,13 +111,15 @@ def test_decode_chunkings(vae, sizes):
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17, 33])
-def test_encode_chunkings(vae, frames):
-    """One frame, then four at a time: the definition. And one other way to cut."""
+def test_encode_chunkings(vae, monkeypatch, frames):
+    """One latent frame at a time, the definition; the chunks that we take; and everything at once."""
     video = torch.rand(1, 3, frames, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
     latent = vae.encode(video)
     assert latent.shape == (1, 48, 1 + (frames - 1) // 4, 2, 3)
-    assert rel(encode_in(vae, video, [1] + [4] * (frames // 4)), latent) < 1e-6
-    assert rel(encode_in(vae, video, [frames]), latent) < 1e-6
+    for chunk in (1, 3, 100):
+        monkeypatch.setattr(vae22, "CHUNK", chunk)
+        assert rel(vae.encode(video), latent) < 1e-6
+        monkeypatch.undo()
 
 
 def test_streams_are_independent(vae):
@@ -203,10 +197,40 @@ def test_user_errors(vae):
         for shape in [(1, 16, 3, 2, 2), (48, 3, 2, 2), (1, 48, 0, 2, 2)]:
             with pytest.raises(ValueError, match=r"\[B, 48, T, H, W\]"):
                 method(torch.zeros(shape))
-    state = vae.stream()
-    vae.encode_chunk(video(T=1), state)
-    with pytest.raises(ValueError, match="frame count 5 .*4 or 8"):
-        vae.encode_chunk(video(T=5), state)
+
+
+@pytest.fixture
+def codecs():
+    """A linear codec and the transform that it was made of."""
+    reference, codec = DCTCodec(CodecConfig()), LinearCodec(VAEConfig())
+    factors = reference.factors[..., None]
+    codec.load_state_dict({"basis": reference.basis * factors, "dual": reference.basis / factors})
+    return codec, reference
+
+
+def test_linear_codec(codecs):
+    codec, reference = codecs
+    g = torch.Generator().manual_seed(6)
+    video, latent = torch.rand(2, 3, 9, 32, 48, generator=g) * 2 - 1, torch.randn(2, 48, 3, 2, 3, generator=g)
+    assert rel(codec.encode(video), reference.encode(video)) < 1e-6
+    assert rel(codec.encode(video[:, :, :1]), reference.encode(video[:, :, :1])) < 1e-6
+    assert rel(codec.decode(latent), reference.decode(latent)) < 1e-6
+    for sizes in ([1, 1, 1], [2, 1], [1, 2]):
+        assert rel(decode_in(codec, latent, sizes), codec.decode(latent)) < 1e-6
+    assert not codec.encode(video).requires_grad
+    assert not codec.decode(latent).requires_grad
+    assert codec.bfloat16().encode(video).dtype == torch.float32
+    assert codec.decode(latent).dtype == torch.bfloat16
+
+
+def test_linear_codec_refuses_what_the_vae_refuses(codecs):
+    codec, _ = codecs
+    with pytest.raises(ValueError, match="frame count 8 .*5 or 9"):
+        codec.encode(torch.zeros(1, 3, 8, 32, 32))
+    with pytest.raises(ValueError, match="height 40 .*32 or 48"):
+        codec.encode(torch.zeros(1, 3, 5, 40, 32))
+    with pytest.raises(ValueError, match=r"\[B, 48, T, H, W\]"):
+        codec.decode(torch.zeros(1, 16, 3, 2, 2))
 
 
 @pytest.mark.gpu

@@ -13,17 +13,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.t5 import T5Encoder, Tokenizer
-from wan5b.vae22 import VAE22, VAEConfig
+from wan5b.t5 import T5Config, T5Encoder, Tokenizer
+from wan5b.vae22 import VAE22, LinearCodec, VAEConfig
 from wan5b.weights import (
+    T5_AXES,
+    VAE_AXES,
     dit_config,
     load_dit,
     load_t5,
     load_vae,
     read_metadata,
     save_dit,
+    sizes,
     tokenizer_path,
-    vae_config,
 )
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -144,10 +146,24 @@ def test_presets_are_recognised_by_their_shapes(name):
     assert dit_config(tensors, {}) == PRESETS[name]
 
 
-def test_vae_of_the_release_is_recognised_by_its_shapes():
-    for cfg in (VAEConfig(), VAEConfig(4, 8, dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(True, False))):
-        with torch.device("meta"):
-            assert vae_config(VAE22(cfg).state_dict(), "") == cfg
+def test_other_parts_are_recognised_by_their_shapes():
+    with torch.device("meta"):
+        assert sizes(VAE22(VAEConfig()).state_dict(), VAE_AXES) == {"z_dim": 48, "dim": 160, "dec_dim": 256}
+        assert T5Config(**sizes(T5Encoder(T5Config()).state_dict(), T5_AXES)) == T5Config()
+
+
+def test_linear_codec_in_the_place_of_the_vae(tmp_path):
+    state = {key: torch.randn(16, 1, 4, 16, 16) for key in ("basis", "dual")}
+    save_file(state, tmp_path / "codec_VAE.safetensors")
+    codec = load_vae(tmp_path)
+    assert isinstance(codec, LinearCodec)
+    assert (codec.cfg.z_dim, codec.cfg.spatial_stride, codec.cfg.temporal_stride) == (48, 16, 4)
+    assert_holds(codec, state)
+    assert_holds(load_vae(tmp_path / "codec_VAE.safetensors", "cpu", torch.bfloat16), state, torch.bfloat16)
+    save_file({"basis": state["basis"]}, tmp_path / "codec_VAE.safetensors")
+    reject(load_vae, tmp_path, "1 missing (dual)")
+    save_file({key: value[:8].clone() for key, value in state.items()}, tmp_path / "codec_VAE.safetensors")
+    reject(load_vae, tmp_path, "2 misshapen (basis [8, 1, 4, 16, 16], not [16, 1, 4, 16, 16]")
 
 
 def test_index_decides_which_shard_a_key_comes_from(release, weights):
@@ -366,14 +382,31 @@ def test_config_of_an_export_wins(release):
 
 
 def test_export_refuses(release, tmp_path):
-    model, path = load_dit(release), tmp_path / "x.safetensors"
-    path.write_bytes(b"mine")
-    reject(lambda p: save_dit(model, p, {}), path, str(path), "overwrite=True")
-    assert path.read_bytes() == b"mine"
+    model = load_dit(release)
     reject(lambda p: save_dit(model, p, {}), tmp_path / "x.pt", ".safetensors")
     reject(lambda p: save_dit(model, p, {}, dtype=torch.float16), tmp_path / "y.safetensors", "float16", "bfloat16")
-    save_dit(model, path, METADATA, overwrite=True)
+
+
+def test_export_replaces_and_asks_for_values_in_order(release, weights, tmp_path):
+    model, path, asked = load_dit(release), tmp_path / "x.safetensors", []
+    path.write_bytes(b"old")
+
+    def value(name):
+        asked.append(name)
+        return weights[name] * 2
+
+    save_dit(model, path, METADATA, value=value)
+    assert asked == list(model.state_dict())
+    assert_holds(load_dit(path), {key: value * 2 for key, value in weights.items()})
     assert read_metadata(path) == METADATA
+
+
+@pytest.mark.parametrize("load", [load_dit, load_vae, load_t5])
+def test_another_part_in_the_place_of_a_part(shared_release, load):
+    files = [SHARD, "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"]
+    for name in files:
+        if load is not [load_dit, load_vae, load_t5][files.index(name)] or name == SHARD:
+            reject(load, shared_release / name, name, "missing", "unexpected" if load is not load_dit else "")
 
 
 def test_files_of_others_have_no_metadata(shared_release):
@@ -392,6 +425,6 @@ def test_failed_export_leaves_the_old_file(release, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_dit(model, path, {}, overwrite=True)
+        save_dit(model, path, {})
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]

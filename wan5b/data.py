@@ -9,7 +9,6 @@ import json
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate
@@ -148,27 +147,24 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def read_clips(path: str | Path, frames: int, fps: float, most: int = 1) -> Iterator[np.ndarray]:
-    """The first `most` clips that a video is long enough for, one behind the other: uint8 [frames, H, W, 3].
+def read_clip(path: str | Path, frames: int, fps: float) -> np.ndarray:
+    """The first `frames` frames of a video at this rate: uint8 [frames, H, W, 3].
 
     path: a video file, of which the frames nearest to the times k / fps are taken (its rate must be constant); or a
-    folder of images, sorted by length of name, then name, all taken. One clip is in memory at a time. OSError or
-    ValueError if unreadable, ValueError if too short for one clip.
+    folder of images, sorted by length of name, then name, all taken. OSError or ValueError if unreadable or too short.
     """
     if Path(path).is_dir():
         files = sorted(Path(path).iterdir(), key=lambda file: (len(file.name), file.name))
         source, ratio = (read_image(file)[0] for file in files), 1.0
     else:
         source, ratio = iio.imiter(path, plugin="pyav", format="rgb24"), iio.immeta(path, plugin="pyav")["fps"] / fps
-    times = Counter(int(k * ratio + 0.5) for k in range(most * frames))  # index in the source -> how often it is taken
-    clip, done = [], False
+    times = Counter(int(k * ratio + 0.5) for k in range(frames))  # index in the source -> how often it is taken
+    clip = []
     for i, frame in zip(range(max(times) + 1), source, strict=False):
         clip += [frame] * times[i]
-        while len(clip) >= frames:
-            yield np.stack(clip[:frames])
-            clip, done = clip[frames:], True
-    if not done:
+    if len(clip) < frames:
         raise ValueError(f"{path} has {len(clip)} frames at {fps:g} fps, fewer than {frames}")
+    return np.stack(clip)
 
 
 # --------------------------------------------------------------------------------------------- order and chance

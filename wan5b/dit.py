@@ -63,7 +63,7 @@ PRESETS = {
     "ti2v-5B": DiTConfig(),
     "t2v-1.3B": DiTConfig(1536, 8960, 12, 30, 16, 16, model_type="t2v"),
     "t2v-14B": DiTConfig(5120, 13824, 40, 40, 16, 16, model_type="t2v"),
-    "tiny": DiTConfig(192, 384, 6, 4, text_dim=64, text_len=32, freq_dim=64),
+    "tiny": DiTConfig(256, 512, 8, 3, text_dim=64, text_len=24, freq_dim=64),
 }
 
 # --------------------------------------------------------------------------------------------------------- RoPE

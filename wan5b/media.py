@@ -1,10 +1,11 @@
-"""Pixels in and out: images and videos from files, fitted to a size; mp4 written as it is generated; contact sheets.
+"""Pixels in and out: valid sizes; images and videos from files, fitted to a size; mp4 as it is generated; contact sheets.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
 
 import math
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 from imageio.plugins.pillow import PillowPlugin
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 UNREADABLE = (OSError, ValueError, IndexError)  # no such file, no backend reads it; PyAV: damaged, no picture in it
@@ -26,33 +27,47 @@ def read_image(path: str | Path) -> np.ndarray:
     """An image file (any format imageio reads; the first frame of an animation) as uint8 [1, H, W, 3], upright."""
     try:
         with iio.imopen(path, "r") as file:
-            how = {"rotate": True} if isinstance(file, PillowPlugin) else {}  # EXIF orientation of photographs
-            if how and file.metadata(index=0)["mode"] == "CMYK":
-                how["mode"] = "RGB"
-            pixels = file.read(index=0, **how)
+            if not isinstance(file, PillowPlugin):
+                return iio.imread(path, index=0, plugin="pyav", format="rgb24")[None]
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits gray, which Pillow would clip
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
     except UNREADABLE as error:
         raise ValueError(f"cannot read the image {path}: {first_line(error)}") from error
-    if pixels.dtype != np.uint8:
-        scale = 255 / (np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1)
-        pixels = (pixels * scale).round().clip(0, 255).astype(np.uint8)
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    gray = pixels.shape[-1] < 3  # gray, or gray with alpha; alpha is dropped
-    return (pixels[..., :1].repeat(3, -1) if gray else pixels[..., :3])[None]
 
 
 def read_video(path: str | Path, last: int | None = None) -> np.ndarray:
     """The frames of a video file, or its `last` ones, as uint8 [T, H, W, 3]. ValueError if unreadable or shorter."""
-    frames = []
     try:
-        for frame in iio.imiter(path, plugin="pyav", format="rgb24"):
-            frames.append(frame)
-            if last and len(frames) > last:
-                frames.pop(0)
+        frames = deque(iio.imiter(path, plugin="pyav", format="rgb24"), maxlen=last)
     except UNREADABLE as error:
         raise ValueError(f"cannot read the video {path}: {first_line(error)}") from error
     if len(frames) < (last or 1):
         raise ValueError(f"{path} has {len(frames)} frames, {last or 1} are needed")
     return np.stack(frames)
+
+
+def nearest(value: int, step: int, least: int) -> str:
+    """The values of least, least + step, ... next to `value`, for error messages."""
+    low = least + max((value - least) // step, 0) * step
+    return f"{low} or {low + step}"
+
+
+def latent_frames(frames: int) -> int:
+    """How many latent frames that many pixel frames make. ValueError unless they are 4k + 1."""
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"{frames} frames are not 4k + 1; nearest valid: {nearest(frames, 4, 1)}")
+    return (frames + 3) // 4
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """"704x1280" -> (height, width) in pixels. ValueError unless both are multiples of 32."""
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
+    if len(sides) != 2 or any(side < 1 or side % 32 for side in sides):
+        valid = " by ".join(nearest(side, 32, 32) for side in sides)
+        raise ValueError(f"size {text} is not HEIGHTxWIDTH in multiples of 32; nearest valid: {valid}")
+    return sides[0], sides[1]
 
 
 def fitting_size(height: int, width: int, area: int = 704 * 1280, step: int = 32) -> tuple[int, int]:
@@ -87,8 +102,7 @@ def to_frames(pixels: Tensor) -> Tensor:
 class VideoWriter:
     """An mp4 that grows by chunks of frames while the next ones are computed; encoding runs in a thread of its own.
 
-    Written beside as *.partial.mp4 and renamed by `close`, which may be called at any time and leaves what was added;
-    after a failure it is as playable, but keeps the name that says so.
+    Written beside as *.partial.mp4 and renamed by `close`, which may be called at any time and leaves what was added.
     """
 
     def __init__(self, path: str | Path, fps: int = 24, keep: set[int] = frozenset()):
@@ -97,17 +111,15 @@ class VideoWriter:
         self.count, self.keep, self.kept = 0, keep, []
         self.file = iio.imopen(self.partial, "w", plugin="pyav")
         self.file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.thread = ThreadPoolExecutor(1)
+        self.pending = self.thread.submit(lambda: None)  # the encoding of the last chunk; none so far
 
     def add(self, frames: Tensor) -> None:
         """Append uint8 frames [T, H, W, 3]. Returns at once, unless the chunk before is still being encoded."""
         host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=frames.is_cuda)
         host.copy_(frames, non_blocking=True)
-        ready = torch.cuda.Event() if frames.is_cuda else None
-        if ready:
-            ready.record()
-        if self.pending:
-            self.pending.result()
+        ready = torch.cuda.current_stream().record_event() if frames.is_cuda else None
+        self.pending.result()
         self.pending = self.thread.submit(self._encode, host, ready)
 
     def _encode(self, host: Tensor, ready) -> None:
@@ -119,17 +131,15 @@ class VideoWriter:
                 self.kept.append(frame.copy())  # a view would keep its whole chunk alive
             self.count += 1
 
-    def close(self, failed: bool = False) -> None:
+    def close(self) -> None:
+        """Ends the file, or deletes it if nothing was added. Raises what encoding raised; the name is *.partial then."""
         self.thread.shutdown(wait=True)
         self.file.close()
-        if not self.count:
-            self.partial.unlink()
-        if failed:
-            return
-        if self.pending:
-            self.pending.result()
+        self.pending.result()
         if self.count:
             os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink()
 
 
 def sheet_indices(frames: int, count: int = 16) -> set[int]:

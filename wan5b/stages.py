@@ -58,10 +58,8 @@ class Run:
             self.critic, tensors = self.network(*scores)
             self.optimizers["critic"] = fsdp.AdamW(self.critic, world, tensors, cfg.critic_lr, *options[1:])
             tokens = self.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
-            window = cfg.window or None
-            self.cache = KVCache(
-                self.generator.cfg, cfg.micro_batch, cfg.frames, tokens, window, device=self.device, dtype=self.dtype
-            )
+            sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
+            self.cache = KVCache(self.generator.cfg, *sizes, device=self.device, dtype=self.dtype)
 
     def check(self, model: DiTConfig, scores: DiTConfig) -> None:
         """ValueError unless data, config and networks fit each other."""
@@ -70,11 +68,12 @@ class Run:
         takes, other = (model.text_dim, model.text_len), (scores.text_dim, scores.text_len)
         if takes != other:
             raise ValueError(f"weights and teacher take different texts (width, length): {takes} and {other}")
-        needed = {*self.prompts, *cfg.sample_prompts, *[cfg.negative] * (cfg.stage != "ode")}
         if not self.prompts:
             raise ValueError(f"{self.store.folder if self.store else cfg.text} holds nothing to train on")
-        self.text.check(sorted(needed))
-        longest, width = max(self.text[prompt].shape for prompt in needed)
+        needed = [*self.prompts, *cfg.sample_prompts] + [cfg.negative] * (cfg.stage != "ode")
+        self.text.check(needed)
+        longest = max(end - start for _, start, end in map(self.text.places.get, needed))
+        width = self.text[needed[0]].shape[1]
         if width != model.text_dim or longest > model.text_len:
             given = f"{cfg.text} holds embeddings of width {width} and up to {longest} tokens"
             raise ValueError(f"{given}, the network takes {takes}: make them with its own text encoder")
@@ -82,10 +81,9 @@ class Run:
         if self.store and self.store.shapes.get(name) != shape:
             given = f"{self.store.folder} holds {self.store.shapes}, this run needs {name} {shape}"
             raise ValueError(f"{given}, (levels,) channels, frames, height, width: change these, or make it again")
-        if cfg.stage == "ode" and any(
-            abs(a - b) > 1e-3 for a, b in zip(self.store.facts["sigmas"], self.sigmas, strict=True)
-        ):
-            given = f"{self.store.folder} has levels {self.store.facts['sigmas']}, this run {self.sigmas}"
+        levels = self.store.facts["sigmas"] if cfg.stage == "ode" else self.sigmas
+        if any(abs(a - b) > 1e-3 for a, b in zip(levels, self.sigmas, strict=True)):
+            given = f"{self.store.folder} has levels {levels}, this run {self.sigmas}"
             raise ValueError(f"{given}: change levels and shift, or make it again")
 
     def network(self, model_cfg: DiTConfig, tensors: dict[str, Tensor]) -> tuple[WanDiT, dict[str, Tensor]]:
@@ -114,7 +112,8 @@ class Run:
     def clips(self, items: list[int]) -> Tensor:
         """Clean latents: the data's, or the ends of trajectories."""
         rows = [self.store[i] for i in items]
-        return torch.stack([row["x"][-1] if "x" in row else row["latent"] for row in rows]).to(self.device, torch.float32)
+        clips = [row["x"][-1] if "x" in row else row["latent"] for row in rows]
+        return torch.stack(clips).to(self.device, torch.float32)
 
     def shape(self, frames: int) -> tuple[int, ...]:
         return (self.generator.cfg.in_dim, frames, self.cfg.height, self.cfg.width)
@@ -176,24 +175,19 @@ class Run:
         first = clips[:, :, : cfg.first] if cfg.first else None
         noise = draws.normal(*self.shape(sum(self.blocks)))
         self.cache.reset()
-        common = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:]), "trace": trace}
+        options = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:]), "trace": trace}
+
+        def roll(noise, blocks, first):
+            steps = rollout(self.generator, noise, context, self.sigmas, blocks, self.cache, first=first, **options)
+            return [block for _, block in zip(blocks, steps, strict=False)]  # in this order: no commit of the last
+
         with self.world.gathered(self.generator):
             if cfg.context == "self":
-                steps = rollout(
-                    self.generator, noise, context, self.sigmas, self.blocks, self.cache, first=first, **common
-                )
-                x0 = [block for _, block in zip(self.blocks, steps, strict=False)]
+                x0 = roll(noise, self.blocks, first)
             else:  # every block behind real ones
                 x0, real = [], clips[:, :, cfg.first :].split(self.blocks, 2)
                 for size, part, clean in zip(self.blocks, noise.split(self.blocks, 2), real, strict=True):
-                    lead = first if not x0 else None
-                    x0.append(
-                        next(
-                            rollout(
-                                self.generator, part, context, self.sigmas, [size], self.cache, first=lead, **common
-                            )
-                        )
-                    )
+                    x0 += roll(part, [size], None if x0 else first)
                     self.generator(clean, 0.0, context, cache=self.cache)
                     self.cache.commit(size)
         return first, torch.cat(x0, 2), trace, exit_step
@@ -229,7 +223,7 @@ class Run:
                 block.backward(part.to(block.dtype))
             x0 = x0.detach()
             row = {"loss": loss.detach().float(), "gradient": gradient.abs().mean()}
-            row["x0_motion"] = x0.diff(dim=2).square().mean()
+            row["x0_motion"] = x0.var(2, correction=0).mean()  # over time: a static video shows here
             for i, block in enumerate(x0.split(self.blocks, 2)):
                 row |= {f"x0_mean_{i}": block.mean(), f"x0_std_{i}": block.std()}
             rows.append(row)

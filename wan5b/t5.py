@@ -29,7 +29,7 @@ NEGATIVE_PROMPT = (  # the one Wan2.2 was released with
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of the encoder; the defaults are umt5-xxl. ValueError for what umt5 never is."""
+    """Sizes of the encoder; the defaults are umt5-xxl. dim_attn is a multiple of num_heads."""
 
     vocab: int = 256384
     dim: int = 4096
@@ -43,8 +43,6 @@ class T5Config:
     def __post_init__(self):
         if self.shared_pos:
             raise ValueError("shared_pos=True is T5 and mT5; umt5 has one relative position table per layer")
-        if self.dim_attn % self.num_heads:
-            raise ValueError(f"dim_attn {self.dim_attn} is not a multiple of num_heads {self.num_heads}")
 
 
 def relative_buckets(distance: Tensor, num_buckets: int = 32) -> Tensor:
@@ -69,20 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-        return self.weight * x.to(self.weight.dtype)
-
-
-class RelativePosition(nn.Module):
-    """The position bias of one layer: buckets [L, L] -> [N, L, L]."""
-
-    def __init__(self, cfg: T5Config):
-        super().__init__()
-        self.embedding = nn.Embedding(cfg.num_buckets, cfg.num_heads)
-
-    def forward(self, buckets: Tensor) -> Tensor:
-        return self.embedding(buckets).permute(2, 0, 1)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -121,7 +106,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer with its own position table."""
+    """One pre-norm layer with its own table of position biases: buckets [L, L] -> [N, L, L]."""
 
     def __init__(self, cfg: T5Config):
         super().__init__()
@@ -129,10 +114,11 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.norm2 = RMSNorm(cfg.dim)
         self.ffn = FeedForward(cfg)
-        self.pos_embedding = RelativePosition(cfg)
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(cfg.num_buckets, cfg.num_heads)})
 
     def forward(self, x: Tensor, padded: Tensor, buckets: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), padded, self.pos_embedding(buckets))
+        bias = self.pos_embedding["embedding"](buckets).permute(2, 0, 1)
+        x = x + self.attn(self.norm1(x), padded, bias)
         return x + self.ffn(self.norm2(x))
 
 
@@ -183,24 +169,16 @@ class Tokenizer:
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; expected the spiece.model of google/umt5-xxl")
         proto = Path(path).read_bytes()
-        if proto.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a Git LFS pointer, not the model itself; run `git lfs pull` in its repository")
         if proto[0:1] + proto[2:3] != b"\n\n":  # protobuf tags: first vocabulary entry (one byte of length), its text
-            raise ValueError(f"{path} is not a SentencePiece model; expected the spiece.model of google/umt5-xxl")
+            raise ValueError(f"{path} is not a SentencePiece model; if it is a Git LFS pointer, run `git lfs pull`")
         self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.length = length
 
     def encode(self, text: str) -> list[int]:
         """Ids of one cleaned prompt, neither padded nor ended. A run of byte pieces becomes one <unk>."""
         unk = self.model.unk_id()
-        ids = []
-        for piece in self.model.encode(text):
-            known = piece != unk and not self.model.is_byte(piece)
-            if known:
-                ids.append(piece)
-            elif ids[-1:] != [unk]:
-                ids.append(unk)
-        return ids
+        ids = [unk if self.model.is_byte(piece) else piece for piece in self.model.encode(text)]
+        return [piece for piece, before in zip(ids, [None, *ids], strict=False) if (piece, before) != (unk, unk)]
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """-> ids and mask, both [B, length] int64. Every prompt is cleaned, cut and ended with </s>; 0 is padding."""
@@ -219,5 +197,4 @@ class Tokenizer:
 def encode_prompts(encoder: T5Encoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
     """Prompts -> context [B, tokenizer.length, D] on the encoder's device, zero beyond each prompt."""
     device = encoder.token_embedding.weight.device
-    ids, mask = tokenizer(prompts)
-    return encoder(ids.to(device), mask.to(device))
+    return encoder(*(x.to(device) for x in tokenizer(prompts)))

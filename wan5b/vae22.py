@@ -6,7 +6,7 @@ chunking gives the same result, so the chunk size is only a matter of memory and
 """
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,14 +44,6 @@ class VAEConfig:
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)
-
-    def __post_init__(self):
-        object.__setattr__(self, "dim_mult", tuple(self.dim_mult))
-        object.__setattr__(self, "temperal_downsample", tuple(self.temperal_downsample))
-        if self.z_dim != len(LATENT_MEAN):
-            raise ValueError(f"z_dim {self.z_dim}: latent statistics are known for z_dim {len(LATENT_MEAN)} only")
-        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
-            raise ValueError(f"dim_mult {self.dim_mult} needs one entry more than {self.temperal_downsample=}")
 
     @property
     def spatial_stride(self) -> int:
@@ -200,10 +192,9 @@ def upsample_phases(conv: nn.Conv2d, x: Tensor) -> Tensor:
     An output row 2i + a sees only two rows of x, i + a - 1 and i + a: kernel rows (0 | 1, 2) for a = 0, (0, 1 | 2) for
     a = 1, summed; likewise columns. The phases (a, b) are channels of one convolution with 4/9 of the arithmetic.
     """
-    rows = conv.weight.new_tensor(
-        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float32
-    )  # [a, tap, row]
-    weight = torch.einsum("apu,bqv,oiuv->aboipq", rows, rows, conv.weight.float()).flatten(0, 2).to(x.dtype)
+    weight = conv.weight.float()
+    rows = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [a, tap, row]
+    weight = torch.einsum("apu,bqv,oiuv->aboipq", rows, rows, weight).flatten(0, 2).to(x.dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x.movedim(-1, 1), weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
 
@@ -294,51 +285,43 @@ class UpStage(nn.Module):
         return h
 
 
-def stage_factors(temporal: tuple[bool, ...]) -> list[tuple[int, int]]:
-    """(time, space) factor of each stage; the last one keeps the size."""
-    return [(2 if t else 1, 2) for t in temporal] + [(1, 1)]
+class Coder(nn.Module):
+    """The encoder or decoder: a convolution, the groups of layers in the order given, norm, SiLU, a convolution."""
+
+    def __init__(self, dim: int, widths: list[int], out_dim: int, groups: dict[str, nn.ModuleList]):
+        super().__init__()
+        self.conv1 = causal_conv3d(dim, widths[0])
+        for name, group in groups.items():
+            self.add_module(name, group)
+        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], out_dim)})
+
+    def forward(self, x: Tensor, state: Stream) -> Tensor:
+        conv1, *groups, head = self.children()
+        x = convolve_causal(conv1, x, state).add_(conv1.bias)
+        for layer in chain(*groups):
+            x = layer(x, state)
+        norm, conv2 = head.values()
+        return convolve_causal(conv2, x, state, norm).add_(conv2.bias)
 
 
-class Encoder(nn.Module):
+def stages(kind: type[nn.Module], widths: list[int], blocks: int, temporal: tuple[bool, ...]) -> nn.ModuleList:
+    """A stage between every two widths. All fold or unfold space, and time if temporal; the last keeps the size."""
+    factors = [(2 if t else 1, 2) for t in temporal] + [(1, 1)]  # time, space
+    return nn.ModuleList(kind(a, b, blocks, *f) for (a, b), f in zip(pairwise(widths), factors, strict=True))
+
+
+def make_encoder(cfg: VAEConfig) -> Coder:
     """Space-to-depth pixels [B, T, H, W, 12] -> mean and log-variance [B, T', H', W', 2 * z_dim]."""
-
-    def __init__(self, cfg: VAEConfig):
-        super().__init__()
-        widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
-        self.conv1 = causal_conv3d(12, widths[0])
-        self.downsamples = nn.ModuleList(
-            DownStage(a, b, cfg.num_res_blocks, *factors)
-            for (a, b), factors in zip(pairwise(widths), stage_factors(cfg.temperal_downsample), strict=True)
-        )
-        self.middle = middle(widths[-1])
-        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], 2 * cfg.z_dim)})
-
-    def forward(self, x: Tensor, state: Stream) -> Tensor:
-        x = convolve_causal(self.conv1, x, state).add_(self.conv1.bias)
-        for layer in (*self.downsamples, *self.middle):
-            x = layer(x, state)
-        return convolve_causal(self.head["2"], x, state, self.head["0"]).add_(self.head["2"].bias)
+    widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+    downsamples = stages(DownStage, widths, cfg.num_res_blocks, cfg.temperal_downsample)
+    return Coder(12, widths, 2 * cfg.z_dim, {"downsamples": downsamples, "middle": middle(widths[-1])})
 
 
-class Decoder(nn.Module):
+def make_decoder(cfg: VAEConfig) -> Coder:
     """Latents [B, T, H, W, z_dim] -> space-to-depth pixels [B, T', H', W', 12]."""
-
-    def __init__(self, cfg: VAEConfig):
-        super().__init__()
-        widths = [cfg.dec_dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
-        self.conv1 = causal_conv3d(cfg.z_dim, widths[0])
-        self.middle = middle(widths[0])
-        self.upsamples = nn.ModuleList(
-            UpStage(a, b, cfg.num_res_blocks + 1, *factors)
-            for (a, b), factors in zip(pairwise(widths), stage_factors(cfg.temperal_downsample[::-1]), strict=True)
-        )
-        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], 12)})
-
-    def forward(self, x: Tensor, state: Stream) -> Tensor:
-        x = convolve_causal(self.conv1, x, state).add_(self.conv1.bias)
-        for layer in (*self.middle, *self.upsamples):
-            x = layer(x, state)
-        return convolve_causal(self.head["2"], x, state, self.head["0"]).add_(self.head["2"].bias)
+    widths = [cfg.dec_dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
+    upsamples = stages(UpStage, widths, cfg.num_res_blocks + 1, cfg.temperal_downsample[::-1])
+    return Coder(cfg.z_dim, widths, 12, {"middle": middle(widths[0]), "upsamples": upsamples})
 
 
 def space_to_depth(video: Tensor) -> Tensor:
@@ -361,6 +344,19 @@ def _check(what: str, value: int, step: int, offset: int = 0) -> None:
         raise ValueError(f"{what} {value} must be {step}k + {offset}; nearest: {' or '.join(map(str, valid))}")
 
 
+def _check_video(video: Tensor, cfg: VAEConfig) -> None:
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
+    _check("frame count", video.shape[2], cfg.temporal_stride, offset=1)
+    _check("height", video.shape[3], cfg.spatial_stride)
+    _check("width", video.shape[4], cfg.spatial_stride)
+
+
+def _check_latent(latent: Tensor, cfg: VAEConfig) -> None:
+    if latent.ndim != 5 or latent.shape[1] != cfg.z_dim or 0 in latent.shape:
+        raise ValueError(f"latent must be [B, {cfg.z_dim}, T, H, W], got {list(latent.shape)}")
+
+
 class VAE22(nn.Module):
     """Encoder and decoder with upstream's parameter names; a released state dict loads strictly. Nothing carries grad.
 
@@ -370,13 +366,13 @@ class VAE22(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg = cfg
-        self.encoder = Encoder(cfg)
+        self.encoder = make_encoder(cfg)
         self.conv1 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
         self.conv2 = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
-        self.decoder = Decoder(cfg)
+        self.decoder = make_decoder(cfg)
 
     def stream(self) -> Stream:
-        """State for one video through `decode_chunk` or `encode_chunk`. Streams are independent of each other.
+        """State for one video through `decode_chunk`. Streams are independent of each other.
 
         Also puts the convolution weights in channels-last memory, in place (free once they are): cuDNN would otherwise
         copy them at every call.
@@ -393,21 +389,16 @@ class VAE22(nn.Module):
 
         Raises ValueError for other frame counts, channel counts, or H, W that are not multiples of 16.
         """
-        self._check_video(video, offset=1)
-        state, stride = self.stream(), self.cfg.temporal_stride
-        starts = range(1 - stride, video.shape[2], CHUNK * stride)  # the first chunk lacks stride - 1 frames in front
-        return torch.cat(
-            [self.encode_chunk(video[:, :, max(start, 0) : start + CHUNK * stride], state) for start in starts], dim=2
-        )
-
-    @torch.no_grad()
-    def encode_chunk(self, video: Tensor, state: Stream) -> Tensor:
-        """The next latents of a stream from its next pixels: 1 + 4k frames in the first call, 4k in later ones."""
-        self._check_video(video, offset=1 if state.first else 0)
-        h = self.encoder(space_to_depth(video.to(self.conv1.weight.dtype)), state)
-        state.frames += video.shape[2]
-        mu = pointwise(self.conv1, h)[..., : self.cfg.z_dim].float()  # the rest is the log-variance
-        return ((mu - mu.new_tensor(LATENT_MEAN)) / mu.new_tensor(LATENT_STD)).movedim(-1, 1).contiguous()
+        _check_video(video, self.cfg)
+        stride, dtype = self.cfg.temporal_stride, self.conv1.weight.dtype
+        first = CHUNK * stride - (stride - 1)  # the first latent frame stands for one pixel frame
+        state, means = self.stream(), []
+        for chunk in video.tensor_split(list(range(first, video.shape[2], CHUNK * stride)), dim=2):
+            h = self.encoder(space_to_depth(chunk.to(dtype)), state)
+            state.frames += chunk.shape[2]
+            means.append(pointwise(self.conv1, h)[..., : self.cfg.z_dim].float())  # the rest is the log-variance
+        mean = torch.cat(means, dim=1)
+        return ((mean - mean.new_tensor(LATENT_MEAN)) / mean.new_tensor(LATENT_STD)).movedim(-1, 1).contiguous()
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents [B, z_dim, T, H, W] -> pixels [B, 3, 1 + 4(T - 1), 16H, 16W], about [-1, 1], not clamped.
@@ -422,7 +413,7 @@ class VAE22(nn.Module):
 
         4n pixel frames, or 1 + 4(n - 1) at the start of the stream: together the same frames as one `decode`.
         """
-        self._check_latent(latent)
+        _check_latent(latent, self.cfg)
         B, _, n, H, W = latent.shape
         time, space, dtype = self.cfg.temporal_stride, self.cfg.spatial_stride, self.conv2.weight.dtype
         frames = time * n - (time - 1 if state.first else 0)
@@ -437,13 +428,44 @@ class VAE22(nn.Module):
             state.frames += part.shape[1]
         return video
 
-    def _check_video(self, video: Tensor, offset: int) -> None:
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
-        _check("frame count", video.shape[2], self.cfg.temporal_stride, offset)
-        _check("height", video.shape[3], self.cfg.spatial_stride)
-        _check("width", video.shape[4], self.cfg.spatial_stride)
 
-    def _check_latent(self, latent: Tensor) -> None:
-        if latent.ndim != 5 or latent.shape[1] != self.cfg.z_dim or 0 in latent.shape:
-            raise ValueError(f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}")
+class LinearCodec(nn.Module):
+    """A fixed linear transform with VAE22's interface, for worlds small enough for a CPU; nothing carries grad.
+
+    A patch of t frames x s x s pixels of one colour becomes its z_dim / 3 products with `basis`, and the sum of the
+    patches of `dual` that they weigh again. Computes in the weights' dtype. Has no initial values: load a state dict.
+    """
+
+    def __init__(self, cfg: VAEConfig):
+        super().__init__()
+        self.cfg, self.stride = cfg, (cfg.temporal_stride, cfg.spatial_stride, cfg.spatial_stride)
+        self.basis = nn.Parameter(torch.empty(cfg.z_dim // 3, 1, *self.stride))  # encodes
+        self.dual = nn.Parameter(torch.empty_like(self.basis))  # decodes
+
+    def stream(self) -> Stream:
+        """State for one video through `decode_chunk`."""
+        return Stream()
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """As VAE22's. The first latent frame is that of the first pixel frame repeated."""
+        _check_video(video, self.cfg)
+        lead = video[:, :, :1].expand(-1, -1, self.cfg.temporal_stride - 1, -1, -1)
+        planes = torch.cat([lead, video], dim=2).flatten(0, 1)[:, None].to(self.basis.dtype)  # [B*3, 1, T, H, W]
+        return F.conv3d(planes, self.basis, stride=self.stride).unflatten(0, (-1, 3)).flatten(1, 2).float()
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """As VAE22's."""
+        return self.decode_chunk(latent, self.stream())
+
+    @torch.no_grad()
+    def decode_chunk(self, latent: Tensor, state: Stream) -> Tensor:
+        """As VAE22's. The video's first frame is the mean of those of its patch."""
+        _check_latent(latent, self.cfg)
+        z = latent.unflatten(1, (3, -1)).flatten(0, 1).to(self.dual.dtype)  # [B*3, C/3, n, H, W]
+        video = F.conv_transpose3d(z, self.dual, stride=self.stride).unflatten(0, (-1, 3)).squeeze(2)
+        if state.first:
+            lead, rest = video.tensor_split([self.cfg.temporal_stride], dim=2)
+            video = torch.cat([lead.mean(2, keepdim=True), rest], dim=2)
+        state.frames += latent.shape[2]
+        return video

@@ -79,6 +79,27 @@ def draw(labels: list[Label], frames: int, seed: int = 0) -> Tensor:
     return clips
 
 
+def codec_basis(scale: float = 0.5, temporal_scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    """The codec in the VAE's place, as a `LinearCodec`'s basis and its dual, [16, 1, 4, 16, 16] each.
+
+    A patch of 4 frames x 16 x 16 pixels of one colour is its 16 lowest 3-D DCT coefficients (time + row + column
+    frequency at most 3, time at most 1); those of time frequency 1 hold the motion inside a latent frame. The factors
+    give latents a spread of about one.
+    """
+
+    def dct(n):
+        k, x = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+        matrix = torch.cos(math.pi * (x + 0.5) * k / n) * (2 / n) ** 0.5
+        matrix[0] /= 2**0.5
+        return matrix.float()
+
+    time, space = dct(4), dct(16)
+    orders = [(t, y, x) for t in range(2) for y in range(4) for x in range(4) if t + y + x <= 3]
+    basis = torch.stack([torch.einsum("t,h,w->thw", time[t], space[y], space[x]) for t, y, x in orders])[:, None]
+    factors = torch.tensor([scale * temporal_scale**t for t, _, _ in orders]).view(-1, 1, 1, 1, 1)
+    return basis * factors, basis / factors
+
+
 def pixel_blocks(latent_blocks: list[int], stride: int = 4) -> list[int]:
     """Pixel frames of each block of latent frames: [3, 3] -> [9, 12]."""
     return [stride * n - (stride - 1) * (i == 0) for i, n in enumerate(latent_blocks)]

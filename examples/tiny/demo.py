@@ -1,0 +1,197 @@
+"""The whole method on two CPU cores, measured: teacher -> ar -> ode -> dmd, each stage sampled and scored.
+
+    make demo            # about 12 minutes; ends with a table, out/demo/sheet.png and curves
+
+Afterwards the model is an ordinary release plus export:
+    .venv/bin/python sample.py --release out/demo/release --weights out/demo/dmd/dmd.safetensors \\
+        --prompt "a red ring moves left" --size 64x64 --frames 105 --window 9 --sheet
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from world import LABELS, codec_basis, draw, pixel_blocks, score, summary
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: its scripts are imported, not installed
+
+import plot
+import prepare
+import sample
+import train
+from wan5b import fsdp, media
+from wan5b.data import TextStore, write_shard
+from wan5b.dit import PRESETS, WanDiT
+from wan5b.flow import few_step_sigmas, shift_sigma
+from wan5b.t5 import T5Config, T5Encoder
+from wan5b.vae22 import LinearCodec
+from wan5b.weights import load_dit, load_vae, save_dit
+
+HERE = Path(__file__).parent
+TRAINED, LONG, BLOCK = 9, 27, 3  # latent frames of a training clip, of a sampled one, of a block
+EULER = [shift_sigma(1 - i / 12) for i in range(12)] + [0.0]  # the many-step samplers': 12 steps
+SAMPLED = {  # stage -> (mode, levels) it is sampled with
+    "teacher": ("bidirectional", EULER),
+    "ar": ("many", EULER),
+    "ode": ("few", few_step_sigmas()),
+    "dmd": ("few", few_step_sigmas()),
+    "dmd-data": ("few", few_step_sigmas()),
+}
+
+
+def make_release(folder: Path) -> None:
+    """What stands in for a release: a codec in the VAE's place, a frozen random T5, the tokenizer."""
+    (folder / "google" / "umt5-xxl").mkdir(parents=True)
+    shutil.copy(HERE.parents[1] / "tests" / "golden" / "tokenizer" / "spiece.model", folder / "google" / "umt5-xxl")
+    torch.manual_seed(0)
+    encoder = T5Encoder(T5Config(dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2))
+    torch.save(encoder.state_dict(), folder / "models_t5_tiny.pth")
+    basis, dual = codec_basis()
+    save_file({"basis": basis, "dual": dual}, folder / "codec_VAE.safetensors")
+
+
+def make_data(out: Path, clips: int) -> None:
+    """Embeddings of all captions (the ordinary way), latents of drawn clips."""
+    captions = out / "captions.txt"
+    captions.write_text("".join(f"{label}\n" for label in LABELS))
+    arguments = ["text", "--release", out / "release", "--prompts", captions, "--negative", "", "--out", out / "text"]
+    prepare.main(prepare.parse([str(x) for x in arguments]))
+    codec = load_vae(out / "release")
+    for shard in range(clips // 96):
+        labels = [LABELS[i % len(LABELS)] for i in range(96)]
+        latents = codec.encode(draw(labels, 4 * TRAINED - 3, seed=shard))
+        write_shard(out / "latents" / f"{shard:05}.safetensors", {"latent": latents}, [str(label) for label in labels])
+
+
+def carrying(model: WanDiT) -> WanDiT:
+    """Start as a network that carries its input through: patches in by an orthogonal matrix, out by its transpose.
+
+    A token holds 192 values of noise, and v asks for all of them back: without this, learning to carry them takes most
+    of a short training (teacher after 1,000 steps: relative x0 error .69 at sigma .83, with it .24).
+    """
+    with torch.no_grad():
+        model.init_weights(torch.Generator().manual_seed(0))
+        inward, channels = model.patch_embedding.weight, model.cfg.in_dim
+        nn.init.orthogonal_(inward.view(model.cfg.dim, -1), generator=torch.Generator().manual_seed(0))
+        outward = inward.flatten(1).unflatten(1, (channels, 4)).permute(2, 1, 0).flatten(0, 1)  # [(ph, pw, C), D]
+        model.head.head.weight.copy_(outward * (4 * channels / model.cfg.dim) ** 0.5)
+        model.head.modulation.mul_(0.1)
+        for block in model.blocks:
+            for layer in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
+                layer.weight.zero_()
+    return model
+
+
+def run_stage(out: Path, name: str, config: str, *overrides: str) -> float:
+    """One run of train.py in this process; the seconds it took."""
+    start = time.time()
+    common = [f"out={out / name}", f"text={out / 'text'}", f"vae={out / 'release'}"]
+    cfg = train.parse([str(HERE / config), *common, *overrides])
+    with fsdp.World("cpu") as world:
+        train.main(cfg, world)
+    return time.time() - start
+
+
+@torch.no_grad()
+def sample_clips(model: WanDiT, text: TextStore, mode: str, sigmas: list[float], frames: int, seed: int) -> torch.Tensor:
+    """Latents [48, C, frames, 4, 4], one clip a caption."""
+    prompts = [str(label) for label in LABELS]
+    context = text.batch(prompts if mode == "few" else prompts + [""] * len(prompts), model.cfg.text_len)
+    noise = torch.randn(len(prompts), model.cfg.in_dim, frames, 4, 4, generator=torch.Generator().manual_seed(seed))
+    options = argparse.Namespace(mode=mode, guidance=2.0, solver="euler", window=None, sink=0)
+    blocks = [frames]
+    if mode != "bidirectional":
+        options.window, blocks = TRAINED, [BLOCK] * (frames // BLOCK)
+    return torch.cat(list(sample.generate(options, model, noise, context, sigmas, blocks, None, seed)), 2)
+
+
+def judge(latents: torch.Tensor, codec: LinearCodec) -> dict[str, float]:
+    """The scorer's summary, plus the latents' spread in the first and the last block."""
+    blocks = [BLOCK] * (latents.shape[2] // BLOCK)
+    found = summary(score(codec.decode(latents), LABELS, pixel_blocks(blocks)))
+    return found | {"std_first": float(latents[:, :, :BLOCK].std()), "std_last": float(latents[:, :, -BLOCK:].std())}
+
+
+def main(args: argparse.Namespace) -> None:
+    out, began, minutes = Path(args.out), time.time(), {}
+    if (out / "release").exists():
+        raise ValueError(f"{out} exists; delete it or choose another --out")
+    torch.set_num_threads(args.threads)
+    make_release(out / "release")
+    make_data(out, args.clips)
+    save_dit(carrying(WanDiT(PRESETS["tiny"])), out / "init.safetensors", {})
+    minutes["data"] = time.time() - began
+
+    def trained(name: str) -> str:
+        stage = name.split("-")[0]
+        return str(out / name / f"{stage}.safetensors")
+
+    seed, latents = f"seed={args.seed}", f"latents={out / 'latents'}"
+    steps = [] if args.steps is None else [f"steps={args.steps}"]
+    start = f"weights={out / 'init.safetensors'}"
+    minutes["teacher"] = run_stage(out, "teacher", "teacher.toml", start, latents, seed, *steps)
+    minutes["ar"] = run_stage(out, "ar", "ar.toml", f"weights={trained('teacher')}", latents, seed, *steps)
+
+    began_ode = time.time()
+    arguments = ["trajectories", "--release", out / "release", "--weights", trained("ar"), "--text", out / "text"]
+    arguments += ["--out", out / "trajectories", "--size", "64x64", "--frames", 4 * TRAINED - 3, "--causal"]
+    arguments += ["--guidance", 2, "--steps", 12, "--batch", 48, "--per-shard", 48, "--seed", args.seed]
+    prepare.main(prepare.parse([str(x) for x in [*arguments, "--repeats", 6]]))
+    paths = f"trajectories={out / 'trajectories'}"
+    run_stage(out, "ode", "ode.toml", f"weights={trained('ar')}", paths, seed, *steps)
+    minutes["ode"] = time.time() - began_ode
+    for name, context in (("dmd", "self"), ("dmd-data", "data")):
+        ends = [f"weights={trained('ode')}", f"teacher={trained('teacher')}", latents, seed, f'context="{context}"']
+        minutes[name] = run_stage(out, name, "dmd.toml", *ends, *steps)
+
+    text, codec, rows, clips = TextStore(out / "text"), load_vae(out / "release"), {}, {}
+    for name, (mode, sigmas) in SAMPLED.items():
+        model, start = load_dit(trained(name)), time.time()
+        lengths = [TRAINED] if mode == "bidirectional" else [TRAINED, LONG]
+        for frames in lengths:
+            seeds = [sample_clips(model, text, mode, sigmas, frames, seed) for seed in (1, 2, 3)]
+            rows[f"{name} x{frames // TRAINED}"] = [judge(x, codec) for x in seeds]
+            clips[name] = seeds[0]
+        rows[f"{name} x{frames // TRAINED}"][0]["sampling"] = time.time() - start
+    report(out, rows, minutes, time.time() - began)
+
+    shown = [LABELS.index(label) for label in LABELS[:: len(LABELS) // 4]][:4]
+    tiles = []
+    for name, latents in clips.items():
+        video = codec.decode(latents[shown])
+        columns = [round(i) for i in torch.linspace(0, video.shape[2] - 1, 8).tolist()]
+        tiles += [media.to_frames(video[row])[column].numpy() for row in range(4) for column in columns]
+        print(f"sheet: 4 rows of {name}")
+    media.write_sheet(out / "sheet.png", tiles, columns=8)
+    plot.curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
+
+
+def report(out: Path, rows: dict, minutes: dict[str, float], total: float) -> None:
+    """The table, printed and kept as JSON."""
+    columns = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
+    print(f"\n{'stage, length':16}" + "".join(f"{column:>18}" for column in columns) + "   mean +- sd over 3 sampling seeds")
+    for name, found in rows.items():
+        values = torch.tensor([[one[column] for column in columns] for one in found])
+        cells = "".join(f"{m:11.3f} +-{s:5.3f}" for m, s in zip(values.mean(0), values.std(0), strict=True))
+        print(f"{name:16}{cells}")
+    print("minutes: " + ", ".join(f"{k} {v / 60:.1f}" for k, v in minutes.items()) + f"; in all {total / 60:.1f}")
+    (out / "report.json").write_text(json.dumps({"rows": rows, "seconds": minutes, "total": total}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/demo")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clips", type=int, default=1536)
+    parser.add_argument("--steps", type=int, help="of every stage, for a quick look")
+    try:
+        main(parser.parse_args())
+    except ValueError as error:
+        sys.exit(f"demo.py: error: {error}")

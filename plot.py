@@ -1,0 +1,37 @@
+"""Curves of runs: python plot.py runs/dmd-5b [more runs ...] -> curves.png in the first. Needs matplotlib."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def curves(folders: list[Path]) -> Path:
+    """Every number of metrics.jsonl against the step, one panel each, runs of one stage over each other."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    runs = {
+        folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders
+    }
+    names = sorted({name for rows in runs.values() for row in rows for name in row} - {"step"})
+    columns = 4
+    figure, panels = pyplot.subplots(-(-len(names) // columns), columns, figsize=(16, 3 * -(-len(names) // columns)))
+    for panel, name in zip(panels.flat, names, strict=False):
+        for folder, rows in runs.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            panel.plot(*zip(*points, strict=True), label=folder.name) if points else None
+        panel.set_title(name, fontsize=9)
+    panels.flat[0].legend(fontsize=7)
+    for panel in panels.flat[len(names) :]:
+        panel.axis("off")
+    figure.tight_layout()
+    path = folders[0] / "curves.png"
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    print(curves([Path(name) for name in sys.argv[1:]]))

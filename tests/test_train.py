@@ -1,0 +1,728 @@
+"""Training: the stages, what carries grad, what is counted, what stops a run and how it goes on."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from common import rel
+from release import VAE, random_weights
+from safetensors.torch import load_file
+
+import train
+from wan5b import fsdp, stages
+from wan5b.data import write_shard
+from wan5b.distill import rollout
+from wan5b.dit import DiTConfig, WanDiT
+from wan5b.flow import few_step_sigmas
+from wan5b.vae22 import VAE22
+from wan5b.weights import save_dit
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("teacher", "ar", "ode", "dmd", "sid")
+DIT = DiTConfig(32, 64, 2, 2, text_dim=16, text_len=8, freq_dim=16)
+PROMPTS = [f"prompt {i}" for i in range(8)]
+SIZES = (48, 6, 4, 4)  # channels, frames, height, width
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_WAIT_POLICY": "passive"}
+
+
+def make_data(folder: Path) -> Path:
+    """Stores of all kinds and weights of a generator and a teacher, smaller than tiny."""
+    g = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g)
+
+    lengths = torch.tensor([3, 5] * 5)
+    texts = {"rows": randn(40, DIT.text_dim).bfloat16(), "lengths": lengths}
+    write_shard(folder / "text/00000.safetensors", texts, [*PROMPTS, "neg", ""], negative="neg")
+    write_shard(folder / "latents/00000.safetensors", {"latent": randn(8, *SIZES)}, PROMPTS)
+    sigmas = few_step_sigmas()
+    write_shard(folder / "ode/00000.safetensors", {"x": randn(8, 5, *SIZES)}, PROMPTS, sigmas=sigmas)
+    for seed, name in enumerate(("generator", "teacher")):
+        save_dit(WanDiT(DIT).init_weights(g.manual_seed(seed)), folder / f"{name}.safetensors", {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_clean(monkeypatch):
+    """A World takes SIGTERM for itself; the speed of this machine does not matter here."""
+    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1.0)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def values(data: Path, stage: str, out="unused", /, **changes) -> dict:
+    """The keys of a small run."""
+    given = {
+        "stage": stage,
+        "out": str(out),
+        "text": str(data / "text"),
+        "weights": str(data / "generator.safetensors"),
+    }
+    if stage in ("teacher", "ar") or changes.get("first") or changes.get("context") == "data":
+        given["latents"] = str(data / "latents")
+    if stage == "ode":
+        given["trajectories"] = str(data / "ode")
+    if stage in ("dmd", "sid"):
+        given["teacher"] = str(data / "teacher.safetensors")
+    given |= {"negative": "neg", "frames": 6, "height": 4, "width": 4, "batch": 4, "micro_batch": 2, "steps": 4}
+    given |= {"save_every": 2, "lr": 1e-4, "critic_lr": 1e-4, "ema_start": 1, "ratio": 2, "device": "cpu"}
+    return given | {"dtype": "float32", "keep": 9} | changes
+
+
+def config(data: Path, stage: str, out="unused", **changes) -> train.Config:
+    return train.Config(**values(data, stage, out, **changes))
+
+
+def make_run(data: Path, stage: str, **changes) -> stages.Run:
+    return stages.Run(config(data, stage, **changes), fsdp.World("cpu"))
+
+
+def write_toml(path: Path, keys: dict) -> Path:
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
+    return path
+
+
+def finish(cfg: train.Config) -> dict[str, torch.Tensor]:
+    """Train to the end in this process; the exported tensors."""
+    assert train.main(cfg, fsdp.World("cpu")) == 0
+    return load_file(Path(cfg.out) / f"{cfg.stage}.safetensors")
+
+
+def read_metrics(out: Path, timings=False) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if timings or k not in ("seconds", "gib", "mfu")} for row in rows]
+
+
+def without_std(row: dict) -> dict:
+    """The metrics that are means over samples."""
+    return {key: value for key, value in row.items() if "std" not in key}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def furthest(a: dict, b: dict) -> float:
+    """Largest relative error of a tensor."""
+    assert a.keys() == b.keys()
+    return max(rel(a[key], b[key]) for key in a if b[key].norm() > 0)
+
+
+def apart(a: dict, b: dict, lr=1e-4) -> float:
+    """Distance of weights, in units of one step of Adam, which is +-lr for every weight: of a bias near 0, rounding
+    decides the sign, so no tensor by itself can be compared."""
+    assert a.keys() == b.keys()
+    squares = sum((a[key] - b[key]).double().square().sum() for key in a)
+    return (squares / sum(value.numel() for value in a.values())).sqrt().item() / lr
+
+
+# ------------------------------------------------------------------------------------------------------- phases
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_equals_a_larger_micro_batch(data, tmp_path, stage):
+    two = finish(config(data, stage, tmp_path / "two", steps=2))
+    one = finish(config(data, stage, tmp_path / "one", steps=2, micro_batch=1))
+    distance = apart(one, two)
+    assert distance < 1e-2
+    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
+
+
+def test_counts_and_order(data, monkeypatch):
+    run = make_run(data, "dmd", ratio=5, steps=12, ema_start=6, ema=0.5)
+    who = {id(optimizer): name for name, optimizer in run.optimizers.items()}
+    generator, calls, inner = run.optimizers["generator"], [], fsdp.AdamW.step
+    average = {name: value.clone() for name, value in generator.ema.items()}
+
+    def step(self, scale, clip, ema_decay=0.0):
+        norm = inner(self, scale, clip, ema_decay)
+        calls.append(who[id(self)])
+        if self is generator:
+            for name, value in average.items():
+                decay = 0.5 if calls.count("critic") >= 6 else 0.0
+                average[name] = decay * value + (1 - decay) * self.master[name]
+        return norm
+
+    monkeypatch.setattr(fsdp.AdamW, "step", step)
+    for i in range(12):
+        run.iteration(i)
+    assert calls == ["critic" if i else "generator" for i in [0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1]]
+    assert (generator.steps, run.optimizers["critic"].steps) == (3, 12)
+    assert not run.optimizers["critic"].ema
+    expected, moved = furthest(generator.ema, average), furthest(generator.ema, generator.master)
+    assert expected < 1e-6 < moved
+
+
+def test_exit_level_is_uniform_and_one_for_all(data, monkeypatch):
+    run, seen = make_run(data, "dmd", micro_batch=1), []
+
+    def fake(generator, noise, context, sigmas, blocks, cache, *, exit_step, **options):
+        seen.append(exit_step)
+        yield from noise.split(blocks, 2)
+
+    monkeypatch.setattr(stages, "rollout", fake)
+    levels = {}
+    for phase in ("generator", "critic"):
+        for step in range(300):
+            seen.clear()
+            for draws, items, context in run.micro_batches(step, phase):
+                run.generate(step, phase, draws, items, context)
+            assert len(seen) == 4
+            assert len(set(seen)) == 1
+            levels[phase, step] = seen[0]
+    for phase in ("generator", "critic"):
+        counts = [sum(levels[phase, step] == level for step in range(300)) for level in range(4)]
+        assert min(counts) > 75 - 4 * 7.5, counts  # four standard deviations
+        assert sum(counts) == 300
+    assert any(levels["generator", step] != levels["critic", step] for step in range(9)), "each phase draws its own"
+
+
+def a_rollout(run: stages.Run, step: int):
+    """What the generator phase rolls out first, and its parts."""
+    draws, items, context = next(iter(run.micro_batches(step, "generator")))
+    first, x0, trace, exit_step = run.generate(step, "generator", draws, items, context)
+    return draws, context, x0, trace, exit_step
+
+
+def rollout_with_grad(run: stages.Run, step: int) -> list[torch.Tensor]:
+    """The same rollout in one graph, as algorithm 1 of Self Forcing has it."""
+    draws, _, context = next(iter(run.micro_batches(step, "generator")))
+    exit_step = a_rollout(run, step)[-1]
+    run.cache.reset()
+    noise = draws.normal(*run.shape(6))
+    common = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:])}
+    blocks = rollout(run.generator, noise, context, run.sigmas, run.blocks, run.cache, **common)
+    return [block for _, block in zip(run.blocks, blocks, strict=False)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("window", [0, 4])
+def test_replay_is_the_rollout_and_its_gradient(data, checkpointing, window):
+    run = make_run(data, "dmd", checkpointing=checkpointing, window=window, frames=9)
+    run.blocks, seen = [3, 3], set()
+    optimizer = run.optimizers["generator"]
+    for step in range(8):
+        *_, context, x0, trace, exit_step = a_rollout(run, step)
+        if exit_step in seen:
+            continue
+        seen.add(exit_step)
+        w = torch.randn(x0.shape, generator=torch.Generator().manual_seed(step))
+        parts = []
+        replayed = stages.replay(run.generator, context, run.sigmas[exit_step], trace, run.cache)
+        for block, part in zip(replayed, reversed(w.split(run.blocks, 2)), strict=True):
+            parts.insert(0, block.detach())
+            block.backward(part)
+        assert torch.equal(torch.cat(parts, 2), x0)
+        by_replay = dict(optimizer.grads)
+        optimizer.grads.clear()
+
+        whole = rollout_with_grad(run, step)
+        assert torch.equal(torch.cat(whole, 2), x0)
+        torch.cat(whole, 2).backward(w)
+        assert by_replay.keys() == run.optimizers["generator"].parameters.keys()
+        error = furthest(by_replay, optimizer.grads)
+        assert error < 1e-4
+        optimizer.grads.clear()
+    assert len(seen) >= 3
+
+
+def test_no_gradient_crosses_blocks(data):
+    run = make_run(data, "dmd", checkpointing=False)
+    first, second = rollout_with_grad(run, 0)
+    assert not run.cache.memory.requires_grad
+    (grad,) = torch.autograd.grad(second.sum(), first, allow_unused=True)
+    assert first.requires_grad
+    assert grad is None
+
+
+def test_only_exit_levels_carry_grad(data):
+    run, seen = make_run(data, "dmd", checkpointing=False, micro_batch=4), []
+    run.generator.register_forward_pre_hook(lambda m, args: seen.append((torch.is_grad_enabled(), args[1])))
+    run.generator_phase(0)
+    exit_step = a_rollout(run, 0)[-1]
+    assert [sigma for grad, sigma in seen if grad] == [run.sigmas[exit_step]] * 2  # each of two blocks once
+    seen.clear()
+    run.critic_phase(0)
+    assert not any(grad for grad, _ in seen)
+
+
+@pytest.mark.parametrize("stage", ["dmd", "sid"])
+def test_gradient_by_hand(data, monkeypatch, stage):
+    """What reaches the generator is d loss / d x0, chained through the exit levels of one rollout with grad."""
+    run, caught = make_run(data, stage, micro_batch=4, guidance=2.0, checkpointing=False), {}
+    monkeypatch.setattr(run, "update", lambda who, step: caught.update(run.optimizers[who].grads) or torch.zeros(()))
+    run.generator_phase(1)
+    run.optimizers["generator"].grads.clear()
+
+    draws, context, x0, _, _ = a_rollout(run, 1)  # leaves the draws where the phase goes on
+    negative = run.context(["neg"] * 4)
+    x0.requires_grad_()
+    noise = draws.normal(*x0.shape[1:])
+    u = draws.uniform(1)
+    sigma = (5 * u / (1 + 4 * u)).clamp(0.02, 0.98)[:, :, None, None, None]  # [B, 1, 1, 1, 1]
+    xs = (1 - sigma) * x0 + sigma * noise
+
+    def clean(model, text):
+        return xs - sigma * model(xs, sigma[:, 0, 0, 0, 0], text)
+
+    fake, real, unconditional = clean(run.critic, context), clean(run.teacher, context), clean(run.teacher, negative)
+    real = real + 2 * (real - unconditional)
+    scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True).detach()
+    if stage == "dmd":
+        grad = (fake - real).detach() / scale / x0.numel()
+    else:
+        (grad,) = torch.autograd.grad(((real - fake) * (fake - x0) / scale).mean(), x0)
+    torch.cat(rollout_with_grad(run, 1), 2).backward(grad)
+    error = furthest(caught, run.optimizers["generator"].grads)
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_parameter_learns_and_the_teacher_does_not(data, stage):
+    run = make_run(data, stage)
+    before = {name: value.clone() for name, value in run.generator.state_dict().items()}
+    frozen = {k: v.clone() for k, v in run.teacher.state_dict().items()} if run.distilling else {}
+    critic = {k: v.clone() for k, v in run.critic.state_dict().items()} if run.distilling else {}
+    for step in range(3):
+        run.iteration(step)
+    assert all(not torch.equal(before[k], v) for k, v in run.generator.state_dict().items())
+    if run.distilling:
+        assert same(frozen, run.teacher.state_dict())
+        assert all(p.grad is None and not p.requires_grad for p in run.teacher.parameters())
+        assert all(not torch.equal(critic[k], v) for k, v in run.critic.state_dict().items())
+        assert same(frozen, critic), "the critic starts as the teacher"
+
+
+def test_a_parameter_without_gradient_is_found(data):
+    run = make_run(data, "ar")
+    run.optimizers["generator"].parameters["forgotten"] = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(AssertionError, match="forgotten"):
+        run.iteration(0)
+
+
+@pytest.mark.parametrize("context", ["self", "data"])
+def test_context(data, monkeypatch, context):
+    """Whose first block the second one attends to: the clip's with context = "data", else the generator's own."""
+
+    def second_block(clip=0.0, own=0.0):
+        run = make_run(data, "dmd", context=context, latents=str(data / "latents"))
+        clips, normal = run.clips, stages.Draws.normal
+
+        def changed_clips(items):
+            x = clips(items)
+            x[:, :, :3] += clip
+            return x
+
+        def changed_noise(self, *shape):
+            x = normal(self, *shape)
+            if shape[1] == 6:  # of the rollout; re-noising is by block
+                x[:, :, :3] += own
+            return x
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "clips", changed_clips)
+            patch.setattr(stages.Draws, "normal", changed_noise)
+            x0 = a_rollout(run, 0)[2]
+        return x0[:, :, 3:]
+
+    plain, by_clip, by_own = second_block(), second_block(clip=1.0), second_block(own=1.0)
+    assert torch.equal(plain, by_clip) == (context == "self")
+    assert torch.equal(plain, by_own) == (context == "data")
+
+
+FIRST = [(stage, {}) for stage in STAGES] + [("ar", {"forcing": "diffusion"}), ("ode", {"forcing": "diffusion"})]
+FIRST += [("ar", {"clean_noise": 0.5}), ("dmd", {"context": "data"})]
+
+
+@pytest.mark.parametrize(("stage", "changes"), FIRST)
+def test_a_first_frame_is_clean_and_outside_the_loss(data, monkeypatch, stage, changes):
+    def metrics(disturb):
+        with monkeypatch.context() as patch:
+            patch.setattr(stages.Run, "check", lambda self, model, scores: None)  # the stores are for 6 frames
+            run = make_run(data, stage, first=1, frames=7, **changes)
+        g = torch.Generator().manual_seed(0)
+        clips = torch.randn(8, 48, 7, 4, 4, generator=g)
+        paths = torch.randn(8, 5, 48, 7, 4, 4, generator=g)
+        paths[:, -1] = clips
+        run.store = [
+            {"x": path} if stage == "ode" else {"latent": clip} for path, clip in zip(paths, clips, strict=True)
+        ]
+        if stage == "ode":
+            run.store = type("Stub", (list,), {"facts": {"sigmas": run.sigmas}})(run.store)
+        inner = WanDiT.forward
+
+        def forward(self, x, sigma, context, **options):
+            v = inner(self, x, sigma, context, **options)
+            cache = options.get("cache")
+            if cache is None or cache.frames == 0:
+                frame = x[:, :, 0]
+                assert all(any(torch.equal(row, clip[:, 0]) for clip in clips) for row in frame), "not a clip's frame"
+                level = sigma if isinstance(sigma, torch.Tensor) else torch.tensor([[sigma]])
+                assert (level[:, 0] == 0).all()
+                if isinstance(clean := options.get("clean_sigma"), torch.Tensor):
+                    assert (clean[:, 0] == 0).all()
+                v = torch.cat([v[:, :, :1] + disturb, v[:, :, 1:]], 2)
+            return v
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WanDiT, "forward", forward)
+            return {key: value.item() for key, value in run.iteration(0).items()}
+
+    assert metrics(0.0) == metrics(1000.0)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `python train.py ...` in this process -> its exit code and the lines of stderr. No network is built."""
+
+    def run(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+            patch.setattr(stages.Run, "network", forbidden)
+            with pytest.raises(SystemExit) as stopped:
+                runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        return stopped.value.code, capsys.readouterr().err.splitlines()
+
+    def forbidden(*_):
+        raise AssertionError("a network is built")
+
+    return run
+
+
+def refused(command, *arguments) -> str:
+    """The one line that a refusal prints."""
+    code, lines = command(*arguments)
+    assert code == 2, lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train.py: error: ")
+    return lines[0]
+
+
+BAD = [
+    ("ar", {"speed": 1}, "unknown keys ['speed']"),
+    ("ar", {"steps": "4"}, "steps must be int, got '4'"),
+    ("ar", {"steps": 4.0}, "steps must be int, got 4.0"),
+    ("ar", {"bell": 1}, "bell must be bool"),
+    ("ar", {"lr": True}, "lr must be float"),
+    ("ar", {"stage": 3}, "stage must be str"),
+    ("dmd", {"levels": [1000, "750"]}, "levels must be a list of int"),
+    ("dmd", {"levels": 1000}, "levels must be a list of int, got 1000"),
+    ("dmd", {"levels": [500, 750]}, "must fall"),
+    ("dmd", {"sample_prompts": "one"}, "sample_prompts must be a list of str"),
+    ("magic", {}, "stage must be one of teacher ar ode dmd sid, got 'magic'"),
+    ("ar", {"preset": "huge"}, "preset must be one of"),
+    ("ar", {"dtype": "float16"}, "dtype must be one of"),
+    ("ar", {"device": "tpu"}, "device must be one of"),
+    ("ar", {"forcing": "none"}, "forcing must be one of"),
+    ("dmd", {"context": "other"}, "context must be one of"),
+    ("ar", {"first": 2}, "first must be one of"),
+    ("ar", {"batch": 0}, "batch must be at least 1"),
+    ("ar", {"save_every": 0}, "save_every must be at least 1"),
+    ("ar", {"keep": 0}, "keep must be at least 1"),
+    ("dmd", {"ratio": 0}, "ratio must be at least 1"),
+    ("ar", {"batch": 5}, "batch 5 is 5 a process, not a multiple of micro_batch 2"),
+    ("ar", {"frames": 7}, "nearest valid: 6 or 9"),
+    ("ar", {"frames": 6, "first": 1}, "nearest valid: 4 or 7"),
+    ("ar", {"height": 3}, "3x4"),
+    ("ar", {"window": 2}, "a block of 3 frames does not fit in a window of 2"),
+    ("ar", {"latents": ""}, "stage ar needs latents"),
+    ("ode", {"trajectories": ""}, "stage ode needs trajectories"),
+    ("sid", {"teacher": ""}, "stage sid needs teacher"),
+    ("dmd", {"context": "data", "latents": ""}, "name latents"),
+    ("dmd", {"first": 1, "frames": 7, "latents": ""}, "name latents"),
+    ("ar", {"text": "/no/such"}, "/no/such is no folder"),
+    ("ar", {"latents": "/no/such"}, "/no/such is no folder"),
+    ("ode", {"trajectories": "/no/such"}, "/no/such is no folder"),
+    ("ar", {"weights": "/no/such.safetensors"}, "/no/such.safetensors"),
+    ("dmd", {"teacher": "/no/such.safetensors"}, "/no/such.safetensors"),
+    ("ar", {"negative": "unheard of"}, "unheard of"),
+    ("ar", {"sample_prompts": ["unheard of"]}, "unheard of"),
+    ("ar", {"height": 6}, "this run needs latent (48, 6, 6, 4)"),
+    ("ar", {"frames": 9}, "this run needs latent (48, 9, 4, 4)"),
+    ("ode", {"width": 6}, "this run needs x (5, 48, 6, 4, 6)"),
+    ("ode", {"levels": [1000, 500]}, "this run needs x (3, 48, 6, 4, 4)"),
+    ("ode", {"shift": 3.0}, "change levels and shift"),
+    ("dmd", {"first": 1, "frames": 7}, "this run needs latent (48, 7, 4, 4)"),
+]
+
+
+@pytest.mark.parametrize(("stage", "changes", "message"), BAD)
+def test_bad_configs(data, tmp_path, command, stage, changes, message):
+    line = refused(command, write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)))
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_command_lines(data, tmp_path, command):
+    good = write_toml(tmp_path / "good.toml", values(data, "ar", tmp_path / "out"))
+    assert "usage: train.py CONFIG.toml" in refused(command)
+    assert "nothing.toml" in refused(command, tmp_path / "nothing.toml")
+    assert str(tmp_path) in refused(command, tmp_path)
+    assert "key=value, got 'steps'" in refused(command, good, "steps")
+    assert "steps must be int" in refused(command, good, "steps=1.5")
+    assert "unknown keys ['a']" in refused(command, good, "a.b=1")
+    assert "cannot read" in refused(command, good, "steps=[")
+    (tmp_path / "bad.toml").write_text("stage = ar\n")
+    assert "line 1" in refused(command, tmp_path / "bad.toml")
+    (tmp_path / "latin.toml").write_bytes('stage = "é"\n'.encode("latin-1"))
+    assert "utf-8" in refused(command, tmp_path / "latin.toml")
+    assert "lacks the key 'out'" in refused(command, write_toml(tmp_path / "few.toml", {"stage": "ar", "text": "x"}))
+
+
+def test_overrides(data, tmp_path):
+    path = write_toml(tmp_path / "a.toml", values(data, "ar"))
+    cfg = train.parse([str(path), "lr=1", "stage=dmd", "levels=[1000, 500]", "negative=a = b", "bell=false"])
+    assert (cfg.lr, cfg.stage, cfg.levels, cfg.negative, cfg.bell) == (1.0, "dmd", (1000, 500), "a = b", False)
+    assert type(cfg.lr) is float
+
+
+def save_network(path: Path, **changes) -> Path:
+    save_dit(WanDiT(DiTConfig(**vars(DIT) | changes)), path, {})
+    return path
+
+
+def test_networks_and_data_that_do_not_fit(data, tmp_path, command):
+    def line(stage, **changes):
+        return refused(command, write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)))
+
+    sixteen = save_network(tmp_path / "sixteen.safetensors", in_dim=16, out_dim=16)
+    for stage in ("dmd", "sid"):
+        text = line(stage, teacher=str(sixteen))
+        assert "16 latent channels where 48 are needed" in text
+        assert "mix" in text
+    assert "this run needs latent (16, 6, 4, 4)" in line("ar", weights=str(sixteen))
+    wide = save_network(tmp_path / "wide.safetensors", text_dim=24)
+    assert "embeddings of width 16 and up to 5 tokens, the network takes (24, 8)" in line("ar", weights=str(wide))
+    assert "different texts" in line("dmd", teacher=str(wide))
+    short = save_network(tmp_path / "short.safetensors", text_len=4)
+    assert "up to 5 tokens, the network takes (16, 4)" in line("ode", weights=str(short))
+    write_shard(tmp_path / "empty/0.safetensors", {"latent": torch.zeros(0, *SIZES)}, [])
+    assert "nothing to train on" in line("ar", latents=str(tmp_path / "empty"))
+    assert "this run needs x" in line("ode", trajectories=str(data / "latents"))
+    assert "no text embeddings" in line("ar", text=str(data / "latents"))
+    write_shard(tmp_path / "other/0.safetensors", {"latent": torch.zeros(1, *SIZES)}, ["unheard of"])
+    assert "python prepare.py text" in line("ar", latents=str(tmp_path / "other"))
+
+
+def test_only_the_stage_s_own_data_counts(data):
+    """Captions come with the clips that are trained on, whatever else the config names."""
+    run = make_run(data, "ar", trajectories="/no/such")
+    assert run.prompts == PROMPTS
+    assert torch.equal(run.clips([3])[0], run.store[3]["latent"])
+
+
+# ----------------------------------------------------------------------------------------- stopping and going on
+
+
+def checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    import torch.distributed.checkpoint as dcp
+
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("step-*"))
+
+
+def python(code: str, *arguments, **options) -> subprocess.Popen:
+    """A new process with as many threads as this one, so that sums come out alike."""
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, *(["-c", code] if code else []), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys, train
+from wan5b import fsdp
+inner = fsdp.dcp.save
+def save(state, checkpoint_id, **options):
+    if "step-0000004" in str(checkpoint_id):
+        state = dict(list(state.items())[: len(state) // 2])
+        inner(state, checkpoint_id=checkpoint_id, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    inner(state, checkpoint_id=checkpoint_id, **options)
+fsdp.dcp.save = save
+train.main(train.parse(sys.argv[1:]), fsdp.World("cpu"))
+"""
+
+
+def test_killed_in_a_save_and_resumed_in_a_new_process(data, tmp_path):
+    """4 iterations at once equal 2, a save, kill -9 in the next save, and a new process: bit for bit."""
+    path, out = write_toml(tmp_path / "a.toml", values(data, "dmd", tmp_path / "out")), tmp_path / "out"
+    killed = python(KILLED_IN_A_SAVE, path)
+    straight = finish(config(data, "dmd", tmp_path / "straight"))
+    killed.communicate(timeout=100)
+    assert killed.returncode == -signal.SIGKILL
+    assert names(out) == ["step-0000002", "step-0000004.partial"]
+    assert len(read_metrics(out)) == 4
+    resumed = python("", ROOT / "train.py", path)
+    _, errors = resumed.communicate(timeout=100)
+    assert resumed.returncode == 0, errors
+    assert names(out) == ["step-0000002", "step-0000004"]
+    assert same(load_file(out / "dmd.safetensors"), straight)
+    state = checkpoint_state(out / "step-0000004")
+    assert same(state, checkpoint_state(tmp_path / "straight/step-0000004"))
+    assert {name.rsplit(".", 1)[0].split(".blocks")[0] for name in state if "blocks.0.modulation" in name} == {
+        "generator.master", "generator.second", "generator.ema", "critic.master", "critic.second"
+    }  # fmt: skip
+    assert read_metrics(out) == read_metrics(tmp_path / "straight")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
+    out = tmp_path / "out"
+    path = write_toml(tmp_path / "a.toml", values(data, "ar", out, steps=100000, save_every=100000, decay=False))
+    running = python("", ROOT / "train.py", path)
+    deadline = time.time() + 100
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert running.poll() is None, running.communicate()
+        assert time.time() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    printed, errors = running.communicate(timeout=60)
+    assert running.returncode == 0, errors
+    assert "stopped by SIGTERM" in printed
+    done = len(read_metrics(out))
+    assert names(out) == [f"step-{done:07d}"]
+    finish(config(data, "ar", out, steps=done + 2, save_every=100000))
+    assert [row["step"] for row in read_metrics(out)] == list(range(done + 2))
+
+
+def test_resume_from_an_earlier_checkpoint(data, tmp_path):
+    import shutil
+
+    out = tmp_path / "out"
+    cfg = config(data, "ar", out, beta1=0.9, warmup=3, decay=True)
+    first = finish(cfg)
+    rows, state = read_metrics(out), checkpoint_state(out / "step-0000004")
+    assert "generator.first.blocks.0.modulation" in state
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    record = json.loads((out / "config.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    assert record["commit"] == head
+    assert record["processes"] == 1
+    assert train.Config(**record["config"] | {"levels": cfg.levels, "sample_prompts": ()}) == cfg
+
+    with pytest.raises(ValueError, match="is finished; choose another out"):
+        finish(cfg)
+    (out / "ar.safetensors").unlink()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 1.0, "st')  # a full disk tears a line
+    assert same(finish(cfg), first), "all iterations done: only the export is left"
+    assert read_metrics(out) == rows
+    (out / "ar.safetensors").unlink()
+    shutil.rmtree(out / "step-0000004")
+    assert same(finish(cfg), first)
+    assert read_metrics(out) == rows
+    assert same(checkpoint_state(out / "step-0000004"), state)
+
+
+def test_a_changed_config_does_not_resume(data, tmp_path, command, capsys):
+    out = tmp_path / "out"
+    finish(config(data, "ar", out, steps=2))
+    capsys.readouterr()
+    (out / "ar.safetensors").unlink()
+    changes = {"lr": 3e-4, "seed": 1, "keep": 1, "steps": 9, "sample_every": 7, "micro_batch": 1}
+    line = refused(command, write_toml(tmp_path / "a.toml", values(data, "ar", out, **changes)))
+    assert "step-0000002 was made with another lr, seed; choose another out" in line
+    assert "another stage" in refused(command, write_toml(tmp_path / "a.toml", values(data, "dmd", out)))
+
+
+def test_a_failed_save_keeps_the_last_one(data, tmp_path, monkeypatch):
+    """A disk that fills up: an error, and the checkpoint before is as good as it was."""
+    from torch.distributed.checkpoint import filesystem
+
+    out, inner, written = tmp_path / "out", filesystem._write_item, []
+    straight = finish(config(data, "dmd", tmp_path / "straight"))
+
+    def write_item(*arguments, **options):
+        written.append(1)
+        if len(written) > 1.5 * items:
+            raise OSError(28, "No space left on device")
+        return inner(*arguments, **options)
+
+    items = len(checkpoint_state(tmp_path / "straight/step-0000004"))
+    with monkeypatch.context() as patch:
+        patch.setattr(filesystem, "_write_item", write_item)
+        with pytest.raises(BaseException, match="No space left") as error:
+            train.main(config(data, "dmd", out, keep=1), fsdp.World("cpu"))
+    assert not isinstance(error.value, SystemExit | ValueError), "these end without a traceback"
+    assert len(written) > items
+    assert names(out) == ["step-0000002", "step-0000004.partial"]
+    assert same(finish(config(data, "dmd", out, keep=1)), straight)
+    assert names(out) == ["step-0000004"]
+
+
+def test_keep(data, tmp_path):
+    finish(config(data, "ar", tmp_path, steps=5, save_every=1, keep=2, batch=2))
+    assert names(tmp_path) == ["step-0000004", "step-0000005"]
+
+
+@pytest.mark.parametrize("stage", ["ar", "dmd"])
+def test_nan_stops_the_run(data, tmp_path, monkeypatch, stage):
+    inner = stages.Run.iteration
+
+    def iteration(self, step):
+        if step == 3:
+            with torch.no_grad():
+                next(iter(self.generator.parameters())).view(-1)[0] = torch.nan
+        return inner(self, step)
+
+    monkeypatch.setattr(stages.Run, "iteration", iteration)
+    with pytest.raises(FloatingPointError, match=r"step 3, rank 0: not finite here: .*loss.*step-0000002"):
+        train.main(config(data, stage, tmp_path), fsdp.World("cpu"))
+    assert names(tmp_path) == ["step-0000002"]
+    assert len(read_metrics(tmp_path)) == 3
+    assert not (tmp_path / f"{stage}.safetensors").exists()
+    assert all(value.isfinite().all() for value in checkpoint_state(tmp_path / "step-0000002").values())
+
+
+# ------------------------------------------------------------------------------------------------- sample videos
+
+
+SLOWLY = [("teacher", 1), ("ar", 0), ("ar", 1), ("ode", 1), ("dmd", 0)]
+SAMPLED = [("teacher", 0), ("dmd", 1)] + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOWLY]
+
+
+@pytest.mark.parametrize(("stage", "first"), SAMPLED)
+def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, first):
+    import imageio.v3 as iio
+
+    torch.save(random_weights(VAE22(VAE), 1).state_dict(), tmp_path / "Wan2.2_VAE.pth")
+    monkeypatch.setattr(train, "sampling_sigmas", lambda n, shift: [1.0, 0.9, 0.0])  # quicker than 24
+    changes = {"steps": 2, "batch": 2, "height": 2, "width": 2}
+    write_shard(tmp_path / "clips/0.safetensors", {"latent": torch.randn(2, 48, 3 + first, 2, 2)}, PROMPTS[:2])
+    paths = torch.randn(2, 5, 48, 3 + first, 2, 2)
+    write_shard(tmp_path / "ode/0.safetensors", {"x": paths}, PROMPTS[:2], sigmas=few_step_sigmas())
+    changes |= {"latents": str(tmp_path / "clips"), "trajectories": str(tmp_path / "ode")}
+    changes |= {"frames": 3 + first, "first": first}
+    plain = finish(config(data, stage, tmp_path / "plain", **changes))
+    changes |= {"vae": str(tmp_path), "sample_prompts": (PROMPTS[1], PROMPTS[0]), "sample_every": 1}
+    assert same(finish(config(data, stage, tmp_path / "out", **changes)), plain)
+    assert read_metrics(tmp_path / "out") == read_metrics(tmp_path / "plain")
+    files = sorted(path.name for path in (tmp_path / "out/samples").iterdir())
+    assert files == [f"step-{step:07d}-{i}.mp4" for step in (1, 2) for i in (0, 1)]
+    video = iio.imread(tmp_path / "out/samples/step-0000002-0.mp4", plugin="pyav")
+    assert video.shape == (1 + 4 * (2 + first), 32, 32, 3)
