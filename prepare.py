@@ -16,7 +16,6 @@ Trajectories of 81 frames of 704x1280 take 14 GB of GPU memory for every prompt 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from hashlib import blake2b
 from itertools import islice
@@ -30,7 +29,7 @@ from wan5b.data import Store, TextStore, difference, open_shard, read_clip, read
 from wan5b.distill import guided, rollout
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
 from wan5b.kvcache import KVCache, block_sizes
-from wan5b.media import fit, latent_frames, parse_size
+from wan5b.media import fit, latent_frames, parse_size, script
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import load_dit, load_t5, load_vae, read_metadata, tokenizer_path
@@ -103,8 +102,7 @@ def pending(args: argparse.Namespace, inputs: list, facts: dict) -> list[tuple[P
         _, header = open_shard(path)
         changed = difference(header["facts"], json.loads(json.dumps(facts)))
         if changed or path not in shards or header["made_from"] != shards[path][2]:
-            why = f"with other options: {changed}" if changed else "of other inputs, or with another --per-shard"
-            raise ValueError(f"{path} was made {why}; choose another --out, or delete it")
+            raise ValueError(f"{path} is of another run: {changed or 'inputs, --per-shard'}; delete it or change --out")
     return [shard for shard in list(shards.values())[RANK::WORLD_SIZE] if not shard[0].exists()]
 
 
@@ -204,16 +202,15 @@ def trajectories(args: argparse.Namespace) -> None:
     todo = pending(args, list(enumerate(prompts)), facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)
-    tokens = model.cfg.tokens_per_frame(height, width)
 
     def generate(numbered: list[tuple[int, str]]):
         prompts = [prompt for _, prompt in numbered]
         context = store.batch(prompts + [negative] * len(prompts), model.cfg.text_len, dtype).to(DEVICE)
         draws = [rng("cpu", args.seed, "trajectory", i) for i, _ in numbered]
         noise = [torch.randn(model.cfg.in_dim, frames, height, width, generator=draw) for draw in draws]
+        tokens = model.cfg.tokens_per_frame(height, width)
         cache = KVCache(model.cfg, len(context), frames, tokens, device=DEVICE, dtype=dtype)
-        field = guided(model, args.guidance)
-        x = integrate(field, torch.stack(noise).to(DEVICE), context, sigmas, kept, blocks, cache)
+        x = integrate(guided(model, args.guidance), torch.stack(noise).to(DEVICE), context, sigmas, kept, blocks, cache)
         return {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
 
     fill(args, todo, facts, generate)
@@ -222,15 +219,7 @@ def trajectories(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     args.run(args)
-    print(f"{args.out} holds {len(list(Path(args.out).glob('*.safetensors')))} shards")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except ValueError as error:
-        print(f"prepare.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("prepare.py: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    script(lambda: main(parse()))

@@ -57,7 +57,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shift", type=float, help="timestep shift (default: the checkpoint's, or 5)")
     add("--guidance", type=float, default=5.0, help="CFG scale: uncond + g (cond - uncond)")
     add("--solver", default="unipc", choices=["unipc", "euler"], help="of the modes with CFG")
-    add("--fps", type=int, default=24)
     add("--out", default="out/sample.mp4", help="with several clips, prompt number and seed are added to the name")
     add("--sheet", action="store_true", help="also a PNG of 16 frames")
     add("--latents", action="store_true", help="also the latents (safetensors)")
@@ -92,11 +91,12 @@ def block_plan(args: argparse.Namespace, given: int, size: int, first: int | Non
     """Latent frames of each generated block, behind `given` latent frames. first: a block of its own, if none given."""
     if args.mode == "bidirectional":
         size, first = 1, None
-    start, least = given or first or 0, max(21, given + 1)
+    start = given or first or 0
+    least = max(21, given + 1)  # of the default length
     total = least + (start - least) % size if args.frames is None else media.latent_frames(args.frames)
     if total <= given or (total - start) % size:
         valid = media.nearest(args.frames, 4 * size, 4 * (given + size if given else first or size) - 3)
-        raise ValueError(f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest valid: {valid}")
+        raise ValueError(f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest: {valid}")
     frames = total - given
     return [frames] if args.mode == "bidirectional" else block_sizes(frames, size, None if given else first)
 
@@ -113,12 +113,11 @@ def random_context(prompts: list[str], length: int, dim: int) -> torch.Tensor:
 def random_networks(preset: str, device: torch.device, dtype: torch.dtype) -> tuple[WanDiT, VAE22]:
     """The networks of a preset with seeded random weights."""
     with torch.device("meta"):
-        model = WanDiT(PRESETS[preset])
-    model = model.to(dtype).to_empty(device=device)
+        model = WanDiT(PRESETS[preset]).to(dtype)
     with torch.device(device), torch.random.fork_rng():
         torch.manual_seed(0)
         vae = VAE22(VAEConfig(dim=8, dec_dim=8) if preset == "tiny" else VAEConfig())
-    return model.init_weights(torch.Generator(device).manual_seed(0)), vae
+    return model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0)), vae
 
 
 def generate(args, model, noise, context, sigmas, blocks, clean, seed):
@@ -126,7 +125,7 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
     if clean is not None:
         yield clean
     given = 0 if clean is None else clean.shape[2]
-    field = model if args.mode == "few" else guided(model, args.guidance)
+    field, solver = (model, None) if args.mode == "few" else (guided(model, args.guidance), args.solver)
     if args.mode == "bidirectional":
 
         def denoise(x, sigma):
@@ -136,7 +135,7 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
             level[:, :given] = 0
             return field(torch.cat([clean, x], 2), level, context)[:, :, given:]
 
-        yield solve(denoise, noise.to(context.device), sigmas, args.solver)
+        yield solve(denoise, noise.to(context.device), sigmas, solver)
         return
     total = given + sum(blocks)
     frames = min(args.window or total, total)
@@ -147,17 +146,16 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
     def renoise(block, step, like):
         return torch.randn(like.shape, generator=draws, device=like.device)
 
-    solver = None if args.mode == "few" else args.solver
     finished = rollout(field, noise, context, sigmas, blocks, cache, renoise=renoise, first=clean, solver=solver)
     yield from islice(finished, len(blocks))  # asking for no more: nothing needs the last block in the cache
 
 
-def write(vae, latents, path: Path, record: dict | None = None, *, frames=None, fps=24, sheet=False, save_latents=False):
+def write(vae, latents, path: Path, record: dict | None = None, frames=None, sheet=False, save_latents=False) -> None:
     """Decode a clip into an mp4 while its latents are made; beside it a sheet, the latents, and the record as JSON.
 
     frames: how many there will be. Whatever ends it, Ctrl-C included, leaves the frames that were finished, playable.
     """
-    writer = media.VideoWriter(path, fps, media.sheet_indices(frames) if sheet else set())
+    writer = media.VideoWriter(path, keep=media.sheet_indices(frames) if sheet else set())
     state, kept = vae.stream(), []
     try:
         with tqdm(total=frames, unit="frame", desc=path.name) as bar, closing(writer):
@@ -178,8 +176,6 @@ def write(vae, latents, path: Path, record: dict | None = None, *, frames=None, 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("no CUDA device here; give --device cpu")
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if not args.release and not args.random_weights:
@@ -187,10 +183,9 @@ def main(args: argparse.Namespace) -> None:
     source = args.weights or args.release
     if source and not Path(source).exists():
         raise ValueError(f"{source}: no such file or folder")
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if args.fp8 and not (capable and dtype == torch.bfloat16):
-        raise ValueError(f"--fp8 needs bfloat16 on a GPU of compute capability 8.9 or newer, not {dtype} on {device}")
-    for name in ("context", "block", "window", "steps", "shift", "fps"):
+    if args.fp8 and (device.type != "cuda" or dtype != torch.bfloat16):
+        raise ValueError(f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {device}")
+    for name in ("context", "block", "window", "steps", "shift"):
         if vars(args)[name] is not None and vars(args)[name] <= 0:
             raise ValueError(f"--{name} {vars(args)[name]}: must be above 0")
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
@@ -200,18 +195,18 @@ def main(args: argparse.Namespace) -> None:
     # What the weights were trained for is in their metadata; the command line overrides it.
     trained = read_metadata(source) if source else {}
     pixels = given_frames(args)
-    given, shape = (0, (704, 1280)) if pixels is None else (media.latent_frames(len(pixels)), pixels.shape[1:3])
-    height, width = media.parse_size(args.size) if args.size else media.fitting_size(*shape)
+    given = 0 if pixels is None else media.latent_frames(len(pixels))
+    picture = (704, 1280) if pixels is None else pixels.shape[1:3]
+    height, width = media.parse_size(args.size) if args.size else media.fitting_size(*picture)
     blocks = block_plan(args, given, args.block or trained.get("block", 3), trained.get("first"))
     args.frames = 4 * (given + sum(blocks)) - 3
     room = (args.window or 0) - max(blocks)
     if args.mode != "bidirectional" and (args.window or args.sink) and not 0 <= args.sink <= room:
         raise ValueError(f"--window {args.window}: no room for --sink {args.sink} and a block of {max(blocks)} frames")
     shift = args.shift or trained.get("shift", 5.0)
-    if args.mode == "few":
-        sigmas = few_step_sigmas(trained.get("levels", FEW_STEPS), shift)
-    else:
-        sigmas = sampling_sigmas(args.steps or (50 if pixels is None else 40), shift)
+    levels = trained.get("levels", FEW_STEPS)
+    steps = args.steps or (50 if pixels is None else 40)
+    sigmas = few_step_sigmas(levels, shift) if args.mode == "few" else sampling_sigmas(steps, shift)
 
     clips = [(i, seed) for i in range(len(prompts)) for seed in dict.fromkeys(args.seed)]
     out = Path(args.out if args.out.endswith(".mp4") else args.out + ".mp4")
@@ -239,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
         vae = load_vae(args.release, device, torch.float32)
     clean = None if pixels is None else vae.encode(media.fit(pixels, height, width)[None].to(device))
-    vae = vae.to("cpu" if args.low_memory else device, dtype)
+    vae = vae.to(dtype)
     if not args.random_weights:
         model = load_dit(source, device, dtype, channels=vae.cfg.z_dim)
     if args.fp8:
@@ -248,9 +243,8 @@ def main(args: argparse.Namespace) -> None:
     shape = (1, model.cfg.in_dim, sum(blocks), height // 16, width // 16)
     print(f"{len(clips)} x {args.frames} frames of {height}x{width}; latent frames {given} given, blocks {blocks}")
 
-    def clip(place: tuple[int, int], path: Path):
-        """The latents of one clip, made as they are asked for, its path and what is to be recorded of it."""
-        i, seed = place
+    def clip(i: int, seed: int, path: Path):
+        """The latents of one clip, made as they are asked for; its path; what is to be recorded of it."""
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         text = context[[i] if args.mode == "few" else [i, -1]].to(device, dtype)
         settings = vars(args) | {"prompt": [prompts[i]], "prompts": None, "seed": [seed], "settings": None}
@@ -258,21 +252,14 @@ def main(args: argparse.Namespace) -> None:
         record = {"settings": settings, "size": [height, width], "blocks": blocks, "sigmas": sigmas, "trained": trained}
         return generate(args, model, noise, text, sigmas, blocks, clean, seed), path, record
 
-    made = map(clip, clips, paths)
+    made = (clip(i, seed, path) for (i, seed), path in zip(clips, paths, strict=True))
     if args.low_memory:
         made = [([chunk.cpu() for chunk in tqdm(latents, "blocks")], path, record) for latents, path, record in made]
         del model
         torch.cuda.empty_cache()
-        vae = vae.to(device)
-    options = {"frames": args.frames, "fps": args.fps, "sheet": args.sheet, "save_latents": args.latents}
     for latents, path, record in made:
-        write(vae, (chunk.to(device) for chunk in latents), path, record, **options)
+        write(vae, (chunk.to(device) for chunk in latents), path, record, args.frames, args.sheet, args.latents)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse())
-    except (OSError, ValueError) as error:
-        sys.exit(f"sample.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    media.script(lambda: main(parse()))

@@ -14,7 +14,7 @@ from common import randn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wan5b.data import HEADER, Store, TextStore, order, read_clips, read_prompts, rng, write_shard
+from wan5b.data import HEADER, Store, TextStore, order, read_clip, read_prompts, rng, write_shard
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,9 +69,8 @@ def test_store_round_trip(tmp_path):
         assert torch.equal(item["x"], x[i])
         assert item["x"].dtype == torch.bfloat16
         assert item["index"] == index[i]
-    for i in (5, -1):
-        with pytest.raises(IndexError, match="of 5"):
-            store[i]
+    with pytest.raises(IndexError):
+        store[5]
 
 
 def test_items_are_copies(tmp_path):
@@ -112,6 +111,9 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_shard(path, {"x": torch.zeros(1, 2)}, ["broken"])
     assert path.read_bytes() == before
+    assert Store(path.parent).prompts == ["whole"]  # what the failure left is no shard
+    monkeypatch.undo()
+    write_shard(path, {"x": torch.zeros(1, 2)}, ["again"])  # nor in the way
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -171,10 +173,11 @@ def test_text_store(tmp_path):
     assert text.batch([""], 1, torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="takes 3 tokens, .* holds prompts of 4"):
         text.batch(["", "a fox"], 3)
-    with pytest.raises(ValueError, match=r"lacks 4 prompts \('b', 'c', 'd' first\); python prepare.py text"):
-        text.batch(["a fox", "b", "c", "d", "e", "b"], 5)
-    with pytest.raises(ValueError, match="lacks 1 prompts"):
-        text["b"]
+    with pytest.raises(ValueError, match=r"lacks 4 prompts \('b'\); see prepare.py text"):
+        text.check(["a fox", "b", "c", "d", "e", "b"])
+    for missing in (lambda: text["b"], lambda: text.batch(["a fox", "b"], 5)):
+        with pytest.raises(ValueError, match=r"lacks 1 prompts \('b'\)"):
+            missing()
     two_shards(tmp_path / "other")
     with pytest.raises(ValueError, match="holds x, index and no text|holds index, x and no text"):
         TextStore(tmp_path / "other")
@@ -219,39 +222,37 @@ def indices(clip):
 def test_clips_take_the_frames_nearest_in_time(tmp_path, rate, fps, expected):
     path = tmp_path / "v.mp4"
     iio.imwrite(path, numbered(20), plugin="pyav", fps=rate, codec="libx264")
-    (clip,) = read_clips(path, 5, fps)
+    clip = read_clip(path, 5, fps)
     assert clip.dtype == np.uint8
     assert clip.shape == (5, 32, 32, 3)
     assert indices(clip) == expected
 
 
-def test_clips_of_a_long_video_follow_each_other(tmp_path):
+def test_too_short_for_a_clip(tmp_path):
     path = tmp_path / "v.mp4"
     iio.imwrite(path, numbered(22), plugin="pyav", fps=30, codec="libx264")
-    taken = [indices(clip) for clip in read_clips(path, 5, 24, most=9)]
-    assert taken == [[0, 1, 3, 4, 5], [6, 8, 9, 10, 11], [13, 14, 15, 16, 18]]  # the next one would need frame 24
-    assert [indices(clip) for clip in read_clips(path, 5, 24, most=2)] == taken[:2]
-    with pytest.raises(ValueError, match="v.mp4 has 18 frames at 24 fps, fewer than 41"):
-        list(read_clips(path, 41, 24))
+    assert indices(read_clip(path, 18, 24))[-1] == 21
+    with pytest.raises(ValueError, match="v.mp4 has 18 frames at 24 fps, fewer than 19"):
+        read_clip(path, 19, 24)
 
 
-def test_clips_of_images(tmp_path):
+def test_clip_of_images(tmp_path):
     for i, frame in enumerate(numbered(12)):
         iio.imwrite(tmp_path / f"frame{i}.png", frame)  # not padded: 10 comes after 9
-    assert [indices(clip) for clip in read_clips(tmp_path, 5, 24, most=3)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert indices(read_clip(tmp_path, 11, 24)) == list(range(11))
 
 
 def test_unreadable_videos(tmp_path):
     path = tmp_path / "v.mp4"
     path.write_bytes(b"no video at all" * 100)
     with pytest.raises(OSError, match="can not handle"):
-        list(read_clips(path, 5, 24))
+        read_clip(path, 5, 24)
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match="has 0 frames"):
-        list(read_clips(tmp_path / "images", 5, 24))
+        read_clip(tmp_path / "images", 5, 24)
     (tmp_path / "images" / "0.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="cannot read the image"):
-        list(read_clips(tmp_path / "images", 5, 24))
+        read_clip(tmp_path / "images", 5, 24)
 
 
 # --------------------------------------------------------------------------------------------- order and chance

@@ -63,6 +63,14 @@ def test_16_bit_images_keep_their_range(tmp_path):
     assert np.abs(pixels - gray[..., None] / 257).max() <= 0.5
 
 
+def test_formats_of_ffmpeg(tmp_path):
+    """What Pillow does not read: the first frame."""
+    frames = np.stack([picture(64, 96, seed) for seed in (1, 2)])
+    iio.imwrite(tmp_path / "a.mp4", frames, plugin="pyav", codec="libx264")
+    pixels = media.read_image(tmp_path / "a.mp4")
+    assert np.array_equal(pixels, media.read_video(tmp_path / "a.mp4")[:1])
+
+
 def test_first_frame_of_an_animation(tmp_path):
     first, second = picture(seed=1).quantize(64), picture(seed=2).quantize(64)
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
@@ -99,6 +107,27 @@ def test_what_is_no_image_or_video(tmp_path):
                 read(tmp_path / name)
             assert str(tmp_path / name) in str(error.value)
             assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- sizes
+
+
+def test_parse_size():
+    assert media.parse_size("704x1280") == (704, 1280)
+    assert media.parse_size("32X64") == (32, 64)
+    for text, valid in {"70x96": "64 or 96 by 96 or 128", "0x96": "32 or 64 by 96 or 128"}.items():
+        with pytest.raises(ValueError, match=f"size {text} is not HEIGHTxWIDTH .* of 32; nearest valid: {valid}"):
+            media.parse_size(text)
+    for text in ("64", "64x-96", "axb", "32x32x32", ""):
+        with pytest.raises(ValueError, match=f"size {text} is not HEIGHTxWIDTH in multiples of 32"):
+            media.parse_size(text)
+
+
+def test_latent_frames():
+    assert [media.latent_frames(n) for n in (1, 5, 81, 121)] == [1, 2, 21, 31]
+    for n, valid in {0: "1 or 5", -3: "1 or 5", 4: "1 or 5", 82: "81 or 85"}.items():
+        with pytest.raises(ValueError, match=f"{n} frames are not 4k . 1; nearest valid: {valid}"):
+            media.latent_frames(n)
 
 
 # ------------------------------------------------------------------------------------------------------ fitting
@@ -205,9 +234,8 @@ def test_failure_to_encode_is_raised_and_claims_no_file(tmp_path, monkeypatch):
     assert len(media.read_video(tmp_path / "a.partial.mp4")) == 2
 
 
-@pytest.mark.parametrize("failed", [True, False])
-def test_closing_without_frames_leaves_nothing(tmp_path, failed):
-    media.VideoWriter(tmp_path / "a.mp4").close(failed)
+def test_closing_without_frames_leaves_nothing(tmp_path):
+    media.VideoWriter(tmp_path / "a.mp4").close()
     assert not list(tmp_path.iterdir())
 
 

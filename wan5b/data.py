@@ -7,11 +7,8 @@ same in all shards of a store (sizes, levels, guidance, ...); made_from, by whic
 
 import json
 import os
-from bisect import bisect_right
-from collections import Counter
-from functools import lru_cache
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import islice
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -39,13 +36,8 @@ def write_shard(path: str | Path, tensors: dict[str, Tensor], prompts: list[str]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     header = json.dumps({"prompts": prompts, "facts": facts, "made_from": made_from}, ensure_ascii=False)
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {HEADER: header})
-        with partial.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {HEADER: header})
+    os.replace(partial, path)
 
 
 def open_shard(path: Path) -> tuple[safe_open, dict]:
@@ -82,18 +74,16 @@ class Store:
             if apart := difference(self.facts | self.shapes, header["facts"] | shape):
                 raise ValueError(f"{path} does not belong with {paths[0].name}: {apart}; keep one kind in a folder")
         self.prompts = [prompt for header in headers for prompt in header["prompts"]]
-        self.starts = list(accumulate((len(header["prompts"]) for header in headers), initial=0))  # in items
+        rows = [range(len(header["prompts"])) for header in headers]
+        self.places = [(file, row) for file, own in zip(self.files, rows, strict=True) for row in own]
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)} in {self.folder}")
-        shard = bisect_right(self.starts, i) - 1
-        row = i - self.starts[shard]
+        file, row = self.places[i]
         # cloned: a slice is the mapped memory itself, and a write to it would be seen by the next reader
-        return {name: self.files[shard].get_slice(name)[row : row + 1][0].clone() for name in self.shapes}
+        return {name: file.get_slice(name)[row : row + 1][0].clone() for name in self.shapes}
 
 
 class TextStore:
@@ -115,8 +105,7 @@ class TextStore:
         """ValueError, with the way out, unless all prompts are there."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]
         if missing:
-            some = f"{len(missing)} prompts ({', '.join(repr(prompt[:40]) for prompt in missing[:3])} first)"
-            raise ValueError(f"{self.folder} lacks {some}; python prepare.py text --prompts FILE makes embeddings")
+            raise ValueError(f"{self.folder} lacks {len(missing)} prompts ({missing[0][:40]!r}); see prepare.py text")
 
     def __getitem__(self, prompt: str) -> Tensor:
         self.check([prompt])
@@ -125,7 +114,6 @@ class TextStore:
 
     def batch(self, prompts: list[str], length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[len(prompts), length, D], zero behind each prompt. ValueError if one is missing or longer than length."""
-        self.check(prompts)
         rows = [self[prompt] for prompt in prompts]
         if (longest := max(map(len, rows))) > length:
             raise ValueError(f"the model takes {length} tokens, {self.folder} holds prompts of {longest}: shorten them")
@@ -158,10 +146,9 @@ def read_clip(path: str | Path, frames: int, fps: float) -> np.ndarray:
         source, ratio = (read_image(file)[0] for file in files), 1.0
     else:
         source, ratio = iio.imiter(path, plugin="pyav", format="rgb24"), iio.immeta(path, plugin="pyav")["fps"] / fps
-    times = Counter(int(k * ratio + 0.5) for k in range(frames))  # index in the source -> how often it is taken
-    clip = []
-    for i, frame in zip(range(max(times) + 1), source, strict=False):
-        clip += [frame] * times[i]
+    times = [int(k * ratio + 0.5) for k in range(frames)]  # indices in the source; one may be taken more than once
+    read = {i: frame for i, frame in enumerate(islice(source, times[-1] + 1)) if i in times}
+    clip = [read[i] for i in times if i in read]
     if len(clip) < frames:
         raise ValueError(f"{path} has {len(clip)} frames at {fps:g} fps, fewer than {frames}")
     return np.stack(clip)
@@ -183,9 +170,5 @@ def rng(device: str | torch.device, *keys: int | str) -> torch.Generator:
 
 def order(n: int, position: int, seed: int | str) -> int:
     """The item at a global position of an endless pass over n items, shuffled anew in every epoch."""
-    return int(_permutation(n, position // n, seed)[position % n])
-
-
-@lru_cache(maxsize=8)
-def _permutation(n: int, epoch: int, seed: int | str) -> Tensor:
-    return torch.randperm(n, generator=rng("cpu", seed, "order", epoch))
+    epoch, place = divmod(position, n)
+    return int(torch.randperm(n, generator=rng("cpu", seed, "order", epoch))[place])

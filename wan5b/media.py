@@ -1,11 +1,13 @@
-"""Pixels in and out: valid sizes; images and videos from files, fitted to a size; mp4 as it is generated; contact sheets.
+"""Pixels in and out: sizes; images and videos from files, fitted to a size; mp4 as it is generated; contact sheets.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
 
 import math
 import os
+import sys
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,7 +64,7 @@ def latent_frames(frames: int) -> int:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """"704x1280" -> (height, width) in pixels. ValueError unless both are multiples of 32."""
+    """Text like 704x1280 -> (height, width) in pixels. ValueError unless both are multiples of 32."""
     sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
     if len(sides) != 2 or any(side < 1 or side % 32 for side in sides):
         valid = " by ".join(nearest(side, 32, 32) for side in sides)
@@ -116,8 +118,7 @@ class VideoWriter:
 
     def add(self, frames: Tensor) -> None:
         """Append uint8 frames [T, H, W, 3]. Returns at once, unless the chunk before is still being encoded."""
-        host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=frames.is_cuda)
-        host.copy_(frames, non_blocking=True)
+        host = frames.to("cpu", non_blocking=True, copy=True)  # of a GPU's: into pinned memory
         ready = torch.cuda.current_stream().record_event() if frames.is_cuda else None
         self.pending.result()
         self.pending = self.thread.submit(self._encode, host, ready)
@@ -132,7 +133,7 @@ class VideoWriter:
             self.count += 1
 
     def close(self) -> None:
-        """Ends the file, or deletes it if nothing was added. Raises what encoding raised; the name is *.partial then."""
+        """End the file; no frames, no file. Raises what encoding raised, and the name stays *.partial.mp4 then."""
         self.thread.shutdown(wait=True)
         self.file.close()
         self.pending.result()
@@ -155,3 +156,14 @@ def write_sheet(path: str | Path, frames: list[np.ndarray], columns: int = 4, wi
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
     iio.imwrite(path, np.concatenate(rows), extension=".png")
+
+
+def script(main: Callable) -> None:
+    """Run a script: what a user got wrong is one line on stderr and exit code 2; after Ctrl-C the code is 130."""
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
