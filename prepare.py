@@ -71,6 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=48, help=f"Euler steps; x is kept at {len(FEW_STEPS)} of them and at the end")
     add("--shift", type=float, default=5.0, help="timestep shift")
     add("--seed", type=int, default=0, help="of the noise")
+    add("--repeats", type=int, default=1, help="trajectories of each prompt")
     add("--causal", action="store_true", help="block by block over the KV cache, as an AR model runs")
     add("--block", type=int, default=3, help="latent frames a block, with --causal")
     return parser.parse_args(argv)
@@ -92,8 +93,6 @@ def pending(args: argparse.Namespace, inputs: list, facts: dict) -> list[tuple[P
 
     ValueError if args.out holds a shard of other inputs or facts.
     """
-    if min(args.per_shard, args.batch) < 1:
-        raise ValueError("--per-shard and --batch must be at least 1")
     shards = {}
     for i, start in enumerate(range(0, len(inputs), args.per_shard)):
         part, path = inputs[start : start + args.per_shard], Path(args.out) / f"{i:05}.safetensors"
@@ -198,7 +197,7 @@ def trajectories(args: argparse.Namespace) -> None:
     kept = few_step_sigmas(FEW_STEPS, args.shift)
     facts = facts_of(args, source, "size", "frames", "guidance", "steps", "shift", "seed", "causal", "dtype")
     facts |= {"trained": trained, "negative": negative, "sigmas": kept, "blocks": blocks}
-    prompts = [prompt for prompt in store.prompts if prompt not in ("", negative)]
+    prompts = [prompt for prompt in store.prompts if prompt not in ("", negative)] * args.repeats
     todo = pending(args, list(enumerate(prompts)), facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)

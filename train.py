@@ -22,15 +22,17 @@ import typing
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sample import generate
-from wan5b import fsdp, media
+from sample import generate, write
+from wan5b import fsdp
 from wan5b.data import rng
 from wan5b.dit import PRESETS
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
 from wan5b.kvcache import block_sizes
+from wan5b.media import script
 from wan5b.stages import Run
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.weights import load_vae, save_dit
@@ -83,8 +85,7 @@ class Config:
     dropout: float = 0.1  # teacher, ar: share of samples whose text becomes the negative prompt
     bell: bool = True  # teacher, ar: weight the flow loss over levels
     forcing: str = "teacher"  # ar: "teacher" (clean context) or "diffusion" (noisy context)
-    clean_noise: float = 0.0  # ar: noise on the clean context, up to this level
-    context: str = "self"  # dmd: "self" rollouts, or "data": ground-truth context (the baseline of the paper)
+    context: str = "self"  # dmd: "self" rollouts, or "data": one block behind real frames (the paper's baseline)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
     checkpointing: bool = True
@@ -115,8 +116,7 @@ def parse(arguments: list[str]) -> Config:
             key, given, value = override.partition("=")
             if not given:
                 raise ValueError(f"overrides are key=value, got {override!r}")
-            types = {field.name: field.type for field in dataclasses.fields(Config)}
-            values |= {key: value} if types.get(key) is str else tomllib.loads(f"{key} = {value}")
+            values |= {key: value} if Config.__annotations__.get(key) is str else tomllib.loads(f"{key} = {value}")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
     for field in dataclasses.fields(Config):
@@ -156,13 +156,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product on this device: what MFU is measured by."""
     n = 8192 if device.type == "cuda" else 768
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    for repeats in (2, 10):  # the first round warms up
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return repeats * 2 * n**3 / (time.perf_counter() - start)
+    return 2 * n**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(10).mean
 
 
 def memory_gib(device: torch.device) -> float:
@@ -198,9 +192,8 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
     sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
-    options = argparse.Namespace(
-        mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0
-    )
+    options = argparse.Namespace(mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None)
+    options.sink = 0
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             noise = torch.randn((1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i))
@@ -208,10 +201,7 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
             context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
             pieces = list(generate(options, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed))
             if run.world.rank == 0:
-                writer, state = media.VideoWriter(folder / f"step-{step:07d}-{i}.mp4"), vae.stream()
-                for piece in pieces:
-                    writer.add(media.to_frames(vae.decode_chunk(piece, state)[0]))
-                writer.close()
+                write(vae, pieces, folder / f"step-{step:07d}-{i}.mp4")
 
 
 def check_unchanged(cfg: Config, checkpoint: Path) -> None:
@@ -225,7 +215,7 @@ def check_unchanged(cfg: Config, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint} was made with another {', '.join(changed)}; choose another out")
 
 
-def main(cfg: Config, world: fsdp.World) -> int:
+def main(cfg: Config, world: fsdp.World) -> None:
     check(cfg, world)
     out, leading = Path(cfg.out), world.rank == 0
     final = out / f"{cfg.stage}.safetensors"
@@ -247,9 +237,8 @@ def main(cfg: Config, world: fsdp.World) -> int:
         log.write_text("".join(f"{line}\n" for line in lines[:start]))  # one a step
     ceiling, flop = matmul_rate(world.device, run.dtype), {}
 
-    for step in (
-        bar := tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
-    ):
+    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
+    for step in bar:
         began = time.perf_counter()
         kind = run.distilling and step % cfg.ratio == 0  # an iteration with a generator phase costs more
         counting = kind not in flop and world.device.type == "cuda"  # too slow for small operations on a CPU
@@ -281,16 +270,15 @@ def main(cfg: Config, world: fsdp.World) -> int:
             fsdp.save(world, out, run.optimizers, facts(cfg, done), cfg.keep)
         if stop:
             tqdm.write(f"stopped by SIGTERM after step {step}; the same command goes on")
-            return 0
+            return
     export(run, final, cfg.steps)
-    return 0
+
+
+def run() -> None:
+    cfg = parse(sys.argv[1:])
+    with contextlib.closing(fsdp.World(cfg.device, cfg.shard)) as world:
+        main(cfg, world)
 
 
 if __name__ == "__main__":
-    try:
-        config = parse(sys.argv[1:])
-        with fsdp.World(config.device, config.shard) as processes:
-            sys.exit(main(config, processes))
-    except ValueError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    script(run)

@@ -3,6 +3,7 @@
 As a script it is a process of torchrun's: it does the jobs of a JSON file one after the other.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,9 +39,11 @@ STAGES = tuple(STEPS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _sigterm():
-    handler = signal.getsignal(signal.SIGTERM)
+def _quick_and_clean():
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, handler)
 
 
@@ -213,7 +216,7 @@ def worker(path: str) -> None:
     train.matmul_rate = lambda device, dtype: 1.0
     jobs, results = json.loads(Path(path).read_text()), []
     generate, iteration = stages.Run.generate, stages.Run.iteration
-    with fsdp.World("cpu", jobs[0]["config"].get("shard", 0)) as world:
+    with contextlib.closing(fsdp.World("cpu", jobs[0]["config"].get("shard", 0))) as world:
         for each in jobs:
             exits, kind = [], each["kind"]
 

@@ -51,10 +51,11 @@ class IntervalMask:
         lo0, hi0, lo1, hi1 = (x.contiguous() for x in table.unbind(1))
 
         edges = torch.arange(0, len(table), FLEX_BLOCK, device=table.device)
-        overlap = sum(
-            (torch.minimum(hi[:, None], edges + FLEX_BLOCK) - torch.maximum(lo[:, None], edges)).clamp(min=0)
-            for lo, hi in ((lo0, hi0), (lo1, hi1))
-        )  # [S, S / 128]: keys of each block that a query sees
+
+        def common(lo, hi):  # keys of each block that an interval holds, [S, S / 128]
+            return (hi[:, None].clamp(max=edges + FLEX_BLOCK) - lo[:, None].clamp(min=edges)).clamp(min=0)
+
+        overlap = common(lo0, hi0) + common(lo1, hi1)
         seen = overlap.unflatten(0, (-1, FLEX_BLOCK)).sum(1)
         full = seen == FLEX_BLOCK * FLEX_BLOCK
         partial_ = (seen > 0) & ~full

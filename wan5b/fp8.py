@@ -24,18 +24,15 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, scale = _quantize(x.flatten(0, -2))
-        y = torch._scaled_mm(
-            rows, self.weight.t(), scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
-        )
+        scales = (scale, self.scale, self.bias)
+        y = torch._scaled_mm(rows, self.weight.t(), *scales, out_dtype=x.dtype, use_fast_accum=True)
         return y.unflatten(0, x.shape[:-1])
 
 
 def quantize_blocks(model: nn.Module) -> nn.Module:
     """Replace, in place, the linear layers of the transformer blocks; embeddings, modulation and head stay."""
-    for block in model.blocks:
-        for attention in (block.self_attn, block.cross_attn):
-            for name in ("q", "k", "v", "o"):
-                setattr(attention, name, Fp8Linear(getattr(attention, name)))
-        for i in (0, 2):
-            block.ffn[i] = Fp8Linear(block.ffn[i])
+    for module in list(model.blocks.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Fp8Linear(child))
     return model

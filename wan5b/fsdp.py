@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class World:
-    """The processes of a run, from torchrun's environment; one process without it. Use as a context manager.
+    """The processes of a run, from torchrun's environment; one process without it.
 
     shard: how many processes share one copy of the weights (FSDP; default: those of a node), each group holding a
     replica of the others' (HSDP) where there are several.
@@ -45,19 +45,12 @@ class World:
             if device == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
-            shape, names = ((self.size // shard, shard), ("replicate", "shard"))
-            self.mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-            self.mesh = self.mesh["shard"] if shape[0] == 1 else self.mesh
+            mesh = init_device_mesh(device, (self.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+            self.mesh = mesh["shard"] if shard == self.size else mesh
             self.shard_group = self.mesh.get_group("shard")
-        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
 
-    def _stop(self, *_) -> None:
-        self.stopping = True
-
-    def __enter__(self) -> "World":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         if self.mesh is not None:
             dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ Stages in the order that works for the 5B: teacher (fine-tuning, tiny models), a
 number comes from (seed, phase, step, sample), so a run is the same on any number of processes.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -132,12 +133,9 @@ class Run:
             x0, noise = self.clips(items), draws.normal(*self.shape(cfg.frames))
             dropped = draws.uniform() < cfg.dropout
             context = torch.where(dropped[:, None, None], self.context([cfg.negative]), context)
-            options = {}
-            if cfg.stage == "ar":
-                options = {"blocks": self.layout, "window": cfg.window or None}
+            options = {"blocks": self.layout, "window": cfg.window or None} if cfg.stage == "ar" else {}
             if cfg.stage == "ar" and cfg.forcing == "teacher":
-                level = self.per_frame(cfg.clean_noise * draws.uniform(1))
-                options |= {"clean": add_noise(x0, draws.normal(*x0.shape[1:]), level), "clean_sigma": level}
+                options["clean"] = x0
             sigma = self.per_frame(shift_sigma(draws.uniform(len(self.layout) if cfg.stage == "ar" else 1), cfg.shift))
             v = self.generator(add_noise(x0, noise, sigma), sigma, context, **options)
             error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.first :]  # [B, T]
@@ -168,35 +166,31 @@ class Run:
 
     @torch.no_grad()
     def generate(self, step: int, phase: str, draws: Draws, items: list[int], context: Tensor):
-        """A rollout without grad -> (given first frame or none, x0 [B, C, T, H, W], its trace, exit level)."""
-        cfg, trace = self.cfg, []
-        exit_step = int(torch.randint(len(self.sigmas) - 1, (), generator=rng("cpu", cfg.seed, phase, step, "exit")))
-        clips = self.clips(items) if cfg.first or cfg.context == "data" else None
-        first = clips[:, :, : cfg.first] if cfg.first else None
-        noise = draws.normal(*self.shape(sum(self.blocks)))
+        """A rollout without grad -> (given frames or none, x0 [B, C, T, H, W], its trace, exit level).
+
+        With context = "data", the paper's baseline, one block is generated, behind the real frames of a clip.
+        """
+        cfg, trace, blocks, given, first = self.cfg, [], self.blocks, self.cfg.first, None
+        chance = rng("cpu", cfg.seed, phase, step, "exit")  # the same on all processes
+        exit_step = int(torch.randint(len(self.sigmas) - 1, (), generator=chance))
+        if cfg.context == "data":
+            chosen = int(torch.randint(len(blocks), (), generator=chance))
+            given, blocks = given + sum(blocks[:chosen]), blocks[chosen : chosen + 1]
+        if given:
+            first = self.clips(items)[:, :, :given]
         self.cache.reset()
+        noise, sources = draws.normal(*self.shape(sum(blocks))), (self.sigmas, blocks, self.cache)
         options = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:]), "trace": trace}
-
-        def roll(noise, blocks, first):
-            steps = rollout(self.generator, noise, context, self.sigmas, blocks, self.cache, first=first, **options)
-            return [block for _, block in zip(blocks, steps, strict=False)]  # in this order: no commit of the last
-
         with self.world.gathered(self.generator):
-            if cfg.context == "self":
-                x0 = roll(noise, self.blocks, first)
-            else:  # every block behind real ones
-                x0, real = [], clips[:, :, cfg.first :].split(self.blocks, 2)
-                for size, part, clean in zip(self.blocks, noise.split(self.blocks, 2), real, strict=True):
-                    x0 += roll(part, [size], None if x0 else first)
-                    self.generator(clean, 0.0, context, cache=self.cache)
-                    self.cache.commit(size)
-        return first, torch.cat(x0, 2), trace, exit_step
+            steps = rollout(self.generator, noise, context, *sources, first=first, **options)
+            x0 = torch.cat(list(itertools.islice(steps, len(blocks))), 2)  # no commit of the last
+        return first, x0, trace, exit_step
 
     def noised(self, draws: Draws, first: Tensor | None, x0: Tensor):
-        """x0 behind the given frame at one random level a sample (DMD2): (xs, level [B, T], noise)."""
+        """x0 behind the given frames at one random level a sample (DMD2): (xs, level [B, T], noise)."""
         whole = x0 if first is None else torch.cat([first, x0], 2)
         noise = draws.normal(*whole.shape[1:])
-        level = self.per_frame(shift_sigma(draws.uniform(1), self.cfg.shift).clamp(0.02, 0.98))
+        level = self.per_frame(shift_sigma(draws.uniform(1), self.cfg.shift).clamp(0.02, 0.98))[:, : whole.shape[2]]
         return add_noise(whole, noise, level), level, noise
 
     def generator_phase(self, step: int) -> dict[str, Tensor]:
@@ -206,11 +200,12 @@ class Run:
         for draws, items, context in self.micro_batches(step, "generator"):
             first, x0, trace, exit_step = self.generate(step, "generator", draws, items, context)
             x0.requires_grad_()
+            sizes = [x.shape[2] for _, x in trace]
             with torch.set_grad_enabled(cfg.stage == "sid"):
                 xs, level, _ = self.noised(draws, first, x0)
 
-                def estimate(model, text, xs=xs, level=level):
-                    return x0_from_v(xs, model(xs, level, text), level)[:, :, cfg.first :]
+                def estimate(model, text, xs=xs, level=level, frames=x0.shape[2]):
+                    return x0_from_v(xs, model(xs, level, text), level)[:, :, -frames:]
 
                 fake, real = estimate(self.critic, context), estimate(self.teacher, context)
                 unconditional = estimate(self.teacher, negative) if cfg.guidance else real
@@ -219,12 +214,12 @@ class Run:
             loss = dmd_loss(x0, gradient) if cfg.stage == "dmd" else sid_loss(x0, *scores, cfg.alpha)
             (grad,) = torch.autograd.grad(loss, x0)
             blocks = replay(self.generator, context, self.sigmas[exit_step], trace, self.cache)
-            for block, part in zip(blocks, reversed(grad.split(self.blocks, 2)), strict=True):
+            for block, part in zip(blocks, reversed(grad.split(sizes, 2)), strict=True):
                 block.backward(part.to(block.dtype))
             x0 = x0.detach()
             row = {"loss": loss.detach().float(), "gradient": gradient.abs().mean()}
             row["x0_motion"] = x0.var(2, correction=0).mean()  # over time: a static video shows here
-            for i, block in enumerate(x0.split(self.blocks, 2)):
+            for i, block in enumerate(x0.split(sizes, 2)):
                 row |= {f"x0_mean_{i}": block.mean(), f"x0_std_{i}": block.std()}
             rows.append(row)
         return average(rows) | {"norm": self.update("generator", step)}
@@ -235,7 +230,7 @@ class Run:
         for draws, items, context in self.micro_batches(step, "critic"):
             first, x0, _, _ = self.generate(step, "critic", draws, items, context)
             xs, level, noise = self.noised(draws, first, x0)
-            v, noise = (x[:, :, self.cfg.first :] for x in (self.critic(xs, level, context), noise))
+            v, noise = (x[:, :, -x0.shape[2] :] for x in (self.critic(xs, level, context), noise))
             loss = critic_loss(v, x0, noise)
             loss.backward()
             error = (v.detach().float() - (noise - x0)).square().mean((1, 2, 3, 4))

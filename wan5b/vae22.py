@@ -93,10 +93,7 @@ def add_residual_(h: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 
 def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """Conv2d on [N, H, W, C] or Conv3d on [B, T, H, W, C] without its bias, which torch would add in a slow pass.
-
-    torch sees channels-last strides and answers in kind.
-    """
+    """Conv2d on [N, H, W, C] or Conv3d on [B, T, H, W, C], channels-last for torch; no bias: torch's pass is slow."""
     run = F.conv2d if x.ndim == 4 else F.conv3d
     return run(x.movedim(-1, 1), conv.weight, stride=conv.stride, padding=conv.padding).movedim(1, -1)
 
@@ -310,20 +307,6 @@ def stages(kind: type[nn.Module], widths: list[int], blocks: int, temporal: tupl
     return nn.ModuleList(kind(a, b, blocks, *f) for (a, b), f in zip(pairwise(widths), factors, strict=True))
 
 
-def make_encoder(cfg: VAEConfig) -> Coder:
-    """Space-to-depth pixels [B, T, H, W, 12] -> mean and log-variance [B, T', H', W', 2 * z_dim]."""
-    widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
-    downsamples = stages(DownStage, widths, cfg.num_res_blocks, cfg.temperal_downsample)
-    return Coder(12, widths, 2 * cfg.z_dim, {"downsamples": downsamples, "middle": middle(widths[-1])})
-
-
-def make_decoder(cfg: VAEConfig) -> Coder:
-    """Latents [B, T, H, W, z_dim] -> space-to-depth pixels [B, T', H', W', 12]."""
-    widths = [cfg.dec_dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
-    upsamples = stages(UpStage, widths, cfg.num_res_blocks + 1, cfg.temperal_downsample[::-1])
-    return Coder(cfg.z_dim, widths, 12, {"middle": middle(widths[0]), "upsamples": upsamples})
-
-
 def space_to_depth(video: Tensor) -> Tensor:
     """[B, 3, T, H, W] -> [B, T, H/2, W/2, 12]; channel = 4 * colour + 2 * column offset + row offset."""
     x = video.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # [B, 3, T, H/2, row, W/2, column]
@@ -352,11 +335,6 @@ def _check_video(video: Tensor, cfg: VAEConfig) -> None:
     _check("width", video.shape[4], cfg.spatial_stride)
 
 
-def _check_latent(latent: Tensor, cfg: VAEConfig) -> None:
-    if latent.ndim != 5 or latent.shape[1] != cfg.z_dim or 0 in latent.shape:
-        raise ValueError(f"latent must be [B, {cfg.z_dim}, T, H, W], got {list(latent.shape)}")
-
-
 class VAE22(nn.Module):
     """Encoder and decoder with upstream's parameter names; a released state dict loads strictly. Nothing carries grad.
 
@@ -366,18 +344,20 @@ class VAE22(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg = cfg
-        self.encoder = make_encoder(cfg)
+        # space-to-depth pixels [B, T, H, W, 12] -> mean and log-variance [B, T', H', W', 2 * z_dim]
+        widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+        down = stages(DownStage, widths, cfg.num_res_blocks, cfg.temperal_downsample)
+        self.encoder = Coder(12, widths, 2 * cfg.z_dim, {"downsamples": down, "middle": middle(widths[-1])})
         self.conv1 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
         self.conv2 = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
-        self.decoder = make_decoder(cfg)
+        # latents [B, T, H, W, z_dim] -> space-to-depth pixels [B, T', H', W', 12]
+        widths = [cfg.dec_dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
+        up = stages(UpStage, widths, cfg.num_res_blocks + 1, cfg.temperal_downsample[::-1])
+        self.decoder = Coder(cfg.z_dim, widths, 12, {"middle": middle(widths[0]), "upsamples": up})
 
     def stream(self) -> Stream:
-        """State for one video through `decode_chunk`. Streams are independent of each other.
-
-        Also puts the convolution weights in channels-last memory, in place (free once they are): cuDNN would otherwise
-        copy them at every call.
-        """
-        for p in self.parameters():
+        """State for one video through `decode_chunk`, independent of others. Lays the weights out channels-last."""
+        for p in self.parameters():  # in place; cuDNN would copy them at every call
             if p.ndim > 3:
                 layout = torch.channels_last if p.ndim == 4 else torch.channels_last_3d
                 p.data = p.data.contiguous(memory_format=layout)
@@ -413,7 +393,8 @@ class VAE22(nn.Module):
 
         4n pixel frames, or 1 + 4(n - 1) at the start of the stream: together the same frames as one `decode`.
         """
-        _check_latent(latent, self.cfg)
+        if latent.ndim != 5 or latent.shape[1] != self.cfg.z_dim or 0 in latent.shape:
+            raise ValueError(f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}")
         B, _, n, H, W = latent.shape
         time, space, dtype = self.cfg.temporal_stride, self.cfg.spatial_stride, self.conv2.weight.dtype
         frames = time * n - (time - 1 if state.first else 0)
@@ -436,15 +417,13 @@ class LinearCodec(nn.Module):
     patches of `dual` that they weigh again. Computes in the weights' dtype. Has no initial values: load a state dict.
     """
 
+    stream = Stream  # so codec.stream() is the state for one video through `decode_chunk`
+
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg, self.stride = cfg, (cfg.temporal_stride, cfg.spatial_stride, cfg.spatial_stride)
         self.basis = nn.Parameter(torch.empty(cfg.z_dim // 3, 1, *self.stride))  # encodes
         self.dual = nn.Parameter(torch.empty_like(self.basis))  # decodes
-
-    def stream(self) -> Stream:
-        """State for one video through `decode_chunk`."""
-        return Stream()
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -454,14 +433,11 @@ class LinearCodec(nn.Module):
         planes = torch.cat([lead, video], dim=2).flatten(0, 1)[:, None].to(self.basis.dtype)  # [B*3, 1, T, H, W]
         return F.conv3d(planes, self.basis, stride=self.stride).unflatten(0, (-1, 3)).flatten(1, 2).float()
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """As VAE22's."""
-        return self.decode_chunk(latent, self.stream())
+    decode = VAE22.decode
 
     @torch.no_grad()
     def decode_chunk(self, latent: Tensor, state: Stream) -> Tensor:
         """As VAE22's. The video's first frame is the mean of those of its patch."""
-        _check_latent(latent, self.cfg)
         z = latent.unflatten(1, (3, -1)).flatten(0, 1).to(self.dual.dtype)  # [B*3, C/3, n, H, W]
         video = F.conv_transpose3d(z, self.dual, stride=self.stride).unflatten(0, (-1, 3)).squeeze(2)
         if state.first:

@@ -269,18 +269,20 @@ def tokenizer_path(folder: str | Path) -> Path:
 
 
 def save_dit(
-    model: WanDiT, path: str | Path, metadata: dict, *, dtype: torch.dtype | None = None, value: Callable | None = None
+    model: WanDiT, path: str | Path, metadata: dict, *, dtype: torch.dtype | None = None, value=None, overwrite=False
 ) -> None:
     """Write model as safetensors under upstream's names, in dtype (float32 or bfloat16; default: the model's own).
 
     metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it. Written beside path,
     then renamed: path is the old file or the whole new one, and a failure leaves nothing behind. The host holds one
     copy of the model, in dtype. value: name -> Tensor, called in the state dict's order, for what is not in the model
-    (gathered shards, an average).
+    (gathered shards, an average). ValueError if path exists, unless overwrite.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of an export must end in .safetensors")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another name or pass overwrite=True")
     dtype = dtype or model.patch_embedding.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"can't export as {dtype}; choose from torch.float32 and torch.bfloat16")
@@ -291,6 +293,7 @@ def save_dit(
     partial = path.with_name(path.name + ".partial")
     try:
         save_file(tensors, partial, {key: json.dumps(entry) for key, entry in entries.items()})
+        partial.chmod(0o644)  # save_file makes it private
         with partial.open("rb") as f:
             os.fsync(f.fileno())
         os.replace(partial, path)

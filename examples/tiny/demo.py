@@ -8,6 +8,7 @@ Afterwards the model is an ordinary release plus export:
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
@@ -93,13 +94,15 @@ def run_stage(out: Path, name: str, config: str, *overrides: str) -> float:
     start = time.time()
     common = [f"out={out / name}", f"text={out / 'text'}", f"vae={out / 'release'}"]
     cfg = train.parse([str(HERE / config), *common, *overrides])
-    with fsdp.World("cpu") as world:
+    with contextlib.closing(fsdp.World("cpu")) as world:
         train.main(cfg, world)
     return time.time() - start
 
 
 @torch.no_grad()
-def sample_clips(model: WanDiT, text: TextStore, mode: str, sigmas: list[float], frames: int, seed: int) -> torch.Tensor:
+def sample_clips(
+    model: WanDiT, text: TextStore, mode: str, sigmas: list[float], frames: int, seed: int
+) -> torch.Tensor:
     """Latents [48, C, frames, 4, 4], one clip a caption."""
     prompts = [str(label) for label in LABELS]
     context = text.batch(prompts if mode == "few" else prompts + [""] * len(prompts), model.cfg.text_len)
@@ -175,7 +178,11 @@ def main(args: argparse.Namespace) -> None:
 def report(out: Path, rows: dict, minutes: dict[str, float], total: float) -> None:
     """The table, printed and kept as JSON."""
     columns = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
-    print(f"\n{'stage, length':16}" + "".join(f"{column:>18}" for column in columns) + "   mean +- sd over 3 sampling seeds")
+    print(
+        f"\n{'stage, length':16}"
+        + "".join(f"{column:>18}" for column in columns)
+        + "   mean +- sd over 3 sampling seeds"
+    )
     for name, found in rows.items():
         values = torch.tensor([[one[column] for column in columns] for one in found])
         cells = "".join(f"{m:11.3f} +-{s:5.3f}" for m, s in zip(values.mean(0), values.std(0), strict=True))
