@@ -3,16 +3,19 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY ?= passive  # idle threads must not spin: twenty times slower beside other jobs
 BIN := .venv/bin
 
-.PHONY: test test-slow test-gpu test-weights lint format clean
+.PHONY: test demo test-slow test-gpu test-weights lint format clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,plot]'
 	touch $@
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
+
+demo: .venv/.installed
+	$(BIN)/python examples/tiny/demo.py
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

@@ -395,7 +395,11 @@ def test_export_replaces_and_asks_for_values_in_order(release, weights, tmp_path
         asked.append(name)
         return weights[name] * 2
 
-    save_dit(model, path, METADATA, value=value)
+    with pytest.raises(ValueError, match="exists.*overwrite=True"):
+        save_dit(model, path, METADATA, value=value)
+    assert path.read_bytes() == b"old"
+    assert not asked
+    save_dit(model, path, METADATA, value=value, overwrite=True)
     assert asked == list(model.state_dict())
     assert_holds(load_dit(path), {key: value * 2 for key, value in weights.items()})
     assert read_metadata(path) == METADATA
@@ -426,6 +430,6 @@ def test_failed_export_leaves_the_old_file(release, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        save_dit(model, path, {})
+        save_dit(model, path, {}, overwrite=True)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]

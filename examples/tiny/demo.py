@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     run_stage(out, "ode", "ode.toml", f"weights={trained('ar')}", paths, seed, *steps)
     minutes["ode"] = time.time() - began_ode
     for name, context in (("dmd", "self"), ("dmd-data", "data")):
-        ends = [f"weights={trained('ode')}", f"teacher={trained('teacher')}", latents, seed, f'context="{context}"']
+        ends = [f"weights={trained('ode')}", f"teacher={trained('teacher')}", latents, seed, f"context={context}"]
         minutes[name] = run_stage(out, name, "dmd.toml", *ends, *steps)
 
     text, codec, rows, clips = TextStore(out / "text"), load_vae(out / "release"), {}, {}
