@@ -1,6 +1,7 @@
 # make test | lint | demo | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
 PYTHON ?= python3
-export OMP_WAIT_POLICY ?= passive  # idle threads must not spin: twenty times slower beside other jobs
+# Idle threads must not spin: beside other jobs that makes small operations many times slower.
+export OMP_WAIT_POLICY ?= passive
 BIN := .venv/bin
 
 .PHONY: test demo test-slow test-gpu test-weights lint format clean

@@ -205,9 +205,8 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--window {args.window}: no room for --sink {args.sink} and a block of {max(blocks)} frames")
     shift = args.shift or trained.get("shift", 5.0)
     levels = trained.get("levels", FEW_STEPS)
-    sigmas = few_step_sigmas(levels, shift)
-    if args.mode != "few":
-        sigmas = sampling_sigmas(args.steps or (50 if pixels is None else 40), shift)
+    steps = args.steps or (50 if pixels is None else 40)
+    sigmas = few_step_sigmas(levels, shift) if args.mode == "few" else sampling_sigmas(steps, shift)
 
     clips = [(i, seed) for i in range(len(prompts)) for seed in dict.fromkeys(args.seed)]
     out = Path(args.out if args.out.endswith(".mp4") else args.out + ".mp4")

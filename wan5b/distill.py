@@ -106,18 +106,14 @@ def guided(model: Callable, guidance: float) -> Callable:
     return field
 
 
-def _per_sample_mean(x: Tensor) -> Tensor:
-    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-
-
 @torch.no_grad()
 def dmd_gradient(x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, guidance: float) -> Tensor:
-    """Distribution-matching gradient from three clean estimates, [B, ...] each (DMD, arXiv 2311.18828, eqs. 7 and 8).
+    """Distribution-matching gradient from three clean estimates [B, C, T, H, W] (DMD, arXiv 2311.18828, eqs. 7, 8).
 
     guidance is in the DMD convention, real = cond + g (cond - uncond): g = 3 is scale 4 of the sampling convention.
     """
     real = real_cond + guidance * (real_cond - real_uncond)
-    return ((fake - real) / _per_sample_mean((x0 - real).abs())).nan_to_num()
+    return ((fake - real) / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)).nan_to_num()
 
 
 def dmd_loss(x0: Tensor, grad: Tensor) -> Tensor:
@@ -133,7 +129,7 @@ def sid_loss(x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, g
     """
     x0, fake, real_cond, real_uncond = (x.double() for x in (x0, fake, real_cond, real_uncond))
     real = real_cond + guidance * (real_cond - real_uncond)
-    scale = _per_sample_mean((x0 - real).abs()).detach()
+    scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True).detach()
     return ((real - fake) * ((real - x0) - alpha * (real - fake)) / scale).mean()
 
 
