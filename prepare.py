@@ -93,6 +93,8 @@ def pending(args: argparse.Namespace, inputs: list, facts: dict) -> list[tuple[P
 
     ValueError if args.out holds a shard of other inputs or facts.
     """
+    if min(args.per_shard, args.batch) < 1:
+        raise ValueError("--per-shard and --batch must be at least 1")
     shards = {}
     for i, start in enumerate(range(0, len(inputs), args.per_shard)):
         part, path = inputs[start : start + args.per_shard], Path(args.out) / f"{i:05}.safetensors"

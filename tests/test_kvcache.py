@@ -347,7 +347,7 @@ def test_block_size_errors_name_the_nearest_valid_counts(arguments, says):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"window": 3, "sink": 3}, "sink 3, window 3"), ({"sink": 1}, "sink of 1 frames")]
+    ("options", "says"), [({"window": 3, "sink": 3}, "sink 3, window 3"), ({"sink": 1}, "sink 1, window None")]
 )
 def test_cache_configuration_errors(model, options, says):
     with pytest.raises(ValueError, match=says):

@@ -354,6 +354,7 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
     refused("--steps 0 must", *ode, "--steps", 0)
     refused("3 latent frames do not divide into blocks of 2; nearest valid: 2 or 4", *ode, "--causal", "--block", 2)
+    refused("--per-shard and --batch must be at least 1", *ode, "--per-shard", 0)
     refused("--per-shard and --batch must be at least 1", "text", "--prompts", prompts, "--batch", -1)
     refused("nowhere is no folder", "trajectories", "--text", tmp_path / "nowhere")
     refused("cannot read .*nowhere", "text", "--prompts", tmp_path / "nowhere")

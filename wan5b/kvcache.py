@@ -47,10 +47,8 @@ class KVCache:
     """
 
     def __init__(self, cfg, batch, frames, tokens_per_frame, window=None, sink=0, device=None, dtype=None):
-        if window is not None and not 0 <= sink < window:
-            raise ValueError(f"the sink must be smaller than the window: sink {sink}, window {window}")
-        if window is None and sink:
-            raise ValueError(f"a sink of {sink} frames has no meaning without a window")
+        if sink and not 0 < sink < (window or 0):
+            raise ValueError(f"a sink must be smaller than the window: sink {sink}, window {window}")
         shape = (cfg.num_layers, 2, batch, frames * tokens_per_frame, cfg.num_heads, cfg.head_dim)
         self.memory = torch.empty(shape, device=device, dtype=dtype)
         self.capacity, self.tokens_per_frame = frames, tokens_per_frame
