@@ -30,7 +30,7 @@ from wan5b.fp8 import quantize_blocks
 from wan5b.kvcache import KVCache, block_sizes
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
 from wan5b.vae22 import VAE22, VAEConfig
-from wan5b.weights import load_dit, load_t5, load_vae, read_metadata, tokenizer_path
+from wan5b.weights import load_dit, load_t5, load_vae, open_dit, read_metadata, tokenizer_path
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -181,8 +181,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.release and not args.random_weights:
         raise ValueError("name the release folder with --release, or try --random-weights --preset tiny")
     source = args.weights or args.release
-    if source and not Path(source).exists():
-        raise ValueError(f"{source}: no such file or folder")
+    text_len = open_dit(source, channels=VAEConfig.z_dim)[0].text_len if source else None
     if args.fp8 and (device.type != "cuda" or dtype != torch.bfloat16):
         raise ValueError(f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {device}")
     for name in ("context", "block", "window", "steps", "shift"):
@@ -227,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
         context = random_context([*prompts, args.negative], model.cfg.text_len, model.cfg.text_dim)
     else:
         encoder = load_t5(args.release, "cpu" if args.low_memory else device, torch.bfloat16)
-        tokenizer = Tokenizer(tokenizer_path(args.release))
+        tokenizer = Tokenizer(tokenizer_path(args.release), text_len)
         # One by one: memory does not grow, and no prompt's bits depend on its company.
         context = torch.cat([encode_prompts(encoder, tokenizer, [text]).cpu() for text in [*prompts, args.negative]])
         del encoder
@@ -236,7 +235,7 @@ def main(args: argparse.Namespace) -> None:
     clean = None if pixels is None else vae.encode(media.fit(pixels, height, width)[None].to(device))
     vae = vae.to(dtype)
     if not args.random_weights:
-        model = load_dit(source, device, dtype, channels=vae.cfg.z_dim)
+        model = load_dit(source, device, dtype)
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)
