@@ -14,7 +14,7 @@ SCRIPTS = [path for name in ("train.py", "sample.py", "prepare.py") if (path := 
 CORE = [*PACKAGE, *SCRIPTS]
 ORDER = [  # a module imports only from groups above its own
     {"fuse", "fp8"},
-    {"flow", "attention", "kvcache", "vae22", "t5", "fsdp", "media", "codec"},
+    {"flow", "attention", "kvcache", "vae22", "t5", "fsdp", "media"},
     {"dit"},
     {"distill", "weights", "data"},
     {"stages"},
