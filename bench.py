@@ -1,7 +1,9 @@
 """Sampling speed of the 5B geometry with random weights, each part against its bound; one table at the end.
 
     python bench.py                                   # 704x1280, 81 frames, blocks of 3, 4 levels
-    python bench.py --geometry 480x832 --block 8 --window 32 --sink 8 --frames 125
+    python bench.py --geometry 480x832
+    python bench.py --block 8 --window 32 --sink 8 --frames 125
+    python bench.py --variants compiled --long 1441   # one minute over a window of 21 with a sink of 3
 
 Bounds are arithmetic over ceilings measured in the same call: matrix products, cuDNN attention, channels-last conv3d.
 """
@@ -9,10 +11,12 @@ Bounds are arithmetic over ceilings measured in the same call: matrix products, 
 import argparse
 import copy
 import itertools
+import math
 import statistics
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sample import random_context, random_networks
 from wan5b import fuse
@@ -23,6 +27,8 @@ from wan5b.flow import few_step_sigmas
 from wan5b.fp8 import quantize_blocks
 from wan5b.kvcache import KVCache, block_sizes
 from wan5b.media import to_frames
+
+LINE = "{:24}{:8.2f}{:9.0%}{:7.1f}{:8.2f}{:8.3f} ..{:6.3f}{:8.1f}"
 
 
 def seconds(run, repeats: int = 10, warmup: int = 3) -> float:
@@ -65,6 +71,10 @@ def dit_flop(cfg, rows: int, seen: int) -> tuple[float, float]:
     return linear, 4 * rows * (seen + cfg.text_len) * cfg.dim * cfg.num_layers
 
 
+def new_cache(cfg, tokens: int, frames: int, window: int | None = None, sink: int = 0) -> KVCache:
+    return KVCache(cfg, 1, window or frames, tokens, window, sink, "cuda", torch.bfloat16)
+
+
 def short_rollout(model, noise, context) -> list[torch.Tensor]:
     """Three blocks of 3 latent frames with fixed re-noising, float32: the variants' errors are measured on it."""
     noise = noise[:, :, :9]
@@ -78,6 +88,23 @@ def short_rollout(model, noise, context) -> list[torch.Tensor]:
     return [block.float() for block in out]
 
 
+def seams(vae, latents: torch.Tensor, expected: torch.Tensor) -> str:
+    """Relative error of the streamed decoding of blocks of 3 against `expected`: at blocks' first frames, elsewhere."""
+    state = vae.stream()
+    video = torch.cat([vae.decode_chunk(block, state) for block in latents.split(3, 2)], 2).float()
+    apart, size = ((x.square().sum((0, 1, 3, 4))) ** 0.5 for x in (video - expected, expected))
+    error = (apart / size).cpu()
+    first = torch.zeros(len(error), dtype=torch.bool)
+    first[9::12] = True  # 3 latent frames are 9 pixel frames at the start, 12 later
+    return f"decoded at seams {error[first].mean():.1e}, elsewhere {error[~first].mean():.1e}"
+
+
+def rate_of(marks: list[float], blocks: list[int], picked: slice) -> float:
+    """Pixel frames a second over some blocks, of the times at which they were finished."""
+    steps = [b - a for a, b in zip([0.0, *marks], marks, strict=False)]
+    return 4 * sum(blocks[picked]) / sum(steps[picked])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", default="704x1280")
@@ -88,6 +115,7 @@ def main() -> None:
     variants = ["eager", "compiled", "compiled fp8"]
     parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--long", type=int, metavar="FRAMES", help="then a long video, window 21, sink 3, last variant")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     device, dtype, cfg = torch.device("cuda"), torch.bfloat16, PRESETS["ti2v-5B"]
@@ -102,25 +130,34 @@ def main() -> None:
     context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim).to(device, dtype)
     noise = torch.randn(1, 48, latents, height, width, device=device)
     reference = short_rollout(copy.deepcopy(model).float(), noise, context.float())
-    cache = KVCache(cfg, 1, args.window or latents, tokens, args.window, args.sink, device, dtype)
+    shown = noise[:, :, :6]
+    decoded = copy.deepcopy(vae).float().decode(shown)
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
 
-    def clip(decode: bool, generate: bool = True) -> list[float]:
-        """One clip; the seconds at which each block was finished."""
+    beside = torch.cuda.Stream()  # decodes while the next block is generated
+
+    def clip(cache, noise, blocks, decode: bool = True, generate: bool = True) -> list[float]:
+        """One clip; the seconds at which each block was finished, its frames in host memory if they are decoded."""
         cache.reset()
-        state, marks = vae.stream(), []
+        state, events = vae.stream(), [torch.cuda.Event(enable_timing=True) for _ in range(len(blocks) + 1)]
         torch.cuda.synchronize()
-        start = time.perf_counter()
+        events[0].record()
         source = noise.split(blocks, 2)
         if generate:
             source = rollout(model, noise, context, sigmas, blocks, cache)
-        for _, x0 in zip(blocks, source, strict=False):
+        for event, x0 in zip(events[1:], source, strict=False):  # in this order: no commit of the last
             if decode:
-                to_frames(vae.decode_chunk(x0, state)[0]).cpu()
-            torch.cuda.synchronize()
-            marks.append(time.perf_counter() - start)
-        return marks
+                beside.wait_stream(torch.cuda.current_stream())
+                x0.record_stream(beside)
+                with torch.cuda.stream(beside):
+                    frames = to_frames(vae.decode_chunk(x0, state)[0])
+                    torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(frames, non_blocking=True)
+                    event.record()
+            else:
+                event.record()
+        torch.cuda.synchronize()
+        return [events[0].elapsed_time(event) / 1000 for event in events[1:]]
 
     lines = []
     linear = attn = 0.0
@@ -128,31 +165,55 @@ def main() -> None:
         seen = min(done, args.window or done) * tokens
         forward = dit_flop(cfg, args.block * tokens, seen)
         linear, attn = linear + len(sigmas) * forward[0], attn + len(sigmas) * forward[1]
-    bound = linear / rates["ffn"] + attn / rates["attention"]
+    with FlopCounterMode(display=False) as counted:  # as it runs, upsampling folded
+        state = vae.stream()
+        vae.decode_chunk(noise[:, :, :1], state)
+        first = counted.get_total_flops()
+        vae.decode_chunk(noise[:, :, :2], state)
+    conv = first + (latents - 1) / 2 * (counted.get_total_flops() - first)
+    bounds = {"DiT": linear / rates["ffn"] + attn / rates["attention"], "VAE": conv / rates["conv3d"]}
+    bounds["both"] = sum(bounds.values())
+    whole = dit_flop(cfg, latents * tokens, latents * tokens)
+    bounds["teacher"] = whole[0] / rates["ffn"] + whole[1] / rates["attention"]
     for variant in args.variants:
         fuse.enable(variant != "eager")
         if "fp8" in variant:
             quantize_blocks(model)
+        cache = new_cache(cfg, tokens, latents, args.window, args.sink)  # its graphs are of these weights
         start = time.perf_counter()
-        clip(True)
+        clip(cache, noise, blocks)
         warmup = time.perf_counter() - start
+        clip(cache, noise, blocks)
         for name, options in (("DiT", (False, True)), ("VAE", (True, False)), ("both", (True, True))):
             torch.cuda.reset_peak_memory_stats()
-            runs = [clip(*options) for _ in range(args.repeats)]
+            runs = [clip(cache, noise, blocks, *options) for _ in range(args.repeats)]
             peak = torch.cuda.max_memory_allocated()
             best = sorted(runs, key=lambda marks: marks[-1])[len(runs) // 2]
             steps = [b - a for a, b in zip([0.0, *best], best, strict=False)]
-            row = (best[-1], args.frames / best[-1], best[0], min(steps), max(steps), peak / 2**30)
-            lines.append("{:24}{:8.2f}{:8.1f}{:8.2f}{:8.3f} ..{:6.3f}{:8.1f}".format(f"{variant} {name}", *row))
+            row = (best[-1], bounds[name] / best[-1], args.frames / best[-1], best[0], min(steps), max(steps))
+            lines.append(LINE.format(f"{variant} {name}", *row, peak / 2**30))
             print(lines[-1], flush=True)
+        forward = seconds(lambda: model(noise, 0.5, context), 3, 1)
+        lines.append(LINE.format(f"{variant} teacher", forward, bounds["teacher"] / forward, *[math.nan] * 5))
         pairs = zip(short_rollout(model, noise, context), reference, strict=True)
         error = " ".join(f"{float((a - b).norm() / b.norm()):.1e}" for a, b in pairs)
-        lines.append(f"{variant}: warm-up {warmup:.0f} s, error of three blocks against float32: {error}")
+        lines.append(f"  warm-up {warmup:.0f} s; against float32: latents of three blocks {error}, ")
+        lines[-1] += seams(vae, shown, decoded)
+        print(lines[-1], flush=True)
+    if args.long:
+        cache, blocks = new_cache(cfg, tokens, 21, 21, 3), block_sizes((args.long + 3) // 4, args.block)
+        marks = clip(cache, torch.randn(1, 48, sum(blocks), height, width, device=device), blocks)
+        part = 120 // 4 // args.block  # blocks of 5 seconds
+        peaks = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        ends = [rate_of(marks, blocks, picked) for picked in (slice(part), slice(-part, None))]
+        lines.append(f"{args.long} frames in {marks[-1]:.1f} s, window 21, sink 3: {ends[0]:.1f} fps in the first 5 s,")
+        lines[-1] += f" {ends[1]:.1f} fps in the last 5 s of the video, peak {peaks}"
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
     print("ceilings, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()))
-    print(f"DiT {(linear + attn) / 1e12:.0f} TFLOP, bound {bound:.2f} s; weights and cache {weights / 2**30:.1f} GiB")
-    print(f"{'':24}{'s':>8}{'fps':>8}{'first':>8}{'block':>16}{'GiB':>8}", *lines, sep="\n")
+    print(f"DiT {(linear + attn) / 1e12:.0f} TFLOP, VAE {conv / 1e12:.0f}; weights {weights / 2**30:.1f} GiB")
+    print("bounds, s: " + ", ".join(f"{k} {v:.2f}" for k, v in bounds.items()))
+    print(f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'block':>16}{'GiB':>8}", *lines, sep="\n")
 
 
 if __name__ == "__main__":

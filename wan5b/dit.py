@@ -182,18 +182,19 @@ class Block(nn.Module):
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
     def forward(
-        self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor, attend: Callable, layer: int, text=None
+        self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor, attend: Callable, layer: int, text=(None, False)
     ) -> Tensor:
         """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D].
 
-        attend(layer, q, k, v): self-attention. text: a store of text keys and values by layer, for
-        forwards without grad; what is found there is not computed again.
+        attend(layer, q, k, v): self-attention. text: (memory of this layer's text keys and values, whether they are
+        there), for forwards without grad; what is there is not computed again.
         """
         q, k, v = self.before(x, mod, rope)
         x, q = self.between(x, attend(layer, q, k, v), mod)
-        keys_values = text[layer] if text and layer in text else self.cross_attn.keys_values(context)
-        if text is not None:
-            text[layer] = keys_values
+        memory, known = text
+        keys_values = memory[layer] if known else self.cross_attn.keys_values(context)
+        if memory is not None and not known:
+            memory[layer, 0], memory[layer, 1] = keys_values
         return self.after(x, attention(q, *keys_values), mod)
 
 
@@ -267,27 +268,35 @@ class WanDiT(nn.Module):
         span, start = (cache.span(frames), cache.frames) if cache else (None, 0)
         rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
 
-        h = self._patchify(x)  # [B, T, P, D]
         if clean is not None:
             levels = (self._levels(0.0 if clean_sigma is None else clean_sigma, x), sigma)
             sigma = torch.cat([level.expand(batch, -1) for level in levels], 1)  # [B, 2T]
-            rope = torch.cat([rope, rope], 2)
-            h = torch.cat([self._patchify(clean), h], 1)  # [B, 2T, P, D]
-        e = linear32(self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma))))
-        mod = linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))  # [B, T, 6, D]
-
-        text = cache.text_of(context) if cache and not torch.is_grad_enabled() else None
-        if not text or len(text) < len(self.blocks):
-            context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
+            rope, x = torch.cat([rope, rope], 2), torch.cat([clean, x], 2)
         mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks else None
         attend = partial(self._attend, mask, cache, span)
+        if cache is None or torch.is_grad_enabled():
+            return self._run(frames, context, attend, (None, False), x, sigma, rope).to(dtype)
+        text = cache.text_of(context)
+        run = partial(self._run, frames, context, attend, text)
+        if text[1]:
+            return cache.graphs.run((self, x.shape, sigma.shape, str(span[1:])), run, x, sigma, rope).to(dtype)
+        v, cache.context = run(x, sigma, rope), context
+        return v.to(dtype)
+
+    def _run(self, frames: int, context: Tensor, attend: Callable, text: tuple, x: Tensor, sigma: Tensor, rope: Tensor):
+        """The network itself -> v of the last `frames` frames, float32. Works on tensors alone, waits for nothing."""
+        h = self._patchify(x)  # [B, T, P, D]
+        e = linear32(self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma))))
+        mod = linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))  # [B, T, 6, D]
+        if not text[1]:
+            context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
         for layer, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, mod, rope, context, attend, layer, use_reentrant=False)
             else:
                 h = block(h, mod, rope, context, attend, layer, text)
         h = self.head(h[:, -frames:], e[:, -frames:])
-        return self._unpatchify(h, height, width).to(dtype)
+        return self._unpatchify(h, *x.shape[3:])
 
     @staticmethod
     def _attend(mask, cache, span, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

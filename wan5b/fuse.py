@@ -1,19 +1,21 @@
-"""Kernel fusion by torch.compile, off until `enable` is called.
+"""Speed from outside, off until `enable` is called: kernel fusion by torch.compile, launches by CUDA graphs.
 
 `@fused` marks the pieces of the networks that are bound by memory traffic when run op by op. Attention, convolutions
-and caches stay outside, so a piece compiles once per shape, whatever the cache holds.
+and caches stay outside, so a piece compiles once per shape, whatever the cache holds. `Graphs` replays whole forwards
+that work on the same memory again: starting a thousand kernels one by one takes longer than fast ones run.
 """
 
 from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch import Tensor
 
 _enabled = False
 
 
 def enable(on: bool = True) -> None:
-    """Compile the marked pieces at their next call (tens of seconds once per process), or stop using them."""
+    """Compile the marked pieces at their next call (tens of seconds once per process) and use graphs, or stop it."""
     global _enabled
     _enabled = on
     torch._dynamo.config.recompile_limit = 64  # shapes of one piece: the VAE has about 20
@@ -32,3 +34,41 @@ def fused(piece: Callable) -> Callable:
         return compiled(*args)
 
     return call
+
+
+class Graphs:
+    """CUDA graphs of one network's forwards by key, which must tell all that is not among the inputs.
+
+    A graph knows all other memory that a forward reads and writes by its address. All share one pool of memory.
+    """
+
+    def __init__(self):
+        self.graphs, self.stream = {}, None
+
+    def run(self, key, forward: Callable, *inputs: Tensor) -> Tensor:
+        """forward(*inputs): as ever at the first call with a key (which may compile), recorded at the second."""
+        if not _enabled or not inputs[0].is_cuda or torch.is_grad_enabled():
+            return forward(*inputs)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return forward(*inputs)
+        if self.graphs[key] is None:
+            self.graphs[key] = self._record(forward, [x.clone() for x in inputs])
+        graph, own, out = self.graphs[key]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return out.clone()  # the next replay writes there again
+
+    def _record(self, forward: Callable, own: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        # not by `torch.cuda.graph`, which empties the allocator's cache every time
+        if self.stream is None:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")  # other threads may copy meanwhile
+            out = forward(*own)
+            graph.capture_end()
+        current.wait_stream(self.stream)
+        return graph, own, out

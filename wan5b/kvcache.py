@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wan5b.fuse import Graphs
+
 
 def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[int]:
     """Partition of latent frames into causal blocks: (21, 3) -> [3]*7; (31, 3, first=1) -> [1] + [3]*10.
@@ -53,6 +55,7 @@ class KVCache:
         self.memory = torch.empty(shape, device=device, dtype=dtype)
         self.capacity, self.tokens_per_frame = frames, tokens_per_frame
         self.window, self.sink = window, sink
+        self.text, self.graphs = None, Graphs()
         self.reset()
 
     def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
@@ -64,9 +67,8 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; also needed when the weights have changed."""
         self.frames = 0  # committed
-        self.written = 0  # end of the last written block
-        self.text = {}  # layer -> keys and values of the text, kept by forwards without grad
-        self.context = None  # the text that they belong to
+        self.written = 0  # end of the last forward's frames
+        self.context = None  # the text whose keys and values are kept
 
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
@@ -80,11 +82,16 @@ class KVCache:
         assert frames <= self.frames <= self.capacity, (frames, self.frames, self.capacity)
         self.frames = self.written = frames
 
-    def text_of(self, context: Tensor) -> dict:
-        """The store of text keys for this context tensor (the same object: a new one starts afresh)."""
-        if self.context is not context:
-            self.context, self.text = context, {}
-        return self.text
+    def text_of(self, context: Tensor) -> tuple[Tensor, bool]:
+        """Where forwards without grad keep the text's keys and values, [layers, 2, B, L, N, K]; whether they are there.
+
+        They are if this context tensor (the same object) was the last one; the forward must fill them in otherwise.
+        """
+        layers, two, batch, _, *heads = self.memory.shape
+        shape = (layers, two, batch, context.shape[1], *heads)
+        if self.text is None or self.text.shape != shape:
+            self.text, self.context = self.memory.new_empty(shape), None
+        return self.text, self.context is context
 
     def span(self, n_frames: int) -> Span:
         """Plan a forward on the n_frames that follow the committed ones. ValueError if they do not fit."""
@@ -99,6 +106,7 @@ class KVCache:
         assert recent >= self.written - room, "a longer forward has replaced frames that are still seen"
         past = [*range(min(self.sink, start)), *range(recent, start)]
         past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
+        self.written = end
         return Span(start, _runs(sorted(past)), _runs(sorted(past + own)), _runs(own))
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
@@ -115,7 +123,6 @@ class KVCache:
                 for store, current in zip(memory, (k, v), strict=True):
                     store[:, lo * p : hi * p] = current.detach()[:, offset : offset + (hi - lo) * p]
                 offset += (hi - lo) * p
-            self.written = span.start + offset // p
         if torch.is_grad_enabled():
             past = [memory[:, :, lo * p : hi * p] for lo, hi in span.past]
             return tuple(torch.cat([m[i] for m in past] + [x], 1) for i, x in enumerate((k, v)))
