@@ -93,38 +93,32 @@ def _unipc(field: Callable, x: Tensor, sigmas: list[float]) -> Tensor:
     last prediction are of order 1. The network is shown floor(1000 sigma) / 1000, as the released sampler does.
     """
 
-    def log_snr(sigma):
-        if 0 < sigma < 1:
-            return math.log1p(-sigma) - math.log(sigma)
-        return math.inf if sigma <= 0 else -math.inf
+    log_snr = [  # infinite at sigma 0 and 1
+        math.log1p(-sigma) - math.log(sigma) if 0 < sigma < 1 else math.copysign(math.inf, 0.5 - sigma)
+        for sigma in sigmas
+    ]
 
-    def propagate(x, m, sigma, following, correction):
-        """The exact linear part of a step from sigma to following around x0-prediction m, plus B(h) * correction."""
-        ratio = following / sigma
-        bh = math.expm1(log_snr(sigma) - log_snr(following))  # e^-h - 1, -1 for the step to sigma 0
-        return ratio * x - (1 - following) * bh * (m + correction)
+    def propagate(x, m, i, correction):
+        """The exact linear part of the step from level i around x0-prediction m, plus B(h) * correction."""
+        bh = math.expm1(log_snr[i] - log_snr[i + 1])  # e^-h - 1, -1 for the step to sigma 0
+        return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * bh * (m + correction)
 
-    previous = []  # (lambda, x0 prediction) of the steps taken, newest last; two are used
-    last_x = None  # the corrected point that the current x was predicted from
-    for i, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    before = m1 = m2 = None  # the corrected point of the last level; x0 predictions of the last level, the one before
+    for i, sigma in enumerate(sigmas[:-1]):
         m = x - sigma * field(x, math.floor(1000 * sigma) / 1000)
-        if previous:  # corrector: order = that of the prediction that led here
-            before, m0 = sigmas[i - 1], previous[-1][1]
-            h = log_snr(sigma) - log_snr(before)
-            if len(previous) == 1:
-                correction = 0.5 * (m - m0)
-            else:
-                r = (previous[-2][0] - log_snr(before)) / h
+        if i:  # corrector: order = that of the prediction that led here
+            correction = 0.5 * (m - m1)
+            if i > 1:
+                h = log_snr[i] - log_snr[i - 1]
+                r = (log_snr[i - 2] - log_snr[i - 1]) / h
                 c1, c2 = _corrector_coefficients(r, h)
-                correction = c1 * (previous[-2][1] - m0) / r + c2 * (m - m0)
-            x = propagate(last_x, m0, before, sigma, correction)
-        previous = [*previous[-1:], (log_snr(sigma), m)]
-        last_x = x
-        correction = 0.0
-        if len(previous) == 2 and i < len(sigmas) - 2:  # predictor of order 2
-            r = (previous[0][0] - previous[1][0]) / (log_snr(following) - log_snr(sigma))
-            correction = 0.5 * (previous[0][1] - m) / r
-        x = propagate(x, m, sigma, following, correction)
+                correction = c1 * (m2 - m1) / r + c2 * (m - m1)
+            x = propagate(before, m1, i - 1, correction)
+        before, correction = x, 0.0
+        if 0 < i < len(sigmas) - 2:  # predictor of order 2
+            r = (log_snr[i - 1] - log_snr[i]) / (log_snr[i + 1] - log_snr[i])
+            correction = 0.5 * (m1 - m) / r
+        x, m1, m2 = propagate(x, m, i, correction), m, m1
     return x
 
 
@@ -133,6 +127,5 @@ def _corrector_coefficients(r: float, h: float) -> tuple[float, float]:
     bh = math.expm1(-h)
     phi1 = bh / -h - 1
     b1 = phi1 / bh
-    b2 = 2 * (phi1 / -h - 0.5) / bh
-    c1 = (b2 - b1) / (r - 1)
+    c1 = (2 * (phi1 / -h - 0.5) / bh - b1) / (r - 1)
     return c1, b1 - c1
