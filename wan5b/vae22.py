@@ -109,12 +109,13 @@ def causal_conv3d(dim: int, out_dim: int, kernel: tuple[int, int, int] = (3, 3, 
 
 
 def convolve_causal(conv: nn.Conv3d, x: Tensor, state: Stream, norm: RMSNorm | None = None, bias: Tensor | None = None):
-    """conv(x), or conv(silu(norm(x + bias))), behind the two input frames before x: zeros at the start of the stream.
+    """conv(x), or conv(silu(norm(x + bias))), behind the input frames before x: zeros at the start of the stream.
 
-    conv's own bias is left to the next step. Input and history are written once, into the buffer that conv reads.
+    They are two, or one at stride 2. conv's own bias is left to the next step. Input and history are written once, into
+    the buffer that conv reads.
     """
     B, T, H, W, C = x.shape
-    past = conv.kernel_size[0] - 1
+    past = conv.kernel_size[0] - conv.stride[0]
     padded = x.new_empty(B, past + T, H, W, C)
     padded[:, :past] = state.history.get(conv, 0)
     if norm is None:
@@ -162,6 +163,16 @@ def middle(dim: int) -> nn.ModuleList:
     return nn.ModuleList([ResidualBlock(dim, dim), Attention(dim), ResidualBlock(dim, dim)])
 
 
+def resample_time(conv: nn.Conv3d, x: Tensor, state: Stream) -> Tensor:
+    """[B, T, H, W, C] -> [B, T/2 or 2T, H, W, C] by conv's stride or its 2C channels; the video's first frame stays."""
+    lead = 1 if state.first else 0
+    if x.shape[1] == lead:
+        return x
+    y = convolve_causal(conv, x[:, lead:], state).add_(conv.bias)
+    y = y.unflatten(-1, (-1, x.shape[-1])).movedim(-2, 2).flatten(1, 2)
+    return torch.cat([x[:, :1], y], dim=1) if state.first else y
+
+
 class Downsample(nn.Module):
     """Halves height and width; if temporal, also the frame count behind the video's first frame."""
 
@@ -175,12 +186,9 @@ class Downsample(nn.Module):
         x = convolve(conv, padded.flatten(0, 1)).unflatten(0, x.shape[:2]).add_(conv.bias)
         if self.time_conv is None:
             return x
-        window = x if state.first else torch.cat([state.history[self], x], dim=1)
-        state.history[self] = x[:, -1:].clone()
-        if window.shape[1] == 1:  # the first frame alone
-            return x
-        halved = convolve(self.time_conv, window).add_(self.time_conv.bias)
-        return torch.cat([x[:, :1], halved], dim=1) if state.first else halved
+        if state.first:  # the frames behind it see the first one, not zeros
+            state.history[self.time_conv] = x[:, :1].clone()
+        return resample_time(self.time_conv, x, state)
 
 
 def upsample_phases(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -223,18 +231,9 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, state: Stream, shortcut: Tensor) -> Tensor:
         """x [B, T, H, W, C], shortcut: the stage's input -> [B, T', 2H, 2W, C]"""
         if self.time_conv is not None:
-            x = self.double_frames(x, state)
+            x = resample_time(self.time_conv, x, state)
         conv, factor_t = self.resample["1"], 1 if self.time_conv is None else 2
         return assemble(upsample_phases(conv, x.flatten(0, 1)), conv.bias, shortcut, factor_t, state.first)
-
-    def double_frames(self, x: Tensor, state: Stream) -> Tensor:
-        """[B, T, H, W, C] -> [B, 2T, H, W, C]. The video's first frame stays single and outside the conv's history."""
-        lead = 1 if state.first else 0
-        if x.shape[1] == lead:
-            return x
-        pairs = convolve_causal(self.time_conv, x[:, lead:], state).add_(self.time_conv.bias)  # [B, T, H, W, 2C]
-        doubled = pairs.unflatten(-1, (2, -1)).movedim(-2, 2).flatten(1, 2)
-        return torch.cat([x[:, :1], doubled], dim=1) if state.first else doubled
 
 
 def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
@@ -395,19 +394,12 @@ class VAE22(nn.Module):
         """
         if latent.ndim != 5 or latent.shape[1] != self.cfg.z_dim or 0 in latent.shape:
             raise ValueError(f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}")
-        B, _, n, H, W = latent.shape
-        time, space, dtype = self.cfg.temporal_stride, self.cfg.spatial_stride, self.conv2.weight.dtype
-        frames = time * n - (time - 1 if state.first else 0)
-        video = latent.new_empty(B, 3, frames, space * H, space * W, dtype=dtype)
-        z = latent.movedim(1, -1).float()
-        z = (z * z.new_tensor(LATENT_STD) + z.new_tensor(LATENT_MEAN)).to(dtype)
-        done = 0
+        z, pixels = latent.movedim(1, -1).float(), []
+        z = (z * z.new_tensor(LATENT_STD) + z.new_tensor(LATENT_MEAN)).to(self.conv2.weight.dtype)
         for part in z.split(CHUNK, dim=1):
-            pixels = depth_to_space(self.decoder(pointwise(self.conv2, part), state))
-            video[:, :, done : done + pixels.shape[2]] = pixels
-            done += pixels.shape[2]
+            pixels.append(depth_to_space(self.decoder(pointwise(self.conv2, part), state)))
             state.frames += part.shape[1]
-        return video
+        return torch.cat(pixels, dim=2)
 
 
 class LinearCodec(nn.Module):
