@@ -76,9 +76,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: T5Config):
         super().__init__()
         self.num_heads = cfg.num_heads
-        self.q = nn.Linear(cfg.dim, cfg.dim_attn, bias=False)
-        self.k = nn.Linear(cfg.dim, cfg.dim_attn, bias=False)
-        self.v = nn.Linear(cfg.dim, cfg.dim_attn, bias=False)
+        self.q, self.k, self.v = (nn.Linear(cfg.dim, cfg.dim_attn, bias=False) for _ in range(3))
         self.o = nn.Linear(cfg.dim_attn, cfg.dim, bias=False)
 
     def forward(self, x: Tensor, padded: Tensor, bias: Tensor) -> Tensor:
@@ -87,8 +85,7 @@ class Attention(nn.Module):
         # float32 scores: unscaled, they are large, and bfloat16 would round them by more than the softmax forgives
         scores = q.float() @ k.float().transpose(-1, -2) + bias  # [B, N, L, L]
         # the most negative finite value, not -inf: a row without any key stays finite
-        scores = scores.masked_fill(padded, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1).to(v.dtype)
+        weights = scores.masked_fill(padded, torch.finfo(scores.dtype).min).softmax(-1).to(v.dtype)
         return self.o((weights @ v).transpose(1, 2).flatten(2))
 
 
@@ -185,12 +182,10 @@ class Tokenizer:
         if isinstance(prompts, str):
             raise ValueError(f"expected a list of prompts, got the single string {prompts[:40]!r}")
         ids = torch.zeros(len(prompts), self.length, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
+        for row, prompt in zip(ids, prompts, strict=True):
             tokens = [*self.encode(clean_prompt(prompt))[: self.length - 1], self.model.eos_id()]
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            mask[i, : len(tokens)] = 1
-        return ids, mask
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids, (ids != 0).long()  # no token of a prompt is 0
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.media import first_line
 from wan5b.t5 import T5Config, T5Encoder
 from wan5b.vae22 import VAE22, LinearCodec, VAEConfig
 
@@ -70,44 +71,27 @@ def _check_file(path: Path) -> None:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
-def _read_json(path: Path) -> dict:
+def _read(path: Path) -> tuple[dict, dict[str, str]]:
+    """What a .json, a .safetensors or a file of torch.save holds, tensors mapped; the metadata of a safetensors."""
     _check_file(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:  # bad JSON or bad UTF-8
-        raise ValueError(f"{path} is not JSON ({e}); download it again") from e
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that map the file, and the metadata of its header."""
-    _check_file(path)
-    try:
-        with safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except SafetensorError as e:
-        raise ValueError(f"{path} is truncated, corrupt or no safetensors file ({e}); download it again") from e
-
-
-def _open_shards(index: Path) -> dict[str, Tensor]:
-    """Each key from the shard that the index names. A key that it doesn't name is kept, to be found unexpected."""
-    shard_of = _read_json(index)["weight_map"]
-    tensors = {}
-    for shard in sorted(set(shard_of.values())):
-        found, _ = _open_safetensors(index.parent / shard)
-        tensors |= {key: tensor for key, tensor in found.items() if shard_of.get(key, shard) == shard}
-    return tensors
-
-
-def _open_pickle(path: Path, part: str) -> dict[str, Tensor]:
-    """A plain state dict or a part of a training checkpoint: the one named, else generator_ema, else generator."""
-    _check_file(path)
-    save = "save a plain state dict with torch.save where it was made"
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path.suffix == ".json":
+            return json.loads(path.read_text(encoding="utf-8")), {}
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f:
+                return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} is a pickle that needs code execution, which is refused; {save}") from e
-    except (RuntimeError, OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is truncated, corrupt or no torch.save zip file; download it again, or {save}") from e
+        way_out = "save a plain state dict with torch.save where it was made"
+        raise ValueError(f"{path} is a pickle that needs code execution, which is refused; {way_out}") from e
+    except (ValueError, SafetensorError, RuntimeError, OSError) as e:  # ValueError: bad JSON or bad UTF-8
+        kinds = {".json": "not JSON", ".safetensors": "no safetensors file"}
+        what = f"{kinds.get(path.suffix, 'no zip file of a state dict by torch.save')} ({first_line(e)})"
+        raise ValueError(f"{path} is truncated, corrupt or {what}; download it again, or save it anew") from e
+
+
+def _part(path: Path, loaded: dict, part: str) -> dict[str, Tensor]:
+    """Of a training checkpoint the part named, else generator_ema, else generator; a plain state dict as it is."""
     if part and part not in loaded:
         raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, loaded))[:200]}")
     parts = [name for name in (part, "generator_ema", "generator") if loaded.get(name)]
@@ -128,13 +112,15 @@ def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path
     path: a .safetensors file, an index of shards (.json) or a pickle, of which part names the entry to take; or a
     folder that holds one, named by the first of the patterns that fits.
     """
-    file, metadata = _locate(Path(path), *patterns), {}
-    if file.suffix == ".safetensors":
-        tensors, metadata = _open_safetensors(file)
-    elif file.suffix == ".json":
-        tensors = _open_shards(file)
-    else:
-        tensors = _open_pickle(file, part)
+    file = _locate(Path(path), *patterns)
+    tensors, metadata = _read(file)
+    if file.suffix == ".json":  # each key from the shard that the index names; others are kept, to be found unexpected
+        shard_of, tensors = tensors["weight_map"], {}
+        for shard in sorted(set(shard_of.values())):
+            found, _ = _read(file.parent / shard)
+            tensors |= {key: tensor for key, tensor in found.items() if shard_of.get(key, shard) == shard}
+    elif file.suffix != ".safetensors":
+        tensors = _part(file, tensors, part)
     cleaned = {_clean(key): tensor for key, tensor in tensors.items()}
     if len(cleaned) < len(tensors):
         raise ValueError(f"{file} holds keys that differ by a wrapper's prefix only; save one model per state dict")
@@ -221,11 +207,8 @@ def open_dit(path: str | Path, *, channels: int = 0, part: str = "") -> tuple[Di
     file, tensors, metadata = open_tensors(path, f"{name}.index.json", name, part=part)
     if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
         raise ValueError(f"{file} has the diffusers layout, not supported yet; take the original Wan-AI/Wan2.2-TI2V-5B")
-    beside = file.with_name("config.json")
-    named = json.loads(metadata.get("config", "{}"))
-    if not named and beside.exists():
-        named = _read_json(beside)
-    cfg = dit_config(tensors, named)
+    beside, named = file.with_name("config.json"), json.loads(metadata.get("config", "{}"))
+    cfg = dit_config(tensors, named or (_read(beside)[0] if beside.exists() else {}))
     _check_channels(file, cfg.in_dim, channels or cfg.in_dim)
     blank(WanDiT, cfg, tensors, file)
     return cfg, tensors
@@ -245,11 +228,9 @@ def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torc
     A file that holds a `basis` is that of a LinearCodec, which stands in the VAE's place.
     """
     file, tensors, _ = open_tensors(path, "*VAE.pth", "*VAE.safetensors")
-    if "basis" in tensors:
-        return _build(LinearCodec, VAEConfig(), tensors, file, device, dtype)
-    shown = sizes(tensors, VAE_AXES)
-    _check_channels(file, shown.get("z_dim", VAEConfig.z_dim), VAEConfig.z_dim)
-    return _build(VAE22, VAEConfig(**shown), tensors, file, device, dtype)
+    cfg = VAEConfig(**sizes(tensors, VAE_AXES))
+    _check_channels(file, cfg.z_dim, VAEConfig.z_dim)
+    return _build(LinearCodec if "basis" in tensors else VAE22, cfg, tensors, file, device, dtype)
 
 
 def load_t5(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.bfloat16) -> T5Encoder:
@@ -286,13 +267,12 @@ def save_dit(
     dtype = dtype or model.patch_embedding.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"can't export as {dtype}; choose from torch.float32 and torch.bfloat16")
-    entries = metadata | {"config": asdict(model.cfg)}
+    header = {key: json.dumps(entry) for key, entry in (metadata | {"config": asdict(model.cfg)}).items()}
     state = model.state_dict()
-    value = value or state.get
-    tensors = {_clean(name): value(name).to("cpu", dtype).contiguous() for name in state}
+    tensors = {_clean(name): (value or state.get)(name).to("cpu", dtype).contiguous() for name in state}
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial, {key: json.dumps(entry) for key, entry in entries.items()})
+        save_file(tensors, partial, header)
         partial.chmod(0o644)  # save_file makes it private
         with partial.open("rb") as f:
             os.fsync(f.fileno())
@@ -304,6 +284,6 @@ def save_dit(
 def read_metadata(path: str | Path) -> dict:
     """What `save_dit` was given as metadata; empty for whatever it did not write."""
     path = Path(path)
-    metadata = _open_safetensors(path)[1] if path.suffix == ".safetensors" else {}
+    metadata = _read(path)[1] if path.suffix == ".safetensors" else {}
     ours = "config" in metadata
     return {key: json.loads(value) for key, value in metadata.items() if ours and key != "config"}
