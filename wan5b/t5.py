@@ -59,17 +59,6 @@ def relative_buckets(distance: Tensor, num_buckets: int = 32) -> Tensor:
     return torch.where(size < exact, size, far.clamp(max=half - 1)) + half * (distance > 0)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, statistics in float32, result in the weight's dtype."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(self.weight.dtype)
-
-
 class Attention(nn.Module):
     """Self-attention without scaling: T5 folds 1 / sqrt(K) into its initialisation."""
 
@@ -107,9 +96,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg: T5Config):
         super().__init__()
-        self.norm1 = RMSNorm(cfg.dim)
+        self.norm1, self.norm2 = nn.RMSNorm(cfg.dim, EPS), nn.RMSNorm(cfg.dim, EPS)
         self.attn = Attention(cfg)
-        self.norm2 = RMSNorm(cfg.dim)
         self.ffn = FeedForward(cfg)
         self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(cfg.num_buckets, cfg.num_heads)})
 
@@ -127,7 +115,7 @@ class T5Encoder(nn.Module):
         self.cfg = cfg
         self.token_embedding = nn.Embedding(cfg.vocab, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
-        self.norm = RMSNorm(cfg.dim)
+        self.norm = nn.RMSNorm(cfg.dim, EPS)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids [B, L] int64, mask [B, L] non-zero at real tokens -> hidden [B, L, D], zero where the mask is.
