@@ -71,20 +71,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.settings:
         try:
             settings = json.loads(Path(args.settings).read_text(encoding="utf-8"))["settings"]
-            parser.set_defaults(**{name: settings[name] for name in vars(args)})
+            args = argparse.Namespace(**{name: settings[name] for name in vars(args)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{args.settings} is not a JSON that this sample.py wrote: {error!r}") from error
-        args = parser.parse_args(argv)
+        parser.parse_args(argv, args)
     return args
-
-
-def given_frames(args: argparse.Namespace):
-    """The clean frames the clip starts with, uint8 [T, H, W, 3], or None."""
-    if args.image and args.video:
-        raise ValueError("give --image or --video, not both")
-    if args.image:
-        return media.read_image(args.image)
-    return media.read_video(args.video, last=args.context) if args.video else None
 
 
 def block_plan(args: argparse.Namespace, given: int, size: int, first: int | None) -> list[int]:
@@ -97,8 +88,9 @@ def block_plan(args: argparse.Namespace, given: int, size: int, first: int | Non
     if total <= given or (total - start) % size:
         valid = media.nearest(args.frames, 4 * size, 4 * (given + size if given else first or size) - 3)
         raise ValueError(f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest: {valid}")
-    frames = total - given
-    return [frames] if args.mode == "bidirectional" else block_sizes(frames, size, None if given else first)
+    if args.mode == "bidirectional":
+        return [total - given]
+    return block_sizes(total - given, size, None if given else first)
 
 
 def random_context(prompts: list[str], length: int, dim: int) -> torch.Tensor:
@@ -131,8 +123,7 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
         def denoise(x, sigma):
             if clean is None:
                 return field(x, sigma, context)
-            level = torch.full((1, given + x.shape[2]), sigma)
-            level[:, :given] = 0
+            level = torch.tensor([[0.0] * given + [sigma] * x.shape[2]])
             return field(torch.cat([clean, x], 2), level, context)[:, :, given:]
 
         yield solve(denoise, noise.to(context.device), sigmas, solver)
@@ -193,7 +184,11 @@ def main(args: argparse.Namespace) -> None:
 
     # What the weights were trained for is in their metadata; the command line overrides it.
     trained = read_metadata(source) if source else {}
-    pixels = given_frames(args)
+    if args.image and args.video:
+        raise ValueError("give --image or --video, not both")
+    pixels = media.read_image(args.image) if args.image else None  # the clip's first frames, uint8 [T, H, W, 3]
+    if args.video:
+        pixels = media.read_video(args.video, last=args.context)
     given = 0 if pixels is None else media.latent_frames(len(pixels))
     picture = (704, 1280) if pixels is None else pixels.shape[1:3]
     height, width = media.parse_size(args.size) if args.size else media.fitting_size(*picture)
@@ -203,9 +198,9 @@ def main(args: argparse.Namespace) -> None:
     if args.mode != "bidirectional" and (args.window or args.sink) and not 0 <= args.sink <= room:
         raise ValueError(f"--window {args.window}: no room for --sink {args.sink} and a block of {max(blocks)} frames")
     shift = args.shift or trained.get("shift", 5.0)
-    levels = trained.get("levels", FEW_STEPS)
-    steps = args.steps or (50 if pixels is None else 40)
-    sigmas = few_step_sigmas(levels, shift) if args.mode == "few" else sampling_sigmas(steps, shift)
+    sigmas = sampling_sigmas(args.steps or (50 if pixels is None else 40), shift)
+    if args.mode == "few":
+        sigmas = few_step_sigmas(trained.get("levels", FEW_STEPS), shift)
 
     clips = [(i, seed) for i in range(len(prompts)) for seed in dict.fromkeys(args.seed)]
     out = Path(args.out if args.out.endswith(".mp4") else args.out + ".mp4")
