@@ -88,18 +88,13 @@ def block_plan(args: argparse.Namespace, given: int, size: int, first: int | Non
     if total <= given or (total - start) % size:
         valid = media.nearest(args.frames, 4 * size, 4 * (given + size if given else first or size) - 3)
         raise ValueError(f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest: {valid}")
-    if args.mode == "bidirectional":
-        return [total - given]
-    return block_sizes(total - given, size, None if given else first)
+    frames = total - given
+    return [frames] if args.mode == "bidirectional" else block_sizes(frames, size, None if given else first)
 
 
 def random_context(prompts: list[str], length: int, dim: int) -> torch.Tensor:
-    """Embeddings for networks without a text encoder: random rows, one a word, drawn from the prompt; zero behind."""
-    context = torch.zeros(len(prompts), length, dim)
-    for row, prompt in zip(context, prompts, strict=True):
-        words = min(len(prompt.split()) + 1, length)
-        row[:words] = torch.randn(words, dim, generator=rng("cpu", prompt))
-    return context
+    """Embeddings [B, length, dim] for networks without a text encoder: random, drawn from the prompt."""
+    return torch.stack([torch.randn(length, dim, generator=rng("cpu", prompt)) for prompt in prompts])
 
 
 def random_networks(preset: str, device: torch.device, dtype: torch.dtype) -> tuple[WanDiT, VAE22]:
@@ -203,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
         sigmas = few_step_sigmas(trained.get("levels", FEW_STEPS), shift)
 
     clips = [(i, seed) for i in range(len(prompts)) for seed in dict.fromkeys(args.seed)]
-    out = Path(args.out if args.out.endswith(".mp4") else args.out + ".mp4")
+    out = Path(args.out.removesuffix(".mp4") + ".mp4")
     paths = [out.with_stem(f"{out.stem}-{i:03d}-{seed}") if len(clips) > 1 else out for i, seed in clips]
     suffixes = [".mp4", ".json"] + [".png"] * args.sheet + [".safetensors"] * args.latents
     existing = [file for path in paths for s in suffixes if (file := path.with_suffix(s)).exists()]
@@ -220,8 +215,8 @@ def main(args: argparse.Namespace) -> None:
         model, vae = random_networks(args.preset, device, dtype)
         context = random_context([*prompts, args.negative], model.cfg.text_len, model.cfg.text_dim)
     else:
-        encoder = load_t5(args.release, "cpu" if args.low_memory else device, torch.bfloat16)
         tokenizer = Tokenizer(tokenizer_path(args.release), text_len)
+        encoder = load_t5(args.release, "cpu" if args.low_memory else device, torch.bfloat16)
         # One by one: memory does not grow, and no prompt's bits depend on its company.
         context = torch.cat([encode_prompts(encoder, tokenizer, [text]).cpu() for text in [*prompts, args.negative]])
         del encoder

@@ -259,10 +259,10 @@ def test_lfs_pointer_in_the_other_parts(tmp_path):
         (tmp_path / name).write_text(LFS)
         reject(load, tmp_path, name, "git lfs pull")
     spiece = tmp_path / "google" / "umt5-xxl" / "spiece.model"
-    reject(tokenizer_path, tmp_path, spiece.name, "no such file")
+    reject(lambda folder: Tokenizer(tokenizer_path(folder)), tmp_path, str(spiece), "no such file")
     spiece.parent.mkdir(parents=True)
     spiece.write_text(LFS)
-    reject(tokenizer_path, tmp_path, spiece.name, "git lfs pull")
+    reject(lambda folder: Tokenizer(tokenizer_path(folder)), tmp_path, str(spiece), "git lfs pull")
 
 
 def test_missing_unexpected_and_misshapen_keys(release):

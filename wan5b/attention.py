@@ -55,8 +55,7 @@ class IntervalMask:
         def common(lo, hi):  # keys of each block that an interval holds, [S, S / 128]
             return (hi[:, None].clamp(max=edges + FLEX_BLOCK) - lo[:, None].clamp(min=edges)).clamp(min=0)
 
-        overlap = common(lo0, hi0) + common(lo1, hi1)
-        seen = overlap.unflatten(0, (-1, FLEX_BLOCK)).sum(1)
+        seen = (common(lo0, hi0) + common(lo1, hi1)).unflatten(0, (-1, FLEX_BLOCK)).sum(1)
         full = seen == FLEX_BLOCK * FLEX_BLOCK
         partial_ = (seen > 0) & ~full
 

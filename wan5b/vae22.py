@@ -163,10 +163,13 @@ def middle(dim: int) -> nn.ModuleList:
     return nn.ModuleList([ResidualBlock(dim, dim), Attention(dim), ResidualBlock(dim, dim)])
 
 
-def resample_time(conv: nn.Conv3d, x: Tensor, state: Stream) -> Tensor:
-    """[B, T, H, W, C] -> [B, T/2 or 2T, H, W, C] by conv's stride or its 2C channels; the video's first frame stays."""
+def resample_time(conv: nn.Conv3d | None, x: Tensor, state: Stream) -> Tensor:
+    """[B, T, H, W, C] -> [B, T/2 or 2T, H, W, C] by conv's stride or its 2C channels; T as it is without conv.
+
+    The video's first frame stays single.
+    """
     lead = 1 if state.first else 0
-    if x.shape[1] == lead:
+    if conv is None or x.shape[1] == lead:
         return x
     y = convolve_causal(conv, x[:, lead:], state).add_(conv.bias)
     y = y.unflatten(-1, (-1, x.shape[-1])).movedim(-2, 2).flatten(1, 2)
@@ -184,9 +187,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, state: Stream) -> Tensor:
         conv, padded = self.resample["1"], F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom
         x = convolve(conv, padded.flatten(0, 1)).unflatten(0, x.shape[:2]).add_(conv.bias)
-        if self.time_conv is None:
-            return x
-        if state.first:  # the frames behind it see the first one, not zeros
+        if self.time_conv is not None and state.first:  # the frames behind it see the first one, not zeros
             state.history[self.time_conv] = x[:, :1].clone()
         return resample_time(self.time_conv, x, state)
 
@@ -230,10 +231,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, state: Stream, shortcut: Tensor) -> Tensor:
         """x [B, T, H, W, C], shortcut: the stage's input -> [B, T', 2H, 2W, C]"""
-        if self.time_conv is not None:
-            x = resample_time(self.time_conv, x, state)
         conv, factor_t = self.resample["1"], 1 if self.time_conv is None else 2
-        return assemble(upsample_phases(conv, x.flatten(0, 1)), conv.bias, shortcut, factor_t, state.first)
+        x = resample_time(self.time_conv, x, state).flatten(0, 1)
+        return assemble(upsample_phases(conv, x), conv.bias, shortcut, factor_t, state.first)
 
 
 def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
@@ -281,18 +281,15 @@ class UpStage(nn.Module):
         return h
 
 
-class Coder(nn.Module):
+class Coder(nn.ModuleDict):
     """The encoder or decoder: a convolution, the groups of layers in the order given, norm, SiLU, a convolution."""
 
     def __init__(self, dim: int, widths: list[int], out_dim: int, groups: dict[str, nn.ModuleList]):
-        super().__init__()
-        self.conv1 = causal_conv3d(dim, widths[0])
-        for name, group in groups.items():
-            self.add_module(name, group)
-        self.head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], out_dim)})
+        head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], out_dim)})
+        super().__init__({"conv1": causal_conv3d(dim, widths[0]), **groups, "head": head})
 
     def forward(self, x: Tensor, state: Stream) -> Tensor:
-        conv1, *groups, head = self.children()
+        conv1, *groups, head = self.values()
         x = convolve_causal(conv1, x, state).add_(conv1.bias)
         for layer in chain(*groups):
             x = layer(x, state)
@@ -318,20 +315,17 @@ def depth_to_space(x: Tensor) -> Tensor:
     return x.permute(0, 4, 1, 2, 6, 3, 5).flatten(5).flatten(3, 4)
 
 
-def _check(what: str, value: int, step: int, offset: int = 0) -> None:
-    """ValueError, with the nearest valid values, unless value is positive and offset + a multiple of step."""
-    below = (value - offset) // step * step + offset
-    valid = [v for v in (below, below + step) if v > 0]
-    if value not in valid:
-        raise ValueError(f"{what} {value} must be {step}k + {offset}; nearest: {' or '.join(map(str, valid))}")
-
-
-def _check_video(video: Tensor, cfg: VAEConfig) -> None:
+def _check(video: Tensor, cfg: VAEConfig) -> None:
+    """ValueError, with the nearest valid sizes, for a video that does not come out even."""
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
-    _check("frame count", video.shape[2], cfg.temporal_stride, offset=1)
-    _check("height", video.shape[3], cfg.spatial_stride)
-    _check("width", video.shape[4], cfg.spatial_stride)
+    time, space = cfg.temporal_stride, cfg.spatial_stride
+    rules = (("frame count", time, 1), ("height", space, 0), ("width", space, 0))
+    for value, (what, step, offset) in zip(video.shape[2:], rules, strict=True):
+        below = (value - offset) // step * step + offset
+        valid = [v for v in (below, below + step) if v > 0]
+        if value not in valid:
+            raise ValueError(f"{what} {value} must be {step}k + {offset}; nearest: {' or '.join(map(str, valid))}")
 
 
 class VAE22(nn.Module):
@@ -356,10 +350,9 @@ class VAE22(nn.Module):
 
     def stream(self) -> Stream:
         """State for one video through `decode_chunk`, independent of others. Lays the weights out channels-last."""
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
         for p in self.parameters():  # in place; cuDNN would copy them at every call
-            if p.ndim > 3:
-                layout = torch.channels_last if p.ndim == 4 else torch.channels_last_3d
-                p.data = p.data.contiguous(memory_format=layout)
+            p.data = p.data.contiguous(memory_format=layouts.get(p.ndim, torch.contiguous_format))
         return Stream()
 
     @torch.no_grad()
@@ -368,7 +361,7 @@ class VAE22(nn.Module):
 
         Raises ValueError for other frame counts, channel counts, or H, W that are not multiples of 16.
         """
-        _check_video(video, self.cfg)
+        _check(video, self.cfg)
         stride, dtype = self.cfg.temporal_stride, self.conv1.weight.dtype
         first = CHUNK * stride - (stride - 1)  # the first latent frame stands for one pixel frame
         state, means = self.stream(), []
@@ -420,7 +413,7 @@ class LinearCodec(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """As VAE22's. The first latent frame is that of the first pixel frame repeated."""
-        _check_video(video, self.cfg)
+        _check(video, self.cfg)
         lead = video[:, :, :1].expand(-1, -1, self.cfg.temporal_stride - 1, -1, -1)
         planes = torch.cat([lead, video], dim=2).flatten(0, 1)[:, None].to(self.basis.dtype)  # [B*3, 1, T, H, W]
         return F.conv3d(planes, self.basis, stride=self.stride).unflatten(0, (-1, 3)).flatten(1, 2).float()

@@ -63,17 +63,13 @@ def _locate(path: Path, *patterns: str) -> Path:
     raise ValueError(f"{path} holds no weights ({', '.join(patterns)}); download them, in the original layout")
 
 
-def _check_file(path: Path) -> None:
+def _read(path: Path) -> tuple[dict, dict[str, str]]:
+    """What a .json, a .safetensors or a file of torch.save holds, tensors mapped; the metadata of a safetensors."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but the release has it; download it too")
     with path.open("rb") as f:
         if f.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
-
-
-def _read(path: Path) -> tuple[dict, dict[str, str]]:
-    """What a .json, a .safetensors or a file of torch.save holds, tensors mapped; the metadata of a safetensors."""
-    _check_file(path)
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text(encoding="utf-8")), {}
@@ -240,10 +236,8 @@ def load_t5(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch
 
 
 def tokenizer_path(folder: str | Path) -> Path:
-    """The spiece.model of a release folder. ValueError if it is not there."""
-    path = Path(folder) / "google" / "umt5-xxl" / "spiece.model"
-    _check_file(path)
-    return path
+    """Where a release folder has its spiece.model; the Tokenizer says so if it is not there."""
+    return Path(folder) / "google" / "umt5-xxl" / "spiece.model"
 
 
 # ------------------------------------------------------------------------------------------------------ export
