@@ -9,7 +9,8 @@
 
 Stop it at will: the same command goes on, and what is lost is the shard at work. A folder takes one kind of shards,
 made with one set of options. Videos are files with the caption beside (fox.mp4, fox.txt), folders of images likewise
-(fox/, fox.txt), or lines {"video": path, "caption": text} of a .jsonl file. wan5b/data.py says what a shard holds.
+(fox/, fox.txt), or lines {"video": path, "caption": text} of a .jsonl file; --clips takes several clips of each, one
+behind the other. wan5b/data.py says what a shard holds.
 Trajectories of 81 frames of 704x1280 take 14 GB of GPU memory for every prompt of --batch, beside the model's 10.
 """
 
@@ -25,16 +26,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan5b.data import Store, TextStore, difference, open_shard, read_clip, read_prompts, rng, write_shard
+from wan5b.data import Store, TextStore, difference, open_shard, read_clips, read_prompts, rng, write_shard
 from wan5b.distill import guided, rollout
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
 from wan5b.kvcache import KVCache, block_sizes
-from wan5b.media import fit, latent_frames, parse_size, script
+from wan5b.media import UNREADABLE, fit, latent_frames, parse_size, script
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import load_dit, load_t5, load_vae, read_metadata, tokenizer_path
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+FACTS = ("negative", "size", "frames", "fps", "clips", "dtype", "guidance", "steps", "shift", "seed", "causal")
 DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
@@ -63,6 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = command(latents, "videos with captions -> latents", 32, 1, "bfloat16")
     add("--videos", required=True, metavar="FILE_OR_DIR", help="a .jsonl file, or a folder of videos and captions")
     add("--fps", type=float, default=24, help="of the clips; folders of images are taken as they are")
+    add("--clips", type=int, default=1, help="at most, of each video: one behind the other, with the same caption")
 
     add = command(trajectories, "teacher or causal model -> ODE trajectories", 8, 1, "float32")
     add("--weights", metavar="FILE", help="the DiT to use in place of the release's: an export or a checkpoint")
@@ -83,53 +86,51 @@ def latent_size(args: argparse.Namespace) -> tuple[int, int, int]:
     return latent_frames(args.frames), height // 16, width // 16
 
 
-def facts_of(args: argparse.Namespace, source: str, *options: str) -> dict:
-    """What a store says of all its items: the options that they depend on, and where the weights are from."""
-    return {name: getattr(args, name) for name in options} | {"model": Path(source).resolve().name}
+def pending(args: argparse.Namespace, inputs: list, source: str, **more) -> list[tuple[Path, list, dict]]:
+    """(path, inputs, header) of the shards that are left for this process to make.
 
-
-def pending(args: argparse.Namespace, inputs: list, facts: dict) -> list[tuple[Path, list, str]]:
-    """(path, inputs, digest of the inputs) of the shards that are left for this process to make.
-
-    ValueError if args.out holds a shard of other inputs or facts.
+    header: made_from, a digest of the inputs, and the facts: the options that the items depend on, where the weights
+    are from (source), and more. ValueError if args.out holds a shard of other inputs or facts.
     """
-    if min(args.per_shard, args.batch) < 1:
-        raise ValueError("--per-shard and --batch must be at least 1")
+    for name in ("per_shard", "batch", "clips", "fps", "repeats"):
+        if vars(args).get(name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: must be at least 1")
+    facts = {name: value for name, value in vars(args).items() if name in FACTS}
+    facts |= {"model": Path(source).resolve().name} | more
     shards = {}
     for i, start in enumerate(range(0, len(inputs), args.per_shard)):
         part, path = inputs[start : start + args.per_shard], Path(args.out) / f"{i:05}.safetensors"
-        shards[path] = path, part, blake2b(repr(part).encode(), digest_size=8).hexdigest()
+        shards[path] = path, part, facts | {"made_from": blake2b(repr(part).encode(), digest_size=8).hexdigest()}
     for path in sorted(Path(args.out).glob("*.safetensors")):
         _, header = open_shard(path)
-        changed = difference(header["facts"], json.loads(json.dumps(facts)))
-        if changed or path not in shards or header["made_from"] != shards[path][2]:
+        changed = difference(header["facts"], facts)
+        if changed or path not in shards or header["made_from"] != shards[path][2]["made_from"]:
             raise ValueError(f"{path} is of another run: {changed or 'inputs, --per-shard'}; delete it or change --out")
     return [shard for shard in list(shards.values())[RANK::WORLD_SIZE] if not shard[0].exists()]
 
 
-def fill(args: argparse.Namespace, todo: list, facts: dict, make: Callable) -> None:
-    """Write the pending shards. make(some inputs) -> tensors as `write_shard` takes them, prompts of the items."""
-    for i, (path, inputs, digest) in enumerate(todo):
-        pieces = [inputs[start : start + args.batch] for start in range(0, len(inputs), args.batch)]
-        made = [make(piece) for piece in tqdm(pieces, f"shard {i + 1} of {len(todo)}", disable=RANK > 0)]
+def fill(args: argparse.Namespace, todo: list, make: Callable) -> None:
+    """Write the pending shards. make(some inputs) yields tensors as `write_shard` takes them, prompts of the items."""
+    for i, (path, inputs, header) in enumerate(todo):
+        bar = tqdm(range(0, len(inputs), args.batch), f"shard {i + 1} of {len(todo)}", disable=RANK > 0)
+        made = [items for start in bar for items in make(inputs[start : start + args.batch])]
         tensors = {name: torch.cat([tensors[name] for tensors, _ in made]) for name in made[0][0]}
-        write_shard(path, tensors, [prompt for _, prompts in made for prompt in prompts], made_from=digest, **facts)
+        write_shard(path, tensors, [prompt for _, prompts in made for prompt in prompts], **header)
 
 
 def text(args: argparse.Namespace) -> None:
     given = Store(args.prompts).prompts if Path(args.prompts).is_dir() else read_prompts(args.prompts)
     prompts = list(dict.fromkeys([args.negative, "", *given]))  # in this order: a list that grows keeps its shards
-    facts = facts_of(args, args.release, "negative")
-    todo = pending(args, prompts, facts)
+    todo = pending(args, prompts, args.release)
     tokenizer = Tokenizer(tokenizer_path(args.release))
     encoder = load_t5(args.release, DEVICE, torch.bfloat16)
 
     def embed(prompts: list[str]):
         ids, mask = tokenizer(prompts)
         rows = encoder(ids.to(DEVICE), mask.to(DEVICE)).cpu()[mask != 0]
-        return {"rows": rows, "lengths": mask.sum(1)}, prompts
+        yield {"rows": rows, "lengths": mask.sum(1)}, prompts
 
-    fill(args, todo, facts, embed)
+    fill(args, todo, embed)
 
 
 def list_videos(where: Path) -> list[tuple[str, str]]:
@@ -150,25 +151,22 @@ def latents(args: argparse.Namespace) -> None:
     missing = [path for path, _ in videos if not Path(path).exists()]
     if missing or not videos:
         raise ValueError(f"{args.videos} names {len(videos)} videos, {len(missing)} of them missing: {missing[:3]}")
-    facts = facts_of(args, args.release, "size", "frames", "fps", "dtype")
-    todo = pending(args, videos, facts)
+    todo = pending(args, videos, args.release)
     vae = load_vae(args.release, DEVICE, torch.float32)  # bfloat16 spoils what is encoded
     dtype, skipped = getattr(torch, args.dtype), []
 
     def encode(videos: list[tuple[str, str]]):
-        found, captions = [torch.empty(0, vae.cfg.z_dim, frames, height, width, dtype=dtype)], []
+        yield {"latent": torch.empty(0, vae.cfg.z_dim, frames, height, width, dtype=dtype)}, []  # if there is no clip
         for path, caption in videos:
             try:
-                pixels = fit(read_clip(path, args.frames, args.fps), 16 * height, 16 * width)
-            except (OSError, ValueError) as error:  # one bad file should not end the work of hours
+                for clip in islice(read_clips(path, args.frames, args.fps), args.clips):
+                    pixels = fit(clip, 16 * height, 16 * width)
+                    yield {"latent": vae.encode(pixels[None].to(DEVICE)).to("cpu", dtype)}, [caption]
+            except UNREADABLE as error:  # one bad file should not end the work of hours
                 skipped.append(f"{path}: {error}")
-                continue
-            found.append(vae.encode(pixels[None].to(DEVICE)).to("cpu", dtype))
-            captions.append(caption)
-        return {"latent": torch.cat(found)}, captions
 
-    fill(args, todo, facts, encode)
-    print(f"skipped {len(skipped)} videos, too short or unreadable", *skipped[:10], sep="\n  ")
+    fill(args, todo, encode)
+    print(f"skipped {len(skipped)} videos (or their rest), too short or unreadable", *skipped[:10], sep="\n  ")
 
 
 def integrate(model: Callable, noise: Tensor, context: Tensor, sigmas: list[float], kept: list[float], blocks, cache):
@@ -194,13 +192,12 @@ def trajectories(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps {args.steps} must be a multiple of {len(FEW_STEPS)}, to meet the levels exactly")
     blocks = block_sizes(frames, args.block) if args.causal else [frames]
     store, source = TextStore(args.text), args.weights or args.release
-    negative, trained = store.facts["negative"], read_metadata(source)
+    negative = store.facts["negative"]
     sigmas = [shift_sigma(1 - i / args.steps, args.shift) for i in range(args.steps + 1)]
     kept = few_step_sigmas(FEW_STEPS, args.shift)
-    facts = facts_of(args, source, "size", "frames", "guidance", "steps", "shift", "seed", "causal", "dtype")
-    facts |= {"trained": trained, "negative": negative, "sigmas": kept, "blocks": blocks}
     prompts = [prompt for prompt in store.prompts if prompt not in ("", negative)] * args.repeats
-    todo = pending(args, list(enumerate(prompts)), facts)
+    facts = {"trained": read_metadata(source), "negative": negative, "sigmas": kept, "blocks": blocks}
+    todo = pending(args, list(enumerate(prompts)), source, **facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)
 
@@ -212,9 +209,9 @@ def trajectories(args: argparse.Namespace) -> None:
         tokens = model.cfg.tokens_per_frame(height, width)
         cache = KVCache(model.cfg, len(context), frames, tokens, device=DEVICE, dtype=dtype)
         x = integrate(guided(model, args.guidance), torch.stack(noise).to(DEVICE), context, sigmas, kept, blocks, cache)
-        return {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
+        yield {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
 
-    fill(args, todo, facts, generate)
+    fill(args, todo, generate)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
+from itertools import islice
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,7 +16,7 @@ from common import randn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wan5b.data import HEADER, Store, TextStore, order, read_clip, read_prompts, rng, write_shard
+from wan5b.data import HEADER, Store, TextStore, order, read_clip, read_clips, read_prompts, rng, write_shard
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -240,6 +242,43 @@ def test_clip_of_images(tmp_path):
     for i, frame in enumerate(numbered(12)):
         iio.imwrite(tmp_path / f"frame{i}.png", frame)  # not padded: 10 comes after 9
     assert indices(read_clip(tmp_path, 11, 24)) == list(range(11))
+
+
+@pytest.mark.parametrize(("rate", "fps"), [(24, 24), (48, 24), (30, 24), (16, 24), (10, 24)])
+@pytest.mark.parametrize("frames", [1, 5])
+def test_clips_follow_each_other(tmp_path, rate, fps, frames):
+    """Clip i starts at frame i * frames of the video at the target rate; the rest is dropped."""
+    path = tmp_path / "v.mp4"
+    iio.imwrite(path, numbered(23), plugin="pyav", fps=rate, codec="libx264")
+    whole = [i for i in (int(k * rate / fps + 0.5) for k in range(99)) if i < 23]
+    clips = list(read_clips(path, frames, fps))
+    assert [indices(clip) for clip in clips] == [
+        whole[start : start + frames] for start in range(0, len(whole) - frames + 1, frames)
+    ]
+    assert all(clip.dtype == np.uint8 and clip.shape == (frames, 32, 32, 3) for clip in clips)
+    assert np.array_equal(clips[0], read_clip(path, frames, fps))
+
+
+def test_clips_are_read_once_and_no_further_than_asked_for(tmp_path, monkeypatch):
+    """Whole clips only, one in memory at a time; what was yielded is not changed by what follows."""
+    decoded = []
+
+    def endless(path, **_):
+        for i in range(10**9):
+            decoded.append(i)
+            yield np.full((256, 256, 3), i % 256, np.uint8)
+
+    monkeypatch.setattr("wan5b.data.iio.imiter", endless)
+    monkeypatch.setattr("wan5b.data.iio.immeta", lambda path, **_: {"fps": 48})
+    first, second = islice(read_clips(tmp_path / "v.mp4", 5, 24), 2)
+    assert [first[:, 0, 0, 0].tolist(), second[:, 0, 0, 0].tolist()] == [[0, 2, 4, 6, 8], [10, 12, 14, 16, 18]]
+    assert decoded == list(range(19))
+    tracemalloc.start()
+    for clip in islice(read_clips(tmp_path / "v.mp4", 10, 24), 20):
+        assert len(clip) == 10
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * clip.nbytes < 20 * clip.nbytes
 
 
 def test_unreadable_videos(tmp_path):

@@ -121,7 +121,7 @@ def test_latents(release, tmp_path, capsys):
     assert "zz.mp4" in printed
     store = Store(tmp_path / "out")
     assert store.prompts == ["a fast clip", "a still clip"]
-    facts = {"frames": 9, "fps": 24.0, "dtype": "float32", "model": "tiny", "size": "32x64"}
+    facts = {"frames": 9, "fps": 24.0, "clips": 1, "dtype": "float32", "model": "tiny", "size": "32x64"}
     assert store.facts == facts
     assert store.shapes == {"latent": (48, 3, 2, 4)}
     vae = load_vae(release)
@@ -136,6 +136,51 @@ def test_latents(release, tmp_path, capsys):
     assert listed.prompts == ["stands", "红"]
     for i, j in ((0, 1), (1, 0)):
         assert torch.equal(listed[i]["latent"], store[j]["latent"].bfloat16())
+
+
+def test_several_clips_of_a_video(release, tmp_path, capsys, monkeypatch):
+    """As many as there are, each encoded by itself; what is whole of a video that breaks off is taken."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    images = video(clips / "a", 30)
+    video(clips / "b.mp4", 8)
+    images_of_c = video(clips / "c", 17)
+    images_of_d = video(clips / "d", 20)
+    (clips / "d" / "12.png").write_bytes(b"damaged")
+    for name in "abcd":
+        (clips / f"{name}.txt").write_text(f"caption {name}")
+    command = ["latents", "--release", release, "--videos", clips, *SMALL, "--dtype", "float32", "--per-shard", 3]
+    run(*command, "--clips", 2, "--out", tmp_path / "two")
+    assert "skipped 2 videos" in (printed := capsys.readouterr().out)  # c is shorter than two clips, and no failure
+    assert "b.mp4 has 8 frames" in printed
+    assert "d: cannot read the image" in printed
+    store = Store(tmp_path / "two")
+    assert store.facts["clips"] == 2
+    assert store.prompts == ["caption a", "caption a", "caption c", "caption d"]
+    assert len(Store(tmp_path / "two").files) == 2  # --per-shard counts videos
+    vae = load_vae(release)
+    for item, frames in zip(store, [images[:9], images[9:18], images_of_c[:9], images_of_d[:9]], strict=True):
+        assert torch.equal(item["latent"], vae.encode(fit(frames, 32, 64)[None])[0])
+
+    run(*command, "--clips", 100, "--batch", 4, "--out", tmp_path / "all")
+    assert Store(tmp_path / "all").prompts == [f"caption {name}" for name in "aaacd"]
+    with pytest.raises(ValueError, match="00000.safetensors is of another run: clips 2 and 1; delete it"):
+        run(*command, "--out", tmp_path / "two")
+
+
+def test_a_video_without_a_picture_does_not_end_the_work(release, tmp_path, capsys, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").touch()
+    (tmp_path / "clips" / "a.txt").write_text("a")
+
+    def no_picture(*_):
+        raise IndexError("tuple index out of range")  # PyAV's way to say so
+        yield
+
+    monkeypatch.setattr(prepare, "read_clips", no_picture)
+    run("latents", "--release", release, "--videos", tmp_path / "clips", *SMALL, "--out", tmp_path / "out")
+    assert "skipped 1 videos" in capsys.readouterr().out
+    assert len(Store(tmp_path / "out")) == 0
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -354,8 +399,9 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
     refused("--steps 0 must", *ode, "--steps", 0)
     refused("3 latent frames do not divide into blocks of 2; nearest valid: 2 or 4", *ode, "--causal", "--block", 2)
-    refused("--per-shard and --batch must be at least 1", *ode, "--per-shard", 0)
-    refused("--per-shard and --batch must be at least 1", "text", "--prompts", prompts, "--batch", -1)
+    refused("--per-shard 0: must be at least 1", *ode, "--per-shard", 0)
+    refused("--batch -1: must be at least 1", "text", "--prompts", prompts, "--batch", -1)
+    refused("--repeats 0: must be at least 1", *ode, "--repeats", 0)
     refused("nowhere is no folder", "trajectories", "--text", tmp_path / "nowhere")
     refused("cannot read .*nowhere", "text", "--prompts", tmp_path / "nowhere")
     refused("nowhere.safetensors: no such file", *ode, "--weights", tmp_path / "nowhere.safetensors")
@@ -394,6 +440,10 @@ def test_errors_of_video_lists(release, tmp_path):
     ):
         listing.write_text(line)
         refused("every line of .*list.jsonl must be", listing)
+    listing.write_text('{"video": "clips/a.mp4", "caption": "x"}')
+    for option in ("--clips", "--fps"):
+        with pytest.raises(ValueError, match=rf"{option} 0(.0)?: must be at least 1"):
+            run("latents", "--release", release, "--videos", listing, *SMALL, option, 0, "--out", tmp_path / "out")
     listing.write_text('{"video": "clips/a.mp4", "caption": "x"}\n{"video": "clips/b.mp4", "caption": "x"}')
     refused("names 2 videos, 1 of them missing: .*b.mp4", listing)
 

@@ -7,8 +7,8 @@ same in all shards of a store (sizes, levels, guidance, ...); made_from, by whic
 
 import json
 import os
+from collections.abc import Iterator
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -135,23 +135,33 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def read_clip(path: str | Path, frames: int, fps: float) -> np.ndarray:
-    """The first `frames` frames of a video at this rate: uint8 [frames, H, W, 3].
+def read_clips(path: str | Path, frames: int, fps: float) -> Iterator[np.ndarray]:
+    """The consecutive clips of a video at this rate, read as they are asked for: uint8 [frames, H, W, 3] each.
 
     path: a video file, of which the frames nearest to the times k / fps are taken (its rate must be constant); or a
-    folder of images, sorted by length of name, then name, all taken. OSError or ValueError if unreadable or too short.
+    folder of images, sorted by length of name, then name, all taken. What is left over at the end is dropped.
+    OSError, ValueError or IndexError (`media.UNREADABLE`) if unreadable, ValueError if too short for one clip.
     """
     if Path(path).is_dir():
         files = sorted(Path(path).iterdir(), key=lambda file: (len(file.name), file.name))
         source, ratio = (read_image(file)[0] for file in files), 1.0
     else:
         source, ratio = iio.imiter(path, plugin="pyav", format="rgb24"), iio.immeta(path, plugin="pyav")["fps"] / fps
-    times = [int(k * ratio + 0.5) for k in range(frames)]  # indices in the source; one may be taken more than once
-    read = {i: frame for i, frame in enumerate(islice(source, times[-1] + 1)) if i in times}
-    clip = [read[i] for i in times if i in read]
-    if len(clip) < frames:
-        raise ValueError(f"{path} has {len(clip)} frames at {fps:g} fps, fewer than {frames}")
-    return np.stack(clip)
+    clip, k = [], 0
+    for i, frame in enumerate(source):
+        while int(k * ratio + 0.5) == i:  # one frame may be nearest to several times, or to none
+            clip.append(frame)
+            k += 1
+            if len(clip) == frames:
+                yield np.stack(clip)
+                clip = []
+    if k < frames:
+        raise ValueError(f"{path} has {k} frames at {fps:g} fps, fewer than {frames}")
+
+
+def read_clip(path: str | Path, frames: int, fps: float) -> np.ndarray:
+    """The first of `read_clips`: uint8 [frames, H, W, 3]."""
+    return next(read_clips(path, frames, fps))
 
 
 # --------------------------------------------------------------------------------------------- order and chance
