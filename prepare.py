@@ -5,12 +5,15 @@
     python prepare.py text --release Wan2.2-TI2V-5B --prompts data/latents --out data/captions   # a store's captions
     python prepare.py trajectories --release Wan2.2-TI2V-5B --text data/text --out data/ode
     python prepare.py trajectories --release Wan2.2-TI2V-5B --weights ar.safetensors --causal --text data/text --out ode
+    python prepare.py trajectories ... --latents data/latents --text data/captions --frames 85   # image to video
     torchrun --nproc_per_node=8 prepare.py ...   # the same on 8 GPUs: each process makes every 8th shard
 
 Stop it at will: the same command goes on, and what is lost is the shard at work. A folder takes one kind of shards,
 made with one set of options. Videos are files with the caption beside (fox.mp4, fox.txt), folders of images likewise
 (fox/, fox.txt), or lines {"video": path, "caption": text} of a .jsonl file; --clips takes several clips of each, one
 behind the other. wan5b/data.py says what a shard holds.
+With --latents, a trajectory goes on from the first frame of each clip there, by its caption: image to video, for stages
+with first = 1 (blocks of 1, 3, 3, ... latent frames: --frames 85 in place of 81).
 Trajectories of 81 frames of 704x1280 take 14 GB of GPU memory for every prompt of --batch, beside the model's 10.
 """
 
@@ -36,7 +39,7 @@ from wan5b.vae22 import VAEConfig
 from wan5b.weights import load_dit, load_t5, load_vae, read_metadata, tokenizer_path
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
-FACTS = ("negative", "size", "frames", "fps", "clips", "dtype", "guidance", "steps", "shift", "seed", "causal")
+FACTS = ("size", "frames", "fps", "clips", "dtype", "latents", "guidance", "steps", "shift", "seed", "causal")
 DEVICE = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
@@ -70,6 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = command(trajectories, "teacher or causal model -> ODE trajectories", 8, 1, "float32")
     add("--weights", metavar="FILE", help="the DiT to use in place of the release's: an export or a checkpoint")
     add("--text", required=True, metavar="STORE", help="embeddings: a trajectory for each but the negative and empty")
+    add("--latents", metavar="STORE", help="image to video: behind the first frames of these clips, by their captions")
     add("--guidance", type=float, default=6.0, help="CFG scale: uncond + g (cond - uncond)")
     add("--steps", type=int, default=48, help=f"Euler steps; x is kept at {len(FEW_STEPS)} of them and at the end")
     add("--shift", type=float, default=5.0, help="timestep shift")
@@ -80,10 +84,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def latent_size(args: argparse.Namespace) -> tuple[int, int, int]:
+def latent_size(args: argparse.Namespace) -> tuple[int, ...]:
     """Latent frames, height and width of a clip."""
-    height, width = parse_size(args.size)
-    return latent_frames(args.frames), height // 16, width // 16
+    return latent_frames(args.frames), *(side // 16 for side in parse_size(args.size))
 
 
 def pending(args: argparse.Namespace, inputs: list, source: str, **more) -> list[tuple[Path, list, dict]]:
@@ -95,8 +98,7 @@ def pending(args: argparse.Namespace, inputs: list, source: str, **more) -> list
     for name in ("per_shard", "batch", "clips", "fps", "repeats"):
         if vars(args).get(name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: must be at least 1")
-    facts = {name: value for name, value in vars(args).items() if name in FACTS}
-    facts |= {"model": Path(source).resolve().name} | more
+    facts = more | {name: vars(args)[name] for name in FACTS if name in args} | {"model": Path(source).resolve().name}
     shards = {}
     for i, start in enumerate(range(0, len(inputs), args.per_shard)):
         part, path = inputs[start : start + args.per_shard], Path(args.out) / f"{i:05}.safetensors"
@@ -121,7 +123,7 @@ def fill(args: argparse.Namespace, todo: list, make: Callable) -> None:
 def text(args: argparse.Namespace) -> None:
     given = Store(args.prompts).prompts if Path(args.prompts).is_dir() else read_prompts(args.prompts)
     prompts = list(dict.fromkeys([args.negative, "", *given]))  # in this order: a list that grows keeps its shards
-    todo = pending(args, prompts, args.release)
+    todo = pending(args, prompts, args.release, negative=args.negative)
     tokenizer = Tokenizer(tokenizer_path(args.release))
     encoder = load_t5(args.release, DEVICE, torch.bfloat16)
 
@@ -169,46 +171,57 @@ def latents(args: argparse.Namespace) -> None:
     print(f"skipped {len(skipped)} videos (or their rest), too short or unreadable", *skipped[:10], sep="\n  ")
 
 
-def integrate(model: Callable, noise: Tensor, context: Tensor, sigmas: list[float], kept: list[float], blocks, cache):
+def integrate(model: Callable, clean: Tensor, x: Tensor, context, sigmas, kept: list[float], blocks, cache, causal):
     """The states of the Euler solution at the levels kept, of which the last is 0: [B, len(kept), C, T, H, W].
 
-    Arguments as `rollout`'s. A bidirectional model takes the whole clip as one block.
+    clean [B, C, T', H, W]: given frames (T' may be 0), in front of all states; x: noise of the blocks behind them; the
+    other arguments are `rollout`'s. A causal model finds the given frames in the cache. A bidirectional one, for which
+    the rest is one block, is shown them at level 0 beside it at every step, as Wan2.2-TI2V is trained.
     """
     states = {sigma: [] for sigma in kept[:-1]}
+    first, shown = (clean, clean[:, :, :0]) if causal else (None, clean)
 
     def recorded(x: Tensor, sigma: float, context: Tensor, **cached) -> Tensor:
         if sigma in states:
             states[sigma].append(x)
-        return model(x, sigma, context, **cached)
+        x = torch.cat([shown, x], 2)
+        level = torch.full(x.shape[:3:2], sigma, dtype=torch.float64, device=x.device)  # [B, T]
+        level[:, : shown.shape[2]] = 0
+        return model(x, level, context, **cached)[:, :, shown.shape[2] :]
 
-    finished = rollout(recorded, noise, context, sigmas, blocks, cache, solver="euler")
-    ends = list(islice(finished, len(blocks)))  # asking for no more: the last block needs no commit
-    return torch.stack([torch.cat(x, 2) for x in [*states.values(), ends]], 1)
+    # no more than len(blocks) are asked for: the last block needs no commit
+    ends = list(islice(rollout(recorded, x, context, sigmas, blocks, cache, first=first, solver="euler"), len(blocks)))
+    return torch.stack([torch.cat([clean, *x], 2) for x in [*states.values(), ends]], 1)
 
 
 def trajectories(args: argparse.Namespace) -> None:
-    frames, height, width = latent_size(args)
+    frames, *size = latent_size(args)
     if args.steps < 1 or args.steps % len(FEW_STEPS):
         raise ValueError(f"--steps {args.steps} must be a multiple of {len(FEW_STEPS)}, to meet the levels exactly")
-    blocks = block_sizes(frames, args.block) if args.causal else [frames]
-    store, source = TextStore(args.text), args.weights or args.release
-    negative = store.facts["negative"]
+    store, clips = TextStore(args.text), Store(args.latents) if args.latents else None
+    negative, source, first = store.facts["negative"], args.weights or args.release, int(clips is not None)
+    shape = (VAEConfig.z_dim, frames - first, *size)  # of the noise, behind the first frame if that is given
+    held = clips.shapes.get("latent", ()) if first else shape
+    if held[:1] + held[2:] != shape[:1] + shape[2:] or not shape[1]:
+        raise ValueError(f"{args.latents} has latents {held}; {args.size} takes {shape[0], 'any', *size}, --frames > 1")
+    blocks = block_sizes(frames, args.block if args.causal else frames - first, first)
+    prompts = clips.prompts if first else [prompt for prompt in store.prompts if prompt not in ("", negative)]
+    store.check(prompts)
     sigmas = [shift_sigma(1 - i / args.steps, args.shift) for i in range(args.steps + 1)]
     kept = few_step_sigmas(FEW_STEPS, args.shift)
-    prompts = [prompt for prompt in store.prompts if prompt not in ("", negative)] * args.repeats
-    facts = {"trained": read_metadata(source), "negative": negative, "sigmas": kept, "blocks": blocks}
-    todo = pending(args, list(enumerate(prompts)), source, **facts)
+    facts = {"trained": read_metadata(source), "negative": negative, "sigmas": kept, "blocks": blocks, "first": first}
+    todo = pending(args, list(enumerate(prompts * args.repeats)), source, **facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)
 
     def generate(numbered: list[tuple[int, str]]):
         prompts = [prompt for _, prompt in numbered]
         context = store.batch(prompts + [negative] * len(prompts), model.cfg.text_len, dtype).to(DEVICE)
-        draws = [rng("cpu", args.seed, "trajectory", i) for i, _ in numbered]
-        noise = [torch.randn(model.cfg.in_dim, frames, height, width, generator=draw) for draw in draws]
-        tokens = model.cfg.tokens_per_frame(height, width)
-        cache = KVCache(model.cfg, len(context), frames, tokens, device=DEVICE, dtype=dtype)
-        x = integrate(guided(model, args.guidance), torch.stack(noise).to(DEVICE), context, sigmas, kept, blocks, cache)
+        noise = torch.stack([torch.randn(shape, generator=rng("cpu", args.seed, "trajectory", i)) for i, _ in numbered])
+        clean = torch.stack([clips[i % len(clips)]["latent"][:, :1] for i, _ in numbered]) if first else noise[:, :, :0]
+        given = clean.to(DEVICE, torch.float32), noise, context
+        cache = KVCache(model.cfg, len(context), frames, model.cfg.tokens_per_frame(*size), device=DEVICE, dtype=dtype)
+        x = integrate(guided(model, args.guidance), *given, sigmas, kept, blocks[first:], cache, args.causal)
         yield {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
 
     fill(args, todo, generate)

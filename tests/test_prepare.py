@@ -9,15 +9,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from common import rel
+from common import randn, rel
 from release import DIT, make_release, write_dit
 
 import prepare
+import sample
 from wan5b.data import Store, TextStore, read_clip, rng, write_shard
 from wan5b.distill import guided, rollout
 from wan5b.flow import few_step_sigmas, shift_sigma, solve
@@ -208,6 +210,8 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         "shift": 5.0,
         "seed": 7,
         "causal": causal,
+        "first": 0,
+        "latents": None,
         "dtype": "float32",
         "model": "tiny",
         "trained": {},
@@ -244,6 +248,119 @@ def test_trajectories(release, embeddings, tmp_path, causal):
             assert rel(x[i, 2], half) < 1e-5
     assert rel(x[i, 4], end) < 1e-5
     assert rel(x[i, 3], end) > 0.05  # the levels differ
+
+
+def clips_of_latents(folder, channels=48, size=(2, 4)):
+    """Three clips of two latent frames, in two shards, a caption twice. Returns the first frames, float32."""
+    latent, captions = randn(3, channels, 2, *size, seed=3).bfloat16(), ["rain", "a red fox", "rain"]
+    write_shard(folder / "00000.safetensors", {"latent": latent[:2]}, captions[:2], frames=5)
+    write_shard(folder / "00001.safetensors", {"latent": latent[2:]}, captions[2:], frames=5)
+    return latent[:, :, :1].float()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
+    """Behind the clean first frames of clips: the same as a loop by hand, and as sample.py's."""
+    clean, out = clips_of_latents(tmp_path / "latents"), tmp_path / "out"
+    options = ["--size", "32x64", "--frames", 17, "--steps", 8, "--seed", 7, "--guidance", 2, "--batch", 4]
+    options += ["--latents", tmp_path / "latents", "--repeats", 2, *["--causal", "--block", 2] * causal]
+    run("trajectories", "--release", release, "--text", embeddings, *options, "--out", out)
+    store, text = Store(out), TextStore(embeddings)
+    assert store.prompts == ["rain", "a red fox", "rain"] * 2
+    assert store.shapes == {"x": (5, 48, 5, 2, 4)}
+    facts = {"first": 1, "latents": str(tmp_path / "latents"), "blocks": [1, 2, 2] if causal else [1, 4]}
+    assert facts.items() <= store.facts.items()
+    x = torch.stack([item["x"] for item in store])  # [6, 5, C, T, H, W]
+    for level in range(5):
+        assert torch.equal(x[:, level, :, :1], torch.cat([clean, clean]))
+    noise = torch.stack([torch.randn(48, 4, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(6)])
+    assert torch.equal(x[:, 0, :, 1:], noise)
+
+    model, sigmas, i = load_dit(release), [shift_sigma(1 - i / 8) for i in range(9)], [1, 5]
+    first, field = clean[[1, 2]], guided(model, 2.0)
+    context = text.batch([store.prompts[k] for k in i] + [NEGATIVE_PROMPT] * 2, 512)
+    states = []
+    with torch.no_grad():
+        if causal:
+            cache = KVCache(model.cfg, 4, 5, model.cfg.tokens_per_frame(2, 4))
+            end = torch.cat(
+                list(rollout(field, noise[i], context, sigmas, [2, 2], cache, solver="euler", first=first)), 2
+            )
+        else:
+            whole = torch.cat([first, noise[i]], 2)
+            for a, b in zip(sigmas, sigmas[1:], strict=False):
+                states.append(whole[:, :, 1:])
+                level = torch.tensor([0, a, a, a, a]).expand(4, -1)
+                v = model(torch.cat([whole, whole]), level, context)
+                whole = whole + (b - a) * (v[2:] + 2 * (v[:2] - v[2:]))
+                whole[:, :, :1] = first  # put back after every step
+            end = whole[:, :, 1:]
+        args = SimpleNamespace(
+            mode="many" if causal else "bidirectional", guidance=2.0, solver="euler", window=None, sink=0
+        )
+        plan = [2, 2] if causal else [4]
+        sampled = sample.generate(args, model, noise[i[1:]], context[1::2], sigmas, plan, first[1:], 0)
+        assert rel(x[i[1:], 4], torch.cat(list(sampled), 2)) < 1e-5
+    assert rel(x[i, 4, :, 1:], end) < 1e-5
+    for kept, state in enumerate(states[::2]):
+        assert rel(x[i, kept, :, 1:], state) < 1e-5
+    assert rel(x[5, 4, :, 1:], x[3, 4, :, 1:]) > 1e-3  # one prompt, two images and noises
+
+
+def test_the_image_matters(release, embeddings, tmp_path):
+    """Same prompts and noise, other images, both ways."""
+    ends = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        latent = randn(1, 48, 1, 2, 4, seed=ord(name))
+        write_shard(tmp_path / name / "0.safetensors", {"latent": latent}, ["rain"])
+        for causal in ([], ["--causal", "--block", 1]):
+            out = tmp_path / f"{name}{len(causal)}"
+            options = [*SMALL, "--steps", 4, "--latents", tmp_path / name, *causal, "--out", out]
+            run("trajectories", "--release", release, "--text", embeddings, *options)
+            ends.append(Store(out)[0]["x"])
+    for one, other in zip(ends[:2], ends[2:], strict=True):
+        assert torch.equal(one[0, :, 1:], other[0, :, 1:])
+        assert rel(one[4, :, 1:], other[4, :, 1:]) > 1e-4
+
+
+def test_errors_of_given_latents(release, embeddings, tmp_path):
+    clips_of_latents(tmp_path / "latents")
+    clips_of_latents(tmp_path / "wide", size=(2, 6))
+    clips_of_latents(tmp_path / "other", channels=16)
+    write_shard(tmp_path / "unknown" / "0.safetensors", {"latent": randn(1, 48, 1, 2, 4)}, ["a hen"])
+
+    def refused(match, latents, *options):
+        command = ["trajectories", "--release", tmp_path / "no release", "--text", embeddings, *SMALL]
+        with pytest.raises(ValueError, match=match) as error:
+            run(*command, "--latents", latents, *options, "--out", tmp_path / "out")
+        assert "\n" not in str(error.value)
+
+    needs = r"32x64 takes \(48, 'any', 2, 4\), --frames > 1"
+    refused(rf"wide has latents \(48, 2, 2, 6\); {needs}", tmp_path / "wide")
+    refused(rf"other has latents \(16, 2, 2, 4\); {needs}", tmp_path / "other")
+    refused(rf"has latents \(\); .*{needs}", embeddings)
+    refused("nowhere is no folder of shards", tmp_path / "nowhere")
+    refused(r"lacks 1 prompts \('a hen'\); see prepare.py text", tmp_path / "unknown")
+    refused("--frames > 1", tmp_path / "latents", "--frames", 1)
+    refused("--frames > 1", tmp_path / "latents", "--frames", 1, "--causal")
+    refused("first block of 1 and blocks of 3; nearest valid: 1 or 4", tmp_path / "latents", "--causal")
+
+    command = [
+        "trajectories",
+        "--release",
+        release,
+        "--text",
+        embeddings,
+        *SMALL,
+        "--steps",
+        4,
+        "--out",
+        tmp_path / "o",
+    ]
+    run(*command, "--latents", tmp_path / "latents")
+    with pytest.raises(ValueError, match=r"is of another run: .*first 1 and 0, .*latents and None; delete it"):
+        run(*command)
 
 
 def test_levels_are_exact():

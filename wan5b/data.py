@@ -147,14 +147,13 @@ def read_clips(path: str | Path, frames: int, fps: float) -> Iterator[np.ndarray
         source, ratio = (read_image(file)[0] for file in files), 1.0
     else:
         source, ratio = iio.imiter(path, plugin="pyav", format="rgb24"), iio.immeta(path, plugin="pyav")["fps"] / fps
-    clip, k = [], 0
+    clip, k = [None] * frames, 0
     for i, frame in enumerate(source):
         while int(k * ratio + 0.5) == i:  # one frame may be nearest to several times, or to none
-            clip.append(frame)
+            clip[k % frames] = frame
             k += 1
-            if len(clip) == frames:
+            if k % frames == 0:
                 yield np.stack(clip)
-                clip = []
     if k < frames:
         raise ValueError(f"{path} has {k} frames at {fps:g} fps, fewer than {frames}")
 
