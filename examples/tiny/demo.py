@@ -37,6 +37,7 @@ from wan5b.weights import load_dit, load_vae, save_dit
 HERE = Path(__file__).parent
 TRAINED, LONG, BLOCK = 9, 27, 3  # latent frames of a training clip, of a sampled one, of a block
 EULER = [shift_sigma(1 - i / 12) for i in range(12)] + [0.0]  # the many-step samplers': 12 steps
+COLUMNS = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
 SAMPLED = {  # stage -> (mode, levels) it is sampled with
     "teacher": ("bidirectional", EULER),
     "ar": ("many", EULER),
@@ -155,14 +156,20 @@ def main(args: argparse.Namespace) -> None:
 
     text, codec, rows, clips = TextStore(out / "text"), load_vae(out / "release"), {}, {}
     for name, (mode, sigmas) in SAMPLED.items():
-        model, start = load_dit(trained(name)), time.time()
+        model = load_dit(trained(name))
         lengths = [TRAINED] if mode == "bidirectional" else [TRAINED, LONG]
         for frames in lengths:
+            start = time.time()
             seeds = [sample_clips(model, text, mode, sigmas, frames, seed) for seed in (1, 2, 3)]
-            rows[f"{name} x{frames // TRAINED}"] = [judge(x, codec) for x in seeds]
+            cost = {
+                "steps": len(sigmas) - 1,
+                "ms_per_frame": 1000 * (time.time() - start) / (3 * 48 * (4 * frames - 3)),
+            }
+            rows[f"{name} x{frames // TRAINED}"] = [judge(x, codec) | cost for x in seeds]
             clips[name] = seeds[0]
-        minutes[f"sampling {name}"] = time.time() - start
-    report(out, rows, minutes, time.time() - began)
+    report = {"rows": rows, "seconds": minutes, "total": time.time() - began}
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    table([out])
 
     shown = [LABELS.index(label) for label in LABELS[:: len(LABELS) // 4]][:4]
     tiles = []
@@ -175,20 +182,24 @@ def main(args: argparse.Namespace) -> None:
     plot.curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
 
 
-def report(out: Path, rows: dict, minutes: dict[str, float], total: float) -> None:
-    """The table, printed and kept as JSON."""
-    columns = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
+def table(runs: list[Path]) -> None:
+    """Print the reports of one run (mean and spread over sampling seeds) or of several (over training seeds)."""
+    reports = [json.loads((run / "report.json").read_text()) for run in runs]
+    spread = f"{len(runs)} training seeds" if len(runs) > 1 else "3 sampling seeds"
     print(
-        f"\n{'stage, length':16}"
-        + "".join(f"{column:>18}" for column in columns)
-        + "   mean +- sd over 3 sampling seeds"
+        f"\n{'stage, length':14}{'steps':>6}{'ms/frame':>9}", *[f"{c:>16}" for c in COLUMNS], f"  mean +- sd, {spread}"
     )
-    for name, found in rows.items():
-        values = torch.tensor([[one[column] for column in columns] for one in found])
-        cells = "".join(f"{m:11.3f} +-{s:5.3f}" for m, s in zip(values.mean(0), values.std(0), strict=True))
-        print(f"{name:16}{cells}")
-    print("minutes: " + ", ".join(f"{k} {v / 60:.1f}" for k, v in minutes.items()) + f"; in all {total / 60:.1f}")
-    (out / "report.json").write_text(json.dumps({"rows": rows, "seconds": minutes, "total": total}, indent=2) + "\n")
+    for name, found in reports[0]["rows"].items():
+        values = torch.tensor([[[one[c] for c in COLUMNS] for one in report["rows"][name]] for report in reports])
+        values = values.mean(1) if len(runs) > 1 else values[0]
+        pairs = zip(values.mean(0), values.std(0), strict=True)
+        print(
+            f"{name:14}{found[0]['steps']:6}{found[0]['ms_per_frame']:9.2f}",
+            *[f"{m:8.3f} +-{s:5.3f}" for m, s in pairs],
+        )
+    for run, report in zip(runs, reports, strict=True):
+        minutes = ", ".join(f"{k} {v / 60:.1f}" for k, v in report["seconds"].items())
+        print(f"{run}, minutes: {minutes}; in all {report['total'] / 60:.1f}")
 
 
 if __name__ == "__main__":
@@ -198,7 +209,9 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clips", type=int, default=1536)
     parser.add_argument("--steps", type=int, help="of every stage, for a quick look")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="DIR", help="only print the table of these runs")
+    args = parser.parse_args()
     try:
-        main(parser.parse_args())
+        table(args.table) if args.table else main(args)
     except ValueError as error:
         sys.exit(f"demo.py: error: {error}")
