@@ -289,10 +289,11 @@ class Coder(nn.ModuleDict):
         super().__init__({"conv1": causal_conv3d(dim, widths[0]), **groups, "head": head})
 
     def forward(self, x: Tensor, state: Stream) -> Tensor:
-        conv1, *groups, head = self.values()
+        frames, (conv1, *groups, head) = x.shape[1], self.values()
         x = convolve_causal(conv1, x, state).add_(conv1.bias)
         for layer in chain(*groups):
             x = layer(x, state)
+        state.frames += frames
         norm, conv2 = head.values()
         return convolve_causal(conv2, x, state, norm).add_(conv2.bias)
 
@@ -364,12 +365,9 @@ class VAE22(nn.Module):
         _check(video, self.cfg)
         stride, dtype = self.cfg.temporal_stride, self.conv1.weight.dtype
         first = CHUNK * stride - (stride - 1)  # the first latent frame stands for one pixel frame
-        state, means = self.stream(), []
-        for chunk in video.tensor_split(list(range(first, video.shape[2], CHUNK * stride)), dim=2):
-            h = self.encoder(space_to_depth(chunk.to(dtype)), state)
-            state.frames += chunk.shape[2]
-            means.append(pointwise(self.conv1, h)[..., : self.cfg.z_dim].float())  # the rest is the log-variance
-        mean = torch.cat(means, dim=1)
+        chunks, state = video.tensor_split(list(range(first, video.shape[2], CHUNK * stride)), dim=2), self.stream()
+        encoded = [pointwise(self.conv1, self.encoder(space_to_depth(chunk.to(dtype)), state)) for chunk in chunks]
+        mean = torch.cat(encoded, dim=1)[..., : self.cfg.z_dim].float()  # the rest is the log-variance
         return ((mean - mean.new_tensor(LATENT_MEAN)) / mean.new_tensor(LATENT_STD)).movedim(-1, 1).contiguous()
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -387,12 +385,10 @@ class VAE22(nn.Module):
         """
         if latent.ndim != 5 or latent.shape[1] != self.cfg.z_dim or 0 in latent.shape:
             raise ValueError(f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}")
-        z, pixels = latent.movedim(1, -1).float(), []
+        z = latent.movedim(1, -1).float()
         z = (z * z.new_tensor(LATENT_STD) + z.new_tensor(LATENT_MEAN)).to(self.conv2.weight.dtype)
-        for part in z.split(CHUNK, dim=1):
-            pixels.append(depth_to_space(self.decoder(pointwise(self.conv2, part), state)))
-            state.frames += part.shape[1]
-        return torch.cat(pixels, dim=2)
+        parts = [depth_to_space(self.decoder(pointwise(self.conv2, part), state)) for part in z.split(CHUNK, dim=1)]
+        return torch.cat(parts, dim=2)
 
 
 class LinearCodec(nn.Module):

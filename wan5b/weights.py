@@ -210,11 +210,9 @@ def open_dit(path: str | Path, *, channels: int = 0, part: str = "") -> tuple[Di
     return cfg, tensors
 
 
-def load_dit(
-    path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, *, channels: int = 0, part: str = ""
-) -> WanDiT:
-    """The DiT that `open_dit` finds, in dtype on the device."""
-    cfg, tensors = open_dit(path, channels=channels, part=part)
+def load_dit(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, **options) -> WanDiT:
+    """The DiT that `open_dit` finds, in dtype on the device. options: channels and part, as there."""
+    cfg, tensors = open_dit(path, **options)
     return _build(WanDiT, cfg, tensors, Path(path), device, dtype)
 
 
