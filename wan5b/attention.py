@@ -33,8 +33,7 @@ class IntervalMask:
 
     def __init__(self, intervals: Tensor):
         self.length = len(intervals)
-        self.on_gpu = intervals.is_cuda
-        self.mask = self._block_mask(intervals) if self.on_gpu else self._dense(intervals)
+        self.mask = self._block_mask(intervals) if intervals.is_cuda else self._dense(intervals)
 
     @staticmethod
     def _dense(intervals: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ class IntervalMask:
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Masked self-attention, [B, S, N, K] each -> [B, S, N, K]."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if not self.on_gpu:
+        if isinstance(self.mask, Tensor):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
         pad = -self.length % FLEX_BLOCK
         q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v)) if pad else (q, k, v)

@@ -108,11 +108,14 @@ def _unipc(field: Callable, x: Tensor, sigmas: list[float]) -> Tensor:
         m = x - sigma * field(x, math.floor(1000 * sigma) / 1000)
         if i:  # corrector: order = that of the prediction that led here
             correction = 0.5 * (m - m1)
-            if i > 1:
+            if i > 1:  # order 2: weights c1 + c2 = b1, c1 r + c2 = b2 (eq. 5)
                 h = log_snr[i] - log_snr[i - 1]
                 r = (log_snr[i - 2] - log_snr[i - 1]) / h
-                c1, c2 = _corrector_coefficients(r, h)
-                correction = c1 * (m2 - m1) / r + c2 * (m - m1)
+                bh = math.expm1(-h)
+                phi1 = bh / -h - 1
+                b1 = phi1 / bh
+                c1 = (2 * (phi1 / -h - 0.5) / bh - b1) / (r - 1)
+                correction = c1 * (m2 - m1) / r + (b1 - c1) * (m - m1)
             x = propagate(before, m1, i - 1, correction)
         before, correction = x, 0.0
         if 0 < i < len(sigmas) - 2:  # predictor of order 2
@@ -120,12 +123,3 @@ def _unipc(field: Callable, x: Tensor, sigmas: list[float]) -> Tensor:
             correction = 0.5 * (m1 - m) / r
         x, m1, m2 = propagate(x, m, i, correction), m, m1
     return x
-
-
-def _corrector_coefficients(r: float, h: float) -> tuple[float, float]:
-    """The two weights of the order-2 corrector: solves c1 + c2 = b1, c1 r + c2 = b2 (arXiv 2302.04867, eq. 5)."""
-    bh = math.expm1(-h)
-    phi1 = bh / -h - 1
-    b1 = phi1 / bh
-    c1 = (2 * (phi1 / -h - 0.5) / bh - b1) / (r - 1)
-    return c1, b1 - c1

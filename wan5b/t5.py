@@ -123,17 +123,16 @@ class T5Encoder(nn.Module):
         Only the columns up to the last real token are computed: padding is masked as a key and zeroed as a row, so
         the rest can't be seen. A 20-token prompt costs a 25th of L = 512.
         """
-        total = ids.shape[1]
-        position = torch.arange(total, device=ids.device)
+        position = torch.arange(ids.shape[1], device=ids.device)
         real = mask != 0
         length = int((real * (position + 1)).max())
-        ids, real, position = ids[:, :length], real[:, :length], position[:length]
+        real, position = real[:, :length], position[:length]
         buckets = relative_buckets(position - position[:, None], self.cfg.num_buckets)  # [L, L]
-        x = self.token_embedding(ids)
+        x = self.token_embedding(ids[:, :length])
         for block in self.blocks:
             x = block(x, ~real[:, None, None], buckets)
         x = self.norm(x).masked_fill(~real[..., None], 0)
-        return F.pad(x, (0, 0, 0, total - length))
+        return F.pad(x, (0, 0, 0, ids.shape[1] - length))
 
 
 def clean_prompt(text: str) -> str:
