@@ -109,17 +109,15 @@ def random_networks(preset: str, device: torch.device, dtype: torch.dtype) -> tu
 
 def generate(args, model, noise, context, sigmas, blocks, clean, seed):
     """Latents of the clip, piece by piece: the given frames first, then every finished block."""
-    if clean is not None:
-        yield clean
+    start = [] if clean is None else [clean]
+    yield from start
     given = 0 if clean is None else clean.shape[2]
     field, solver = (model, None) if args.mode == "few" else (guided(model, args.guidance), args.solver)
     if args.mode == "bidirectional":
 
         def denoise(x, sigma):
-            if clean is None:
-                return field(x, sigma, context)
-            level = torch.tensor([[0.0] * given + [sigma] * x.shape[2]])
-            return field(torch.cat([clean, x], 2), level, context)[:, :, given:]
+            level = torch.tensor([[0.0] * given + [sigma] * x.shape[2]], dtype=torch.float64)
+            return field(torch.cat([*start, x], 2), level, context)[:, :, given:]
 
         yield solve(denoise, noise.to(context.device), sigmas, solver)
         return

@@ -304,7 +304,7 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
     assert len(seen) == 3
     for (x, level), sigma in zip(seen, sampling_sigmas(3), strict=False):
         assert torch.equal(x[:, :, :1], torch.cat([clean, clean]))
-        assert torch.equal(level, torch.tensor([0, sigma, sigma, sigma]).expand(2, 4))
+        assert torch.equal(level, torch.tensor([0, sigma, sigma, sigma], dtype=torch.float64).expand(2, 4))
 
 
 def test_metadata_of_an_export(run, release, tmp_path):
