@@ -93,10 +93,7 @@ def _unipc(field: Callable, x: Tensor, sigmas: list[float]) -> Tensor:
     last prediction are of order 1. The network is shown floor(1000 sigma) / 1000, as the released sampler does.
     """
 
-    log_snr = [  # infinite at sigma 0 and 1
-        math.log1p(-sigma) - math.log(sigma) if 0 < sigma < 1 else math.copysign(math.inf, 0.5 - sigma)
-        for sigma in sigmas
-    ]
+    log_snr = (-torch.logit(torch.tensor(sigmas, dtype=torch.float64))).tolist()  # infinite at sigma 0 and 1
 
     def propagate(x, m, i, correction):
         """The exact linear part of the step from level i around x0-prediction m, plus B(h) * correction."""

@@ -363,10 +363,10 @@ class VAE22(nn.Module):
         Raises ValueError for other frame counts, channel counts, or H, W that are not multiples of 16.
         """
         _check(video, self.cfg)
-        stride, dtype = self.cfg.temporal_stride, self.conv1.weight.dtype
-        first = CHUNK * stride - (stride - 1)  # the first latent frame stands for one pixel frame
-        chunks, state = video.tensor_split(list(range(first, video.shape[2], CHUNK * stride)), dim=2), self.stream()
-        encoded = [pointwise(self.conv1, self.encoder(space_to_depth(chunk.to(dtype)), state)) for chunk in chunks]
+        stride, state = self.cfg.temporal_stride, self.stream()
+        cuts = range(1 + (CHUNK - 1) * stride, video.shape[2], CHUNK * stride)  # latent frame 0 is a single pixel frame
+        chunks = (chunk.to(self.conv1.weight.dtype) for chunk in video.tensor_split(list(cuts), dim=2))
+        encoded = [pointwise(self.conv1, self.encoder(space_to_depth(chunk), state)) for chunk in chunks]
         mean = torch.cat(encoded, dim=1)[..., : self.cfg.z_dim].float()  # the rest is the log-variance
         return ((mean - mean.new_tensor(LATENT_MEAN)) / mean.new_tensor(LATENT_STD)).movedim(-1, 1).contiguous()
 

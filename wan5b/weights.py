@@ -86,18 +86,6 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
         raise ValueError(f"{path} is truncated, corrupt or {what}; download it again, or save it anew") from e
 
 
-def _part(path: Path, loaded: dict, part: str) -> dict[str, Tensor]:
-    """Of a training checkpoint the part named, else generator_ema, else generator; a plain state dict as it is."""
-    if part and part not in loaded:
-        raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, loaded))[:200]}")
-    parts = [name for name in (part, "generator_ema", "generator") if loaded.get(name)]
-    tensors = loaded[parts[0]] if parts else loaded
-    other = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
-    if other:
-        raise ValueError(f"{path} holds more than tensors ({', '.join(map(str, other[:3]))}); name its part to load")
-    return tensors
-
-
 def _clean(key: str) -> str:
     return ".".join(word for word in key.split(".") if word not in WRAPPERS)
 
@@ -105,8 +93,8 @@ def _clean(key: str) -> str:
 def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     """The file, upstream's key -> tensor mapped from it (nothing is read yet), and a safetensors file's metadata.
 
-    path: a .safetensors file, an index of shards (.json) or a pickle, of which part names the entry to take; or a
-    folder that holds one, named by the first of the patterns that fits.
+    path: a .safetensors file, an index of shards (.json) or a pickle, of which part names the entry to take (default:
+    generator_ema, else generator); or a folder that holds one, named by the first of the patterns that fits.
     """
     file = _locate(Path(path), *patterns)
     tensors, metadata = _read(file)
@@ -115,8 +103,14 @@ def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path
         for shard in sorted(set(shard_of.values())):
             found, _ = _read(file.parent / shard)
             tensors |= {key: tensor for key, tensor in found.items() if shard_of.get(key, shard) == shard}
-    elif file.suffix != ".safetensors":
-        tensors = _part(file, tensors, part)
+    elif file.suffix != ".safetensors":  # a plain state dict, or a training checkpoint with parts
+        if part and part not in tensors:
+            raise ValueError(f"{file} has no part {part!r}; it holds {', '.join(map(str, tensors))[:200]}")
+        parts = [name for name in (part, "generator_ema", "generator") if tensors.get(name)]
+        tensors = tensors[parts[0]] if parts else tensors
+        other = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
+        if other:
+            raise ValueError(f"{file} holds more than tensors ({', '.join(other[:3])}); name its part to load")
     cleaned = {_clean(key): tensor for key, tensor in tensors.items()}
     if len(cleaned) < len(tensors):
         raise ValueError(f"{file} holds keys that differ by a wrapper's prefix only; save one model per state dict")
@@ -131,11 +125,9 @@ def sizes(tensors: dict[str, Tensor], axes: dict[str, tuple[str, ...]]) -> dict[
 
     Absent keys, and shapes that contradict each other, are left to `blank`, which then names them.
     """
-    found = {}
-    for key in [key for key in axes if key in tensors]:
-        found |= zip(axes[key], tensors[key].shape, strict=False)
-        if key.startswith("blocks."):
-            found["num_layers"] = len({other.split(".")[1] for other in tensors if other.startswith("blocks.")})
+    found = {axis: n for key in axes if key in tensors for axis, n in zip(axes[key], tensors[key].shape, strict=False)}
+    if any(key.startswith("blocks.") for key in axes.keys() & tensors.keys()):
+        found["num_layers"] = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
     return found
 
 
@@ -275,7 +267,6 @@ def save_dit(
 
 def read_metadata(path: str | Path) -> dict:
     """What `save_dit` was given as metadata; empty for whatever it did not write."""
-    path = Path(path)
-    metadata = _read(path)[1] if path.suffix == ".safetensors" else {}
+    metadata = _read(Path(path))[1] if Path(path).suffix == ".safetensors" else {}
     ours = "config" in metadata
     return {key: json.loads(value) for key, value in metadata.items() if ours and key != "config"}
