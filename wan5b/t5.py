@@ -64,13 +64,12 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: T5Config):
         super().__init__()
-        self.num_heads = cfg.num_heads
         self.q, self.k, self.v = (nn.Linear(cfg.dim, cfg.dim_attn, bias=False) for _ in range(3))
         self.o = nn.Linear(cfg.dim_attn, cfg.dim, bias=False)
 
     def forward(self, x: Tensor, padded: Tensor, bias: Tensor) -> Tensor:
         """x [B, L, D], padded [B, 1, 1, L] true at keys to ignore, bias [N, L, L] -> [B, L, D]."""
-        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).unflatten(-1, (len(bias), -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
         # float32 scores: unscaled, they are large, and bfloat16 would round them by more than the softmax forgives
         scores = q.float() @ k.float().transpose(-1, -2) + bias  # [B, N, L, L]
         # the most negative finite value, not -inf: a row without any key stays finite
@@ -178,5 +177,4 @@ class Tokenizer:
 @torch.no_grad()
 def encode_prompts(encoder: T5Encoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
     """Prompts -> context [B, tokenizer.length, D] on the encoder's device, zero beyond each prompt."""
-    device = encoder.token_embedding.weight.device
-    return encoder(*(x.to(device) for x in tokenizer(prompts)))
+    return encoder(*(x.to(encoder.token_embedding.weight.device) for x in tokenizer(prompts)))

@@ -60,13 +60,8 @@ class VAEConfig:
 class Stream:
     """What one causal pass remembers between its chunks; make one per video and direction with `VAE22.stream`."""
 
-    frames: int = 0  # fed so far: latent frames when decoding, pixel frames when encoding
+    first: bool = True  # whether the chunk being processed, or the next one, holds the first frame of the video
     history: dict[nn.Module, Tensor] = field(default_factory=dict)  # layer -> the last frames of its input
-
-    @property
-    def first(self) -> bool:
-        """Whether the chunk being processed holds the first frame of the video."""
-        return self.frames == 0
 
 
 class RMSNorm(nn.Module):
@@ -289,11 +284,11 @@ class Coder(nn.ModuleDict):
         super().__init__({"conv1": causal_conv3d(dim, widths[0]), **groups, "head": head})
 
     def forward(self, x: Tensor, state: Stream) -> Tensor:
-        frames, (conv1, *groups, head) = x.shape[1], self.values()
+        conv1, *groups, head = self.values()
         x = convolve_causal(conv1, x, state).add_(conv1.bias)
         for layer in chain(*groups):
             x = layer(x, state)
-        state.frames += frames
+        state.first = False
         norm, conv2 = head.values()
         return convolve_causal(conv2, x, state, norm).add_(conv2.bias)
 
@@ -424,5 +419,5 @@ class LinearCodec(nn.Module):
         if state.first:
             lead, rest = video.tensor_split([self.cfg.temporal_stride], dim=2)
             video = torch.cat([lead.mean(2, keepdim=True), rest], dim=2)
-        state.frames += latent.shape[2]
+        state.first = False
         return video

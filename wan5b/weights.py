@@ -171,11 +171,10 @@ def blank(build: type[nn.Module], cfg, tensors: dict[str, Tensor], path: Path) -
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], copy: Callable[[Tensor, Tensor], None] = Tensor.copy_) -> None:
     """copy(parameter, tensor) for every name: cast and move on the way; fsdp.copy_part takes the shard that is ours."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    targets = {name: p.detach() for name, p in model.named_parameters()}
     # Page faults limit a copy; torch's own threads, which share one tensor, wait for each other in them.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        copies = pool.map(copy, (p.detach() for p in parameters), (tensors[name] for name in names))
-    list(copies)  # raises what a copy raised
+        list(pool.map(copy, targets.values(), [tensors[name] for name in targets]))  # a list raises what a copy raised
 
 
 def _build(build: type[nn.Module], cfg, tensors: dict[str, Tensor], path: Path, device: Device, dtype: torch.dtype):
@@ -268,5 +267,4 @@ def save_dit(
 def read_metadata(path: str | Path) -> dict:
     """What `save_dit` was given as metadata; empty for whatever it did not write."""
     metadata = _read(Path(path))[1] if Path(path).suffix == ".safetensors" else {}
-    ours = "config" in metadata
-    return {key: json.loads(value) for key, value in metadata.items() if ours and key != "config"}
+    return {key: json.loads(value) for key, value in metadata.items() if "config" in metadata and key != "config"}
