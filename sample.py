@@ -82,14 +82,13 @@ def block_plan(args: argparse.Namespace, given: int, size: int, first: int | Non
     """Latent frames of each generated block, behind `given` latent frames. first: a block of its own, if none given."""
     if args.mode == "bidirectional":
         size, first = 1, None
-    start = given or first or 0
+    start, first = (given, None) if given else (first or 0, first)
     least = max(21, given + 1)  # of the default length
     total = least + (start - least) % size if args.frames is None else media.latent_frames(args.frames)
     if total <= given or (total - start) % size:
-        valid = media.nearest(args.frames, 4 * size, 4 * (given + size if given else first or size) - 3)
+        valid = media.nearest(args.frames, 4 * size, 4 * (first or given + size) - 3)
         raise ValueError(f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest: {valid}")
-    frames = total - given
-    return [frames] if args.mode == "bidirectional" else block_sizes(frames, size, None if given else first)
+    return [total - given] if args.mode == "bidirectional" else block_sizes(total - given, size, first)
 
 
 def random_context(prompts: list[str], length: int, dim: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
 
-import math
 import os
 import sys
 from collections import deque
@@ -75,7 +74,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def fitting_size(height: int, width: int, area: int = 704 * 1280, step: int = 32) -> tuple[int, int]:
     """The (height, width) for a picture of this shape: multiples of step, at most `area`, nearest aspect ratio."""
     ratio = width / height
-    ideal_width = min(max(math.sqrt(area * ratio), step), area / step)  # extreme shapes: at least one step high, wide
+    ideal_width = min(max((area * ratio) ** 0.5, step), area / step)  # extreme shapes: at least one step high, wide
 
     def floor(x):
         return max(int(x // step * step), step)

@@ -8,7 +8,6 @@ and softmax are float32 either way. Papers: umt5 (arXiv 2304.09151), T5 v1.1
 
 import html
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,8 +135,7 @@ class T5Encoder(nn.Module):
 
 def clean_prompt(text: str) -> str:
     """Repair mojibake, undo HTML escapes (twice: "&amp;amp;" occurs in web captions), one space between words."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 class Tokenizer:

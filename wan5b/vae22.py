@@ -109,9 +109,8 @@ def convolve_causal(conv: nn.Conv3d, x: Tensor, state: Stream, norm: RMSNorm | N
     They are two, or one at stride 2. conv's own bias is left to the next step. Input and history are written once, into
     the buffer that conv reads.
     """
-    B, T, H, W, C = x.shape
     past = conv.kernel_size[0] - conv.stride[0]
-    padded = x.new_empty(B, past + T, H, W, C)
+    padded = x.new_empty(len(x), past + x.shape[1], *x.shape[2:])
     padded[:, :past] = state.history.get(conv, 0)
     if norm is None:
         padded[:, past:] = x
@@ -147,10 +146,9 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, state: Stream) -> Tensor:
-        B, T, H, W, C = x.shape
-        qkv = pointwise(self.to_qkv, self.norm(x)).reshape(B * T, 1, H * W, 3 * C)  # one head
+        qkv = pointwise(self.to_qkv, self.norm(x)).flatten(2, 3).flatten(0, 1)[:, None]  # [B*T, 1, H*W, 3*C], one head
         h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B*T, 1, H*W, C]
-        return pointwise(self.proj, h.reshape(B, T, H, W, C)).add_(x)
+        return pointwise(self.proj, h.reshape(x.shape)).add_(x)
 
 
 def middle(dim: int) -> nn.ModuleList:

@@ -78,8 +78,7 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
                 return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
     except pickle.UnpicklingError as e:
-        way_out = "save a plain state dict with torch.save where it was made"
-        raise ValueError(f"{path} is a pickle that needs code execution, which is refused; {way_out}") from e
+        raise ValueError(f"{path} needs code execution (refused); save a plain state dict where it was made") from e
     except (ValueError, SafetensorError, RuntimeError, OSError) as e:  # ValueError: bad JSON or bad UTF-8
         kinds = {".json": "not JSON", ".safetensors": "no safetensors file"}
         what = f"{kinds.get(path.suffix, 'no zip file of a state dict by torch.save')} ({first_line(e)})"
