@@ -115,7 +115,7 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
     if args.mode == "bidirectional":
 
         def denoise(x, sigma):
-            level = torch.tensor([[0.0] * given + [sigma] * x.shape[2]], dtype=torch.float64)
+            level = torch.tensor([[0.0] * given + [sigma] * x.shape[2]] * len(x), dtype=torch.float64)
             return field(torch.cat([*start, x], 2), level, context)[:, :, given:]
 
         yield solve(denoise, noise.to(context.device), sigmas, solver)

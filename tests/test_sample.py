@@ -307,6 +307,27 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
         assert torch.equal(level, torch.tensor([0, sigma, sigma, sigma], dtype=torch.float64).expand(2, 4))
 
 
+@pytest.mark.parametrize("given", [0, 1])
+@pytest.mark.parametrize("mode", ["few", "many", "bidirectional"])
+def test_a_batch_is_its_clips(mode, given):
+    """`generate` with two clips at a time, as the demo does it; deterministic modes, so one step of few."""
+    model = WanDiT(PRESETS["tiny"]).init_weights(torch.Generator().manual_seed(0))
+    options = sample.parse(["--mode", mode, "--guidance", "2"])
+    x, text = randn(2, 48, 3, 2, 4), randn(4, 24, 64, seed=1)
+    clean, noise = (x[:, :, :given] if given else None), x[:, :, given:]
+    sigmas, blocks = (few_step_sigmas([1000]) if mode == "few" else sampling_sigmas(3)), [noise.shape[2]]
+
+    def clips(rows):
+        context = text[rows if mode == "few" else rows + [row + 2 for row in rows]]
+        start = None if clean is None else clean[rows]
+        with torch.no_grad():
+            return torch.cat(list(sample.generate(options, model, noise[rows], context, sigmas, blocks, start, 0)), 2)
+
+    together = clips([0, 1])
+    assert together.shape == x.shape
+    assert rel(together, torch.cat([clips([0]), clips([1])])) < 1e-5
+
+
 def test_metadata_of_an_export(run, release, tmp_path):
     weights = tmp_path / "export.safetensors"
     save_dit(load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1})

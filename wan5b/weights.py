@@ -78,11 +78,13 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
                 return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{path} needs code execution (refused); save a plain state dict where it was made") from e
+        way_out = "save a plain state dict with torch.save where it was made"
+        raise ValueError(f"{path} is a pickle that needs code execution, which is refused; {way_out}") from e
     except (ValueError, SafetensorError, RuntimeError, OSError) as e:  # ValueError: bad JSON or bad UTF-8
-        kinds = {".json": "not JSON", ".safetensors": "no safetensors file"}
-        what = f"{kinds.get(path.suffix, 'no zip file of a state dict by torch.save')} ({first_line(e)})"
-        raise ValueError(f"{path} is truncated, corrupt or {what}; download it again, or save it anew") from e
+        kind = {".json": "not JSON", ".safetensors": "no safetensors file"}.get(path.suffix, "no zip of a state dict")
+        raise ValueError(
+            f"{path} is truncated, corrupt or {kind}; download it again or resave it: {first_line(e)}"
+        ) from e
 
 
 def _clean(key: str) -> str:
