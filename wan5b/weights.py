@@ -82,9 +82,7 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
         raise ValueError(f"{path} is a pickle that needs code execution, which is refused; {way_out}") from e
     except (ValueError, SafetensorError, RuntimeError, OSError) as e:  # ValueError: bad JSON or bad UTF-8
         kind = {".json": "not JSON", ".safetensors": "no safetensors file"}.get(path.suffix, "no zip of a state dict")
-        raise ValueError(
-            f"{path} is truncated, corrupt or {kind}; download it again or resave it: {first_line(e)}"
-        ) from e
+        raise ValueError(f"{path} is truncated, corrupt or {kind}; download it again or resave: {first_line(e)}") from e
 
 
 def _clean(key: str) -> str:
