@@ -3,7 +3,7 @@
     python bench.py                                   # 704x1280, 81 frames, blocks of 3, 4 levels
     python bench.py --geometry 480x832
     python bench.py --block 8 --window 32 --sink 8 --frames 125
-    python bench.py --variants compiled --long 1441   # one minute over a window of 21 with a sink of 3
+    python bench.py --variants compiled --long 1437   # one minute over a window of 21 with a sink of 3
 
 Bounds are arithmetic over ceilings measured in the same call: matrix products, cuDNN attention, channels-last conv3d.
 """
