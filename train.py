@@ -175,12 +175,11 @@ def facts(cfg: Config, step: int) -> dict:
 def export(run: Run, path: Path, step: int) -> None:
     """The trained network (its average, where one is kept) as safetensors. Every process takes part in gathering it."""
     optimizer = run.optimizers["generator"]
-    values = optimizer.sharded(optimizer.ema or optimizer.master)
     if run.world.rank == 0:
-        save_dit(run.generator, path, facts(run.cfg, step), value=lambda name: fsdp.whole(values[name]))
+        save_dit(run.generator, path, facts(run.cfg, step), value=optimizer.result)
     else:
         for name in run.generator.state_dict():
-            fsdp.whole(values[name])
+            optimizer.result(name)
 
 
 @torch.no_grad()

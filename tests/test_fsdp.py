@@ -92,29 +92,97 @@ def test_adamw_is_torch_s(beta1, weight_decay, clip):
         assert all(p.grad is None for p in ours.parameters())
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert bool(optimizer.first) == (beta1 > 0)
+    assert all(("first" in held) == (beta1 > 0) for held in optimizer.held.values())
     assert any(".first." in f".{name}" for name in optimizer.state()) == (beta1 > 0)
+
+
+def test_a_master_is_its_bfloat16_and_16_bits():
+    """Bit for bit: against integers of numpy, for patterns of all kinds, ties, zeros and denormals among them."""
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=g).int()
+    ties = torch.randint(-(2**15), 2**15, (5000,), generator=g).int() * 65536 + 0x8000
+    edges = torch.tensor([0, -(2**31), 1, 0x7FFF, 0x8000, 0x8001, 0x3F7FFFFF, 0x7F7F7FFF]).int()
+    value = torch.cat([bits, ties, edges]).view(torch.float32)
+    value = value[value.isfinite() & value.bfloat16().isfinite()].view(-1, 2)
+    high, low = torch.empty_like(value, dtype=torch.bfloat16), torch.empty_like(value, dtype=torch.int16)
+    fsdp.split(value, high, low)
+    numbers = value.numpy().view("uint32").astype("int64")
+    upper = (numbers + 0x8000) >> 16
+    assert (high.view(torch.int16).numpy().view("uint16") == upper).all()
+    assert (low.numpy() == numbers - (upper << 16)).all()
+    assert torch.equal(fsdp.join(high, low).view(torch.int32), value.view(torch.int32))
+    tie = (value.view(torch.int32) & 0xFFFF) == 0x8000
+    assert tie.sum() > 4000
+    assert torch.equal(high[~tie], value.bfloat16()[~tie]), "rounding to nearest, but for ties"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_streamed_state_gives_the_same_bits(tmp_path, monkeypatch, dtype, beta1):
+    """Nothing, all state, or the average alone passes through buffers; and a checkpoint goes from one to the other."""
+
+    def train_one(offload, resume=None):
+        mlp, initial = make_mlp(dtype)
+        optimizer = make_optimizer(mlp, initial, betas=(beta1, 0.99), ema=True, offload=offload)
+        start = fsdp.load(fsdp.World("cpu"), resume, {"generator": optimizer})["step"] if resume else 0
+        for step in range(start, 6):
+            loss_of(mlp, step).backward()
+            if step == 2:
+                optimizer.grads["2.bias"][0] = torch.nan
+            optimizer.step(0.5, 0.3, 0.9)
+            if step == 3 and not resume:
+                saved = fsdp.save(fsdp.World("cpu"), tmp_path / str(offload), {"generator": optimizer}, {"step": 4})
+        return optimizer, mlp.state_dict(), None if resume else saved
+
+    (resident, weights, _), (hosted, other, saved) = train_one(False), train_one(True)
+    assert (resident.hosted, len(resident.host)) == ([], 0)
+    assert hosted.hosted == ["second"] + ["first"] * (beta1 > 0) + ["ema"] + ["low"] * (dtype == torch.bfloat16)
+    low, high = hosted.host.data_ptr(), hosted.host.data_ptr() + len(hosted.host)
+    assert all(low <= value.data_ptr() < high for held in hosted.held.values() for value in held.values())
+    assert same(hosted.state(), resident.state())
+    assert same(other, weights)
+    resumed, third, _ = train_one(False, saved)
+    assert same(resumed.state(), resident.state())
+    assert same(third, weights)
+    monkeypatch.setattr(fsdp, "placed", lambda *_: ([g for g in hosted.hosted if g != "ema"], ["ema"]))  # as on a GPU
+    average, fourth, _ = train_one(None, saved)
+    assert len(average.host) > 0
+    assert same(average.state(), resident.state())
+    assert same(fourth, weights)
+
+
+def test_what_the_state_costs():
+    """The average never lies on a GPU; with offload nothing does. A bfloat16 weight's master costs 2 bytes more."""
+    cpu, cuda, half, full = torch.device("cpu"), torch.device("cuda"), torch.bfloat16, torch.float32
+    assert fsdp.placed(half, 0.0, True, False, cuda) == (["second", "low"], ["ema"])
+    assert fsdp.placed(half, 0.0, False, False, cuda) == (["second", "low"], [])
+    assert fsdp.placed(half, 0.9, True, True, cuda) == ([], ["second", "first", "ema", "low"])
+    assert fsdp.placed(full, 0.0, True, False, cpu) == (["second", "ema"], [])
+    mlp, initial = make_mlp(half)
+    weights = sum(p.numel() for p in mlp.parameters())
+    held = make_optimizer(mlp, initial, ema=True).held.values()
+    assert sum(value.nbytes for groups in held for value in groups.values()) == weights * (4 + 4 + 2)
 
 
 def test_bfloat16_weights_follow_masters_that_move_by_little():
     mlp, initial = make_mlp(torch.bfloat16)
     optimizer = make_optimizer(mlp, initial, lr=2e-6, weight_decay=0.0)
-    assert all(torch.equal(optimizer.master[name], initial[name]) for name in initial), "not from rounded weights"
+    assert all(torch.equal(optimizer.master(name), initial[name]) for name in initial), "not from rounded weights"
     before = {name: p.detach().clone() for name, p in mlp.named_parameters()}
     for step in range(3):
         loss_of(mlp, step).backward()
         optimizer.step(1.0, 1e9)
     still = [(before[name] == p).float().mean().item() for name, p in mlp.named_parameters()]
     assert min(still) > 0.9, "a step of 2e-6 is below half a spacing of nearly every bfloat16"
-    moved = {name: (optimizer.master[name] - initial[name]).abs().max().item() for name in initial}
+    moved = {name: (optimizer.master(name) - initial[name]).abs().max().item() for name in initial}
     assert all(1e-6 < distance < 1e-5 for distance in moved.values()), moved
     for _ in range(3000):
         for name in optimizer.parameters:
-            optimizer.grads[name] = torch.ones_like(optimizer.master[name])
+            optimizer.grads[name] = torch.ones_like(optimizer.master(name))
         optimizer.step(1.0, 1e9)
     for name, p in mlp.named_parameters():
-        assert torch.equal(p.detach(), optimizer.master[name].bfloat16())
-        torch.testing.assert_close(optimizer.master[name], initial[name] - 6e-3, rtol=0, atol=1e-4)
+        assert torch.equal(p.detach(), optimizer.master(name).bfloat16())
+        torch.testing.assert_close(optimizer.master(name), initial[name] - 6e-3, rtol=0, atol=1e-4)
 
 
 def test_gradients_add_up_in_float32():

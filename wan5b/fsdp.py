@@ -1,14 +1,18 @@
 """Everything that knows of more than one process: start, sharding, the optimizer's sharded state, checkpoints.
 
-Models hold weights in the compute dtype; the optimizer holds float32 masters, moments and gradients of local shards.
-A single process takes the same path without a process group and without wrapping.
+Models hold weights in the compute dtype; the optimizer holds what makes float32 masters of them, moments and gradients
+of local shards, on the device or in host memory. A single process takes the same path without a process group and
+without wrapping.
 """
 
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +21,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+MEMINFO = Path("/proc/meminfo")
+# The optimizer's state of a weight, by group; wide types first, so that in one buffer all are aligned.
+GROUPS = {"second": torch.float32, "first": torch.float32, "ema": torch.float32, "low": torch.int16}
 # A single process saves as such on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -34,21 +41,34 @@ class World:
 
     def __init__(self, device: str, shard: int = 0):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank, local_size = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-        self.mesh = self.shard_group = None
+        self.mesh = self.host_mesh = self.shard_group = None
+        self.shards = 1
         self.stopping = False
         if self.size > 1:
-            shard = shard or local_size
+            self.shards = shard = shard or self.local_size
             if self.size % shard:
                 raise ValueError(f"{self.size} processes do not divide into groups of {shard}")
             if device == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-            mesh = init_device_mesh(device, (self.size // shard, shard), mesh_dim_names=("replicate", "shard"))
-            self.mesh = mesh["shard"] if shard == self.size else mesh
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+            self.mesh = self.host_mesh = self._mesh(device)
+            if device == "cuda":
+                self.host_mesh = self._mesh("cpu")  # of state in host memory: a DTensor lies where its mesh does
             self.shard_group = self.mesh.get_group("shard")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
+
+    def _mesh(self, device: str) -> DeviceMesh:
+        mesh = init_device_mesh(device, (self.size // self.shards, self.shards), mesh_dim_names=("replicate", "shard"))
+        return mesh["shard"] if self.shards == self.size else mesh
+
+    def free(self) -> dict[str, float]:
+        """Bytes that this process may still take: on the device, and its share of the host's available memory."""
+        host = math.inf  # where the system doesn't say
+        if MEMINFO.exists():
+            host = 1024 * int(MEMINFO.read_text().partition("MemAvailable:")[2].split()[0]) / self.local_size
+        return {"device": torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host, "host": host}
 
     def close(self) -> None:
         if self.mesh is not None:
@@ -91,6 +111,10 @@ class World:
         """Whether any process has got SIGTERM: the same answer everywhere."""
         return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
 
+    def settle(self) -> None:
+        """Wait for the device, so that what it copies to the host is there."""
+        torch.get_device_module(self.device).synchronize()
+
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()
@@ -121,33 +145,82 @@ def copy_part(parameter: Tensor, full: Tensor) -> None:
     local(parameter).copy_(part_for(parameter, full))
 
 
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """The float32 that was `split`: bits = (bits of the bfloat16 << 16) + low. A new tensor."""
+    return high.view(torch.int16).int().bitwise_left_shift_(16).add_(low).view(torch.float32)
+
+
+def split(value: Tensor, high: Tensor, low: Tensor) -> None:
+    """A float32 as its bfloat16, rounded to nearest (ties away from 0), and the bits that are left, in int16: exact."""
+    bits = value.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    high.view(torch.int16).copy_(upper)
+    low.copy_(bits - (upper << 16))
+
+
+def placed(dtype: torch.dtype, beta1: float, ema: bool, offload: bool, device: torch.device) -> tuple[list, list]:
+    """The groups of state kept for weights of this dtype: (on the device, in page-locked memory of its host).
+
+    The average is touched by the optimizer's step alone, so it never takes the memory of a GPU.
+    """
+    kept = {"second": True, "first": beta1 > 0, "ema": ema, "low": dtype != torch.float32}
+    groups = [group for group in GROUPS if kept[group]]
+    hosted = [group for group in groups if offload or (group == "ema" and device.type == "cuda")]
+    return [group for group in groups if group not in hosted], hosted
+
+
+def host_memory(size: int, device: torch.device) -> Tensor:
+    """Zeroed bytes in host memory, page-locked for a GPU, until the tensor goes.
+
+    Registered as one piece, since torch's own pinned memory comes in powers of two.
+    """
+    memory = torch.zeros(size, dtype=torch.uint8)  # by all threads, so the pages are there to be locked
+    if size and device.type == "cuda":
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return memory
+
+
+def carve(memory: Tensor, shape: torch.Size, groups: list[str]) -> dict[str, Tensor]:
+    """Bytes as one tensor of this shape for each group, one behind the other."""
+    ends = [0, *itertools.accumulate(shape.numel() * GROUPS[group].itemsize for group in groups)]
+    parts = zip(groups, itertools.pairwise(ends), strict=True)
+    return {group: memory[start:end].view(GROUPS[group]).view(shape) for group, (start, end) in parts}
+
+
 class AdamW:
     """AdamW (arXiv 1711.05101) over float32 masters of the local shards; no first moment where beta1 = 0.
 
-    A float32 parameter is its own master; others' masters come from `initial` (name -> full tensor). Gradients are
-    taken over from every backward, in float32, into accumulators that `step` consumes, so the networks' low-precision
-    ones never add up. ema: keep a float32 moving average of the masters.
+    A float32 parameter is its own master. A bfloat16 one is the upper half of its master, of which the state holds the
+    lower ("low"), so that masters cost 2 bytes and are exact; they start from `initial` (name -> full tensor).
+    Gradients are taken over from every backward, in float32, into accumulators that `step` consumes, so the networks'
+    low-precision ones never add up. ema: keep a float32 moving average of the masters. offload: keep all state in host
+    memory, through which `step` streams.
     """
 
     def __init__(
-        self, model: nn.Module, world: World, initial: Mapping[str, Tensor], lr, betas, weight_decay, ema=False
+        self, model: nn.Module, world: World, initial: Mapping, lr, betas, weight_decay, *, ema=False, offload=False
     ):
         self.world, self.lr, self.betas, self.weight_decay = world, lr, betas, weight_decay
         self.steps, self.eps = 0, 1e-8
         self.parameters = dict(model.named_parameters())
         self.grads: dict[str, Tensor] = {}
-        self.master, self.first, self.second, self.ema = {}, {}, {}, {}
+        dtype = next(iter(self.parameters.values())).dtype
+        resident, self.hosted = placed(dtype, betas[0], ema, offload, world.device)
+        width = sum(GROUPS[group].itemsize for group in self.hosted)
+        sizes = [-(-width * local(p).numel() // 64) * 64 for p in self.parameters.values()]
+        self.host = host_memory(sum(sizes), world.device)
+        self.segments = dict(zip(self.parameters, self.host.split(sizes), strict=True))
+        self.held: dict[str, dict[str, Tensor]] = {}  # name -> group -> state, where it is kept
         for name, parameter in self.parameters.items():
             mine = local(parameter.detach())
-            if mine.dtype == torch.float32:
-                self.master[name] = mine
-            else:  # from the source, not from the rounded parameter
-                self.master[name] = part_for(parameter, initial[name]).to(mine.device, torch.float32, copy=True)
-            self.second[name] = torch.zeros_like(self.master[name])
-            if betas[0]:
-                self.first[name] = torch.zeros_like(self.master[name])
+            held = {group: torch.zeros_like(mine, dtype=GROUPS[group]) for group in resident}
+            self.held[name] = held | carve(self.segments[name], mine.shape, self.hosted)
+            if mine.dtype != torch.float32:  # from the source, not from the rounded parameter
+                self._set_master(name, part_for(parameter, initial[name]))
             if ema:
-                self.ema[name] = self.master[name].clone()
+                self.held[name]["ema"].copy_(self.master(name))
             parameter.register_post_accumulate_grad_hook(self._take(name))
 
     def _take(self, name: str) -> Callable:
@@ -158,9 +231,47 @@ class AdamW:
 
         return hook
 
+    def _set_master(self, name: str, value: Tensor) -> None:
+        """Of a bfloat16 parameter, which follows."""
+        mine = local(self.parameters[name].detach())
+        low = torch.empty_like(mine, dtype=torch.int16)
+        split(value.to(mine.device, torch.float32), mine, low)
+        self.held[name]["low"].copy_(low)
+
+    def master(self, name: str) -> Tensor:
+        """This process's part of a float32 master, on the device: the parameter itself or a new tensor."""
+        mine, held = local(self.parameters[name].detach()), self.held[name]
+        return join(mine, held["low"].to(mine.device)) if "low" in held else mine
+
     def missing(self) -> list[str]:
         """Parameters that no backward has reached since the last step."""
         return [name for name in self.parameters if name not in self.grads]
+
+    def _streamed(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every parameter's name and state in turn, on the device, to be changed in place.
+
+        State in host memory passes through three device buffers: one parameter's is copied in while the one before is
+        computed with and the one before that copied out, each on a stream of its own, in an order kept by events, for
+        which the host does not wait. On a CPU the same copies run one after the other.
+        """
+        device = torch.get_device_module(self.world.device)
+        here, inward, outward = device.current_stream(), device.Stream(), device.Stream()
+        longest = max(map(len, self.segments.values()))
+        buffers = torch.empty(3, longest, dtype=torch.uint8, device=self.world.device)
+        free = [here.record_event()] * 3  # behind whatever had the buffers' memory before
+        for turn, (name, held) in enumerate(self.held.items()):
+            slot, segment = turn % 3, self.segments[name]
+            buffer = buffers[slot, : len(segment)]
+            inward.wait_event(free[slot])
+            with device.stream(inward):
+                buffer.copy_(segment, non_blocking=True)
+            here.wait_stream(inward)
+            yield name, held | carve(buffer, held["second"].shape, self.hosted)
+            outward.wait_stream(here)
+            with device.stream(outward):
+                segment.copy_(buffer, non_blocking=True)
+            free[slot] = outward.record_event()
+        here.wait_stream(outward)  # so the buffers can go
 
     @torch.no_grad()
     def step(self, scale: float, clip: float, ema_decay: float = 0.0) -> Tensor:
@@ -179,55 +290,67 @@ class AdamW:
         self.steps += 1
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        for name, parameter in self.parameters.items():
-            master, grad, second = self.master[name], self.grads.pop(name).mul_(scale), self.second[name]
+        for name, held in self._streamed():
+            mine, grad, second = local(self.parameters[name].detach()), self.grads.pop(name).mul_(scale), held["second"]
+            master = join(mine, held["low"]) if "low" in held else mine
             second.lerp_(grad.square(), 1 - beta2)
-            direction = grad
-            if beta1:
-                direction = self.first[name].lerp_(grad, 1 - beta1)
+            direction = held["first"].lerp_(grad, 1 - beta1) if beta1 else grad
             master.mul_(1 - self.lr * self.weight_decay)
             denominator = (second / correction2).sqrt_().add_(self.eps)
             master.addcdiv_(direction, denominator, value=-self.lr / correction1)
-            mine = local(parameter.detach())
-            if mine.dtype != torch.float32:
-                mine.copy_(master)
-            if self.ema:
-                self.ema[name].lerp_(master, 1 - ema_decay)
+            if "low" in held:
+                split(master, mine, held["low"])
+            if "ema" in held:
+                held["ema"].lerp_(master, 1 - ema_decay)
         return norm
 
     @contextmanager
     @torch.no_grad()
     def averaged(self) -> Iterator[None]:
         """The model with the moving average in place of its weights, if one is kept."""
-        weights = {name: local(self.parameters[name].detach()).clone() for name in self.ema}
-        for name, value in self.ema.items():
+        averages = {name: held["ema"] for name, held in self.held.items() if "ema" in held}
+        weights = {name: local(self.parameters[name].detach()).clone() for name in averages}
+        for name, value in averages.items():
             local(self.parameters[name].detach()).copy_(value)
         yield
         for name, value in weights.items():
             local(self.parameters[name].detach()).copy_(value)
 
-    def sharded(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Local shards as what they are parts of: DTensors for sharded parameters."""
+    def _sharded(self, name: str, value: Tensor) -> Tensor:
+        """A local shard as what it is a part of: a DTensor if the parameter is sharded."""
+        parameter = self.parameters[name]
+        if not isinstance(parameter, DTensor):
+            return value
+        mesh = parameter.device_mesh if value.device.type == self.world.device.type else self.world.host_mesh
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(value, mesh, parameter.placements, shape=shape, stride=stride)
 
-        def wrap(parameter, value):
-            if not isinstance(parameter, DTensor):
-                return value
-            where = (parameter.device_mesh, parameter.placements)
-            return DTensor.from_local(value, *where, shape=parameter.shape, stride=parameter.stride())
-
-        return {name: wrap(self.parameters[name], value) for name, value in values.items()}
+    def result(self, name: str) -> Tensor:
+        """A weight in float32, whole: its average, if one is kept, else its master. Every process must call it."""
+        self.world.settle()
+        held = self.held[name]
+        return whole(self._sharded(name, held["ema"] if "ema" in held else self.master(name)))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything to be saved, by name; the tensors share memory with the optimizer's."""
-        groups = {"master": self.master, "first": self.first, "second": self.second, "ema": self.ema}
-        return {f"{group}.{k}": v for group, values in groups.items() for k, v in self.sharded(values).items()}
+        """Everything to be saved, by name. The tensors share memory with the optimizer's, but for masters of bfloat16
+        parameters: those are joined in host memory, 4 bytes a weight while the caller holds them. So checkpoints hold
+        float32 masters, whatever the dtype and place of a run, for any run or reader to go on from.
+        """
+        self.world.settle()
+        state = {}
+        for name, held in self.held.items():
+            master = self.master(name)
+            held = held | {"master": master.cpu() if "low" in held else master}
+            state |= {f"{group}.{name}": self._sharded(name, held[group]) for group in held if group != "low"}
+        return state
 
     @torch.no_grad()
-    def loaded(self, steps: int) -> None:
+    def loaded(self, state: dict[str, Tensor], steps: int) -> None:
         """To be called after `state` has been read into: the parameters follow their masters."""
         self.steps = steps
-        for name, parameter in self.parameters.items():
-            local(parameter.detach()).copy_(self.master[name])
+        for name, held in self.held.items():
+            if "low" in held:
+                self._set_master(name, local(state[f"master.{name}"]))
 
 
 def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, keep: int = 2) -> Path:
@@ -263,8 +386,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def load(world: World, path: Path, optimizers: dict[str, AdamW]) -> dict:
     """Read a checkpoint into the optimizers and their models, resharding as needed; returns its facts."""
     facts = json.loads((path / "facts.json").read_text())
-    state = {f"{who}.{k}": v for who, optimizer in optimizers.items() for k, v in optimizer.state().items()}
+    states = {who: optimizer.state() for who, optimizer in optimizers.items()}
+    state = {f"{who}.{k}": v for who, values in states.items() for k, v in values.items()}
     dcp.load(state, checkpoint_id=path, no_dist=world.mesh is None)
     for who, optimizer in optimizers.items():
-        optimizer.loaded(facts["optimizer_steps"][who])
+        optimizer.loaded(states[who], facts["optimizer_steps"][who])
     return facts
