@@ -1,12 +1,16 @@
 """Curves of runs: python plot.py runs/dmd-5b [more runs ...] -> curves.png in the first. Needs matplotlib."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 
 def curves(folders: list[Path]) -> Path:
-    """Every number of metrics.jsonl against the step, one panel each, runs of one stage over each other."""
+    """Every number of metrics.jsonl against the step, one panel each, runs of one stage over each other.
+
+    Written beside, then renamed: who looks while a run goes on sees a whole picture.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -28,8 +32,10 @@ def curves(folders: list[Path]) -> Path:
         panel.axis("off")
     figure.tight_layout()
     path = folders[0] / "curves.png"
-    figure.savefig(path, dpi=80)
+    partial = path.with_name("curves.png.partial")
+    figure.savefig(partial, dpi=80, format="png")
     pyplot.close(figure)
+    os.replace(partial, path)
     return path
 
 

@@ -11,6 +11,7 @@ comes from (seed, step, sample).
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import resource
@@ -23,9 +24,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from plot import curves
 from sample import generate, write
 from wan5b import fsdp
 from wan5b.data import rng
@@ -33,7 +34,7 @@ from wan5b.dit import PRESETS
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
 from wan5b.kvcache import block_sizes
 from wan5b.media import script
-from wan5b.stages import Run
+from wan5b.stages import GIB, Run
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.weights import load_vae, save_dit
 
@@ -41,7 +42,8 @@ CHOICES = {"stage": "teacher ar ode dmd sid", "preset": " ".join(PRESETS), "forc
 CHOICES |= {"context": "self data", "first": "0 1", "device": "cuda cpu", "dtype": "bfloat16 float32"}
 AT_LEAST_1 = ("frames", "height", "width", "block", "steps", "batch", "micro_batch", "ratio")
 AT_LEAST_1 += ("save_every", "keep", "sample_every")
-SHOWN = ("loss", "critic_loss", "norm", "mfu", "gib")  # in the progress line; metrics.jsonl has everything
+# In the progress line; metrics.jsonl has everything.
+SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +86,12 @@ class Config:
     alpha: float = 1.0  # sid
     dropout: float = 0.1  # teacher, ar: share of samples whose text becomes the negative prompt
     bell: bool = True  # teacher, ar: weight the flow loss over levels
-    forcing: str = "teacher"  # ar: "teacher" (clean context) or "diffusion" (noisy context)
+    forcing: str = "teacher"  # ar, ode: "teacher" (clean context) or "diffusion" (noisy context)
     context: str = "self"  # dmd: "self" rollouts, or "data": one block behind real frames (the paper's baseline)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
     checkpointing: bool = True
+    offload: bool = False  # the optimizers' state in host memory: 60 GB of a 5B's dmd leave the GPU
     shard: int = 0  # processes that share one copy of the weights; 0: those of a node
     seed: int = 0
     save_every: int = 100
@@ -162,7 +165,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the GPU, or of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -207,7 +210,7 @@ def check_unchanged(cfg: Config, checkpoint: Path) -> None:
     """ValueError if the checkpoint is of a run with other settings, but for those that training does not depend on."""
     saved = json.loads((checkpoint / "facts.json").read_text())["training"]
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    free = {"out", "steps", "device", "micro_batch", "shard", "checkpointing", "save_every", "keep"}
+    free = {"out", "steps", "device", "micro_batch", "shard", "checkpointing", "offload", "save_every", "keep"}
     free |= {"vae", "sample_every", "sample_prompts", "sample_guidance"}
     changed = [key for key, value in now.items() if saved.get(key) != value and key not in free]
     if changed:
@@ -234,17 +237,16 @@ def main(cfg: Config, world: fsdp.World) -> None:
         (out / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         lines = log.read_text().splitlines() if log.exists() else []
         log.write_text("".join(f"{line}\n" for line in lines[:start]))  # one a step
-    ceiling, flop = matmul_rate(world.device, run.dtype), {}
+    ceiling = matmul_rate(world.device, run.dtype)
+    tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)  # of latents
+    drawing = leading and importlib.util.find_spec("matplotlib") is not None
+    if leading and not drawing:
+        print("no curves.png: matplotlib is not installed")
 
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
     for step in bar:
-        began = time.perf_counter()
-        kind = run.distilling and step % cfg.ratio == 0  # an iteration with a generator phase costs more
-        counting = kind not in flop and world.device.type == "cuda"  # too slow for small operations on a CPU
-        with FlopCounterMode(display=False) if counting else contextlib.nullcontext() as counter:
-            values = run.iteration(step)
-        if counting:
-            flop[kind] = counter.get_total_flops()
+        began, flop = time.perf_counter(), run.flop
+        values = run.iteration(step)
         names = sorted(values)
         mine = torch.stack([values[name].float() for name in names])
         metrics = dict(zip(names, world.mean(mine).tolist(), strict=True))
@@ -256,8 +258,8 @@ def main(cfg: Config, world: fsdp.World) -> None:
 
         seconds, done = time.perf_counter() - began, step + 1
         metrics |= {"step": step, "seconds": seconds, "gib": memory_gib(world.device)}
-        if kind in flop:
-            metrics["mfu"] = flop[kind] / seconds / ceiling
+        metrics["tokens_per_second"] = tokens / seconds  # one global batch, whatever its phases
+        metrics["mfu"] = (run.flop - flop) / seconds / ceiling  # recomputation is work
         if leading:
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -267,10 +269,15 @@ def main(cfg: Config, world: fsdp.World) -> None:
             sample_videos(run, vae, out / "samples", done)
         if stop or done % cfg.save_every == 0 or done == cfg.steps:
             fsdp.save(world, out, run.optimizers, facts(cfg, done), cfg.keep)
+            if drawing:
+                curves([out])
         if stop:
             tqdm.write(f"stopped by SIGTERM after step {step}; the same command goes on")
             return
     export(run, final, cfg.steps)
+    if leading:
+        expected = sum(run.budget["device"].values()) / GIB
+        print(f"peak memory: {memory_gib(world.device):.2f} GiB, expected {expected:.2f}")
 
 
 def run() -> None:

@@ -73,7 +73,9 @@ def test_import_order(path):
 def test_packages(path):
     tree = ast.parse(path.read_text())
     roots = {name.split(".")[0] for name in imports(tree)}
-    local = {"wan5b"} if path in PACKAGE else {"wan5b", *(script.stem for script in SCRIPTS)}  # no script in wan5b
+    local = (
+        {"wan5b"} if path in PACKAGE else {"wan5b", "plot", *(script.stem for script in SCRIPTS)}
+    )  # no script in wan5b
     assert roots <= STANDARD | RUN_TIME | OPTIONAL | local
     body = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     assert not OPTIONAL & {name.split(".")[0] for name in imports(body)}, "optional: import it where it is asked for"

@@ -30,6 +30,7 @@ STAGES = ("teacher", "ar", "ode", "dmd", "sid")
 DIT = DiTConfig(32, 64, 2, 2, text_dim=16, text_len=8, freq_dim=16)
 PROMPTS = [f"prompt {i}" for i in range(8)]
 SIZES = (48, 6, 4, 4)  # channels, frames, height, width
+TIMINGS = ("seconds", "tokens_per_second", "mfu", "gib")
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_WAIT_POLICY": "passive"}
 
 
@@ -60,6 +61,7 @@ def data(tmp_path_factory):
 def _quick_and_clean(monkeypatch):
     """A World takes SIGTERM for itself; the speed of this machine does not matter here."""
     monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1.0)
+    monkeypatch.setattr(train, "curves", lambda folders: None)  # half a second each
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are tiny
     yield
@@ -107,7 +109,7 @@ def finish(cfg: train.Config) -> dict[str, torch.Tensor]:
 
 def read_metrics(out: Path, timings=False) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if timings or k not in ("seconds", "gib", "mfu")} for row in rows]
+    return [{k: v for k, v in row.items() if timings or k not in TIMINGS} for row in rows]
 
 
 def without_std(row: dict) -> dict:
@@ -151,7 +153,7 @@ def test_flow_loss_by_hand(data, stage, changes):
     """What the network sees is a clip at a level per block (or one for all), and how its answer is counted."""
     run, seen = make_run(data, stage, dropout=0.5, micro_batch=4, **changes), []
     run.generator.register_forward_hook(lambda *hook: seen.append(hook[1:]), with_kwargs=True)
-    loss = run.flow_phase(0)["loss"].item()
+    loss = run.data_phase(0)["loss"].item()
     ((x, sigma, context), options, v) = seen[0]
     assert options.get("blocks") == ([3, 3] if stage == "ar" else None)
     assert options.get("window") == changes.get("window")
@@ -185,7 +187,7 @@ def test_ode_loss_by_hand(data, tmp_path, forcing, first):
     run.generator.register_forward_hook(lambda *hook: seen.append(hook[1:]), with_kwargs=True)
     for step in range(3):
         seen.clear()
-        loss = run.ode_phase(step)["loss"].item()
+        loss = run.data_phase(step)["loss"].item()
         ((x, sigma, _), options, v) = seen[0]
         _, items, _ = next(iter(run.micro_batches(step, "ode")))
         assert (options["blocks"], options["window"]) == ([1] * first + [3, 3], 3)

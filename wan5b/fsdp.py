@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -53,15 +53,13 @@ class World:
             if device == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-            self.mesh = self.host_mesh = self._mesh(device)
-            if device == "cuda":
-                self.host_mesh = self._mesh("cpu")  # of state in host memory: a DTensor lies where its mesh does
+            layout = {"mesh_shape": (self.size // shard, shard), "mesh_dim_names": ("replicate", "shard")}
+            meshes = [
+                init_device_mesh(kind, **layout) for kind in (device, "cpu")
+            ]  # a DTensor lies where its mesh does
+            self.mesh, self.host_mesh = (mesh["shard"] if shard == self.size else mesh for mesh in meshes)
             self.shard_group = self.mesh.get_group("shard")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
-
-    def _mesh(self, device: str) -> DeviceMesh:
-        mesh = init_device_mesh(device, (self.size // self.shards, self.shards), mesh_dim_names=("replicate", "shard"))
-        return mesh["shard"] if self.shards == self.size else mesh
 
     def free(self) -> dict[str, float]:
         """Bytes that this process may still take: on the device, and its share of the host's available memory."""
@@ -200,7 +198,7 @@ class AdamW:
     """
 
     def __init__(
-        self, model: nn.Module, world: World, initial: Mapping, lr, betas, weight_decay, *, ema=False, offload=False
+        self, model: nn.Module, world: World, initial: Mapping, lr, betas, weight_decay, offload=False, ema=False
     ):
         self.world, self.lr, self.betas, self.weight_decay = world, lr, betas, weight_decay
         self.steps, self.eps = 0, 1e-8

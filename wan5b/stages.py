@@ -19,6 +19,36 @@ from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, 
 from wan5b.kvcache import KVCache, block_sizes
 from wan5b.weights import fill, open_dit
 
+GIB = 2**30
+
+
+def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool, graphs: int = 1) -> int:
+    """Bytes held at the peak of a backward through `graphs` forwards of so many tokens.
+
+    What a block keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
+    the query and key norms, of both attentions, and their outputs), 7 D in float32 (three normed inputs, two outputs
+    of norms, two gated branches) and twice the hidden layer. With checkpointing only the inputs of all blocks and one
+    block's values are there at once. On top of it come gradients, at most of the hidden layer and of D in float32.
+    """
+    block = 12 * cfg.dim * itemsize + 7 * cfg.dim * 4 + 2 * cfg.ffn_dim * itemsize
+    kept = cfg.num_layers * graphs * (cfg.dim * itemsize if checkpointing else block)
+    return tokens * (kept + block * checkpointing + cfg.ffn_dim * itemsize + cfg.dim * 4)
+
+
+def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None) -> tuple[float, float]:
+    """FLOP of the blocks' linear layers and of their attention in a forward, whose arguments are WanDiT's."""
+    window, end, pairs = cache.window if cache else window, cache.frames if cache else 0, 0  # pairs of frames
+    for frames in blocks or [x.shape[2]]:
+        end += frames
+        pairs += frames * min(end, window or end)
+    sequences, per_frame = len(x) * (1 if clean is None else 2), cfg.tokens_per_frame(*x.shape[3:])
+    tokens = sequences * x.shape[2] * per_frame
+    linear = 2 * tokens * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
+    if torch.is_grad_enabled() or not cache:  # else the text's keys and values are kept
+        linear += 4 * len(x) * cfg.text_len * cfg.dim**2
+    attention = 4 * cfg.dim * (sequences * pairs * per_frame**2 + tokens * cfg.text_len)
+    return cfg.num_layers * linear, cfg.num_layers * attention
+
 
 class Draws:
     """The random numbers of a micro-batch, each sample's from a generator of its own."""
@@ -46,21 +76,23 @@ class Run:
         folder = cfg.trajectories if cfg.stage == "ode" else cfg.latents
         self.store = Store(folder) if folder else None
         self.prompts = self.store.prompts if folder else [p for p in self.text.prompts if p not in (cfg.negative, "")]
+        self.offload = cfg.offload and self.device.type == "cuda"  # a CPU's memory is the host's
+        self.flop = 0.0  # done so far
         source = open_dit(cfg.weights) if cfg.weights else (PRESETS[cfg.preset], {})
-        scores = open_dit(cfg.teacher, channels=source[0].in_dim) if self.distilling else source
+        scores = open_dit(cfg.teacher, channels=source[0].in_dim) if self.distilling and cfg.teacher else source
         self.check(source[0], scores[0])  # before anything is loaded
+        self.budget = self.expected(source[0], scores[0])
+        self.afford(world.free())
 
         self.generator, tensors = self.network(*source)
-        options = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay)
+        options = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, self.offload)  # `update` sets the rate
         self.optimizers = {"generator": fsdp.AdamW(self.generator, world, tensors, *options, ema=cfg.ema > 0)}
         if self.distilling:
             self.teacher, _ = self.network(*scores)
             self.teacher.requires_grad_(False)
             self.critic, tensors = self.network(*scores)
-            self.optimizers["critic"] = fsdp.AdamW(self.critic, world, tensors, cfg.critic_lr, *options[1:])
-            tokens = self.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
-            sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
-            self.cache = KVCache(self.generator.cfg, *sizes, device=self.device, dtype=self.dtype)
+            self.optimizers["critic"] = fsdp.AdamW(self.critic, world, tensors, *options)
+            self.cache = self.memory(source[0], self.device)
 
     def check(self, model: DiTConfig, scores: DiTConfig) -> None:
         """ValueError unless data, config and networks fit each other."""
@@ -87,6 +119,54 @@ class Run:
             given = f"{self.store.folder} has levels {levels}, this run {self.sigmas}"
             raise ValueError(f"{given}: change levels and shift, or make it again")
 
+    def memory(self, model: DiTConfig, device: torch.device | str) -> KVCache:
+        cfg = self.cfg
+        sizes = (cfg.micro_batch, cfg.frames, model.tokens_per_frame(cfg.height, cfg.width), cfg.window or None)
+        return KVCache(model, *sizes, device=device, dtype=self.dtype)
+
+    def expected(self, model: DiTConfig, scores: DiTConfig) -> dict[str, dict[str, float]]:
+        """Bytes that this process comes to hold, part by part, on the "device" (of a CPU: all) and on the "host".
+
+        Gradients are float32 and of one network at a time. Activations are those of the longest forward with grad, over
+        a whole sequence (a rollout is replayed one block of frames at a time, which is less): twice the tokens with
+        a clean half, and for SiD the critic and both teacher forwards in one graph. Of sharded networks, two blocks
+        are gathered then, with the gradients of one; a rollout gathers all blocks, but keeps no activations.
+        """
+        cfg, size, shards = self.cfg, self.dtype.itemsize, self.world.shards
+        with torch.device("meta"):
+            n, m = (sum(p.numel() for p in WanDiT(c).parameters()) / shards for c in (model, scores))
+        m *= self.distilling  # critic, teacher
+        device = {"weights": size * (n + 2 * m), "gradients": 4 * max(n, m)}
+        host = {"masters while saving": 4 * (n + m) * (self.dtype != torch.float32)}
+        places = fsdp.placed(self.dtype, cfg.beta1, cfg.ema > 0, self.offload, self.device)
+        for place, groups in zip((device, host), places, strict=True):
+            place |= {f"optimizer: {g}": fsdp.GROUPS[g].itemsize * (n + m * (g != "ema")) for g in groups}
+        tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
+        doubled = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher"
+        graphs = 2 + (cfg.guidance != 0) if cfg.stage == "sid" else 1
+        device["activations"] = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs)
+        if self.distilling:
+            device["KV cache"] = self.memory(model, "meta").memory.nbytes
+        if shards > 1:
+            block, rollout = (3 * size + 4) * max(n, m) * shards / model.num_layers, n * shards * size * self.distilling
+            device["activations"] = max(device["activations"] + block, rollout)
+        return {"device": device, "host": host} if self.device.type == "cuda" else {"device": device | host}
+
+    def afford(self, free: dict[str, float]) -> None:
+        """Print the budget. ValueError, with what would help, if more is needed than is free."""
+        ways = ["offload = true"] * (self.device.type == "cuda" and not self.offload)
+        ways += ["checkpointing = true"] * (not self.cfg.checkpointing)
+        ways += ["a smaller micro_batch"] * (self.cfg.micro_batch > 1) + ["more processes"]
+        for place, parts in self.budget.items():
+            needed = sum(parts.values())
+            rows = parts | {"in all": needed, "free": free[place]}
+            if self.world.rank == 0:
+                print(*(f"{place:8}{part:24}{size / GIB:8.2f} GiB" for part, size in rows.items()), sep="\n")
+            if needed > free[place]:
+                given = f"{needed / GIB:.2f} GiB are needed on the {place}, {free[place] / GIB:.2f} are free"
+                helps = ", ".join(ways) if place == "device" else "processes on more machines, or offload = false"
+                raise ValueError(f"{given}; what helps: {helps}")
+
     def network(self, model_cfg: DiTConfig, tensors: dict[str, Tensor]) -> tuple[WanDiT, dict[str, Tensor]]:
         """A sharded network in the compute dtype, and the tensors it was filled from (if none, random ones)."""
         if not tensors:
@@ -96,7 +176,20 @@ class Run:
         model = self.world.shard(model)
         fill(model, tensors, fsdp.copy_part)
         model.checkpointing = self.cfg.checkpointing
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
         return model, tensors
+
+    def _count(self, model: WanDiT, args: tuple, options: dict) -> None:
+        """Before a forward: add its FLOP to `flop`, and with grad the recomputation's and the backward's to come.
+
+        The network's blocks count; attention's backward recomputes the scores (2.5 forwards); where the input needs
+        grad, the weights don't (SiD).
+        """
+        linear, attention = forward_flop(model.cfg, args[0], **options)
+        self.flop += linear + attention
+        if torch.is_grad_enabled():
+            self.flop += model.checkpointing * (linear + attention)
+            self.flop += linear * (1 if args[0].requires_grad else 2) + 2.5 * attention
 
     def micro_batches(self, step: int, phase: str) -> Iterator[tuple[Draws, list[int], Tensor]]:
         """(draws, item indices, context) of each micro-batch of this process."""
@@ -126,43 +219,46 @@ class Run:
         level[:, : self.cfg.first] = 0
         return level
 
-    def flow_phase(self, step: int) -> dict[str, Tensor]:
-        """teacher and ar: flow matching on real clips (Self Forcing's stage 1 is ar with teacher forcing)."""
-        cfg, losses = self.cfg, []
-        for draws, items, context in self.micro_batches(step, "flow"):
-            x0, noise = self.clips(items), draws.normal(*self.shape(cfg.frames))
-            dropped = draws.uniform() < cfg.dropout
-            context = torch.where(dropped[:, None, None], self.context([cfg.negative]), context)
-            options = {"blocks": self.layout, "window": cfg.window or None} if cfg.stage == "ar" else {}
-            if cfg.stage == "ar" and cfg.forcing == "teacher":
-                options["clean"] = x0
-            sigma = self.per_frame(shift_sigma(draws.uniform(len(self.layout) if cfg.stage == "ar" else 1), cfg.shift))
-            v = self.generator(add_noise(x0, noise, sigma), sigma, context, **options)
-            error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.first :]  # [B, T]
-            loss = (error * ar_loss_weight(sigma[:, cfg.first :], cfg.shift) if cfg.bell else error).mean()
+    def data_phase(self, step: int) -> dict[str, Tensor]:
+        """teacher, ar, ode: the network against data."""
+        losses, ode = [], self.cfg.stage == "ode"
+        for batch in self.micro_batches(step, "ode" if ode else "flow"):
+            loss = self.ode_loss(*batch) if ode else self.flow_loss(*batch)
             loss.backward()
             losses.append(loss.detach())
         return {"loss": torch.stack(losses).mean(), "norm": self.update("generator", step)}
 
-    def ode_phase(self, step: int) -> dict[str, Tensor]:
-        """Regression to ODE trajectories (CausVid, arXiv 2412.07772, section 4.3): x at a level -> its end."""
-        cfg, losses = self.cfg, []
-        sigmas = torch.tensor(self.store.facts["sigmas"], device=self.device)
-        for draws, items, context in self.micro_batches(step, "ode"):
-            x = torch.stack([self.store[i]["x"] for i in items]).to(self.device, torch.float32)
-            chosen = (draws.uniform(len(self.layout)) * len(sigmas)).long()
-            index = chosen.repeat_interleave(torch.tensor(self.layout, device=self.device), 1)  # [B, T]
-            index[:, : cfg.first] = len(sigmas) - 1
-            end = x[:, -1]
-            noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
-            options = {"clean": end} if cfg.forcing == "teacher" else {}
-            v = self.generator(noisy, sigmas[index], context, blocks=self.layout, window=cfg.window or None, **options)
-            counted = (sigmas[index] > 0).float()
-            error = (x0_from_v(noisy, v, sigmas[index]) - end).square().mean((1, 3, 4))
-            loss = ((error * counted).sum(1) / counted.sum(1).clamp(min=1)).mean()  # per sample: of no micro-batch
-            loss.backward()
-            losses.append(loss.detach())
-        return {"loss": torch.stack(losses).mean(), "norm": self.update("generator", step)}
+    def flow_loss(self, draws: Draws, items: list[int], context: Tensor) -> Tensor:
+        """teacher and ar: flow matching on real clips (Self Forcing's stage 1 is ar with teacher forcing)."""
+        cfg = self.cfg
+        x0, noise = self.clips(items), draws.normal(*self.shape(cfg.frames))
+        dropped = draws.uniform() < cfg.dropout
+        context = torch.where(dropped[:, None, None], self.context([cfg.negative]), context)
+        options = {"blocks": self.layout, "window": cfg.window or None} if cfg.stage == "ar" else {}
+        if cfg.stage == "ar" and cfg.forcing == "teacher":
+            options["clean"] = x0
+        sigma = self.per_frame(shift_sigma(draws.uniform(len(self.layout) if cfg.stage == "ar" else 1), cfg.shift))
+        v = self.generator(add_noise(x0, noise, sigma), sigma, context, **options)
+        error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.first :]  # [B, T]
+        return (error * ar_loss_weight(sigma[:, cfg.first :], cfg.shift) if cfg.bell else error).mean()
+
+    def ode_loss(self, draws: Draws, items: list[int], context: Tensor) -> Tensor:
+        """Regression to ODE trajectories (CausVid, arXiv 2412.07772, section 4.3): x at a level -> its end.
+
+        With clean context given apart no level is 0, where there is nothing to learn.
+        """
+        cfg, sigmas = self.cfg, torch.tensor(self.store.facts["sigmas"], device=self.device)
+        x = torch.stack([self.store[i]["x"] for i in items]).to(self.device, torch.float32)
+        chosen = (draws.uniform(len(self.layout)) * (len(sigmas) - (cfg.forcing == "teacher"))).long()
+        index = chosen.repeat_interleave(torch.tensor(self.layout, device=self.device), 1)  # [B, T]
+        index[:, : cfg.first] = len(sigmas) - 1
+        end = x[:, -1]
+        noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
+        options = {"clean": end} if cfg.forcing == "teacher" else {}
+        v = self.generator(noisy, sigmas[index], context, blocks=self.layout, window=cfg.window or None, **options)
+        counted = (sigmas[index] > 0).float()
+        error = (x0_from_v(noisy, v, sigmas[index]) - end).square().mean((1, 3, 4))
+        return ((error * counted).sum(1) / counted.sum(1).clamp(min=1)).mean()  # per sample: of no micro-batch
 
     @torch.no_grad()
     def generate(self, step: int, phase: str, draws: Draws, items: list[int], context: Tensor):
@@ -253,7 +349,7 @@ class Run:
 
     def iteration(self, step: int) -> dict[str, Tensor]:
         if not self.distilling:
-            return self.ode_phase(step) if self.cfg.stage == "ode" else self.flow_phase(step)
+            return self.data_phase(step)
         metrics = self.generator_phase(step) if step % self.cfg.ratio == 0 else {}
         return metrics | self.critic_phase(step)
 
