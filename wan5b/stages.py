@@ -161,7 +161,7 @@ class Run:
             needed = sum(parts.values())
             rows = parts | {"in all": needed, "free": free[place]}
             if self.world.rank == 0:
-                print(*(f"{place:8}{part:24}{size / GIB:8.2f} GiB" for part, size in rows.items()), sep="\n")
+                print(*(f"{place:8}{part:24}{size / GIB:8.2f} GiB" for part, size in rows.items() if size), sep="\n")
             if needed > free[place]:
                 given = f"{needed / GIB:.2f} GiB are needed on the {place}, {free[place] / GIB:.2f} are free"
                 helps = ", ".join(ways) if place == "device" else "processes on more machines, or offload = false"

@@ -1,0 +1,193 @@
+"""Training at the size of the 5B with random weights: whole iterations of a stage through the Run of train.py.
+
+    python benchmarks/training.py --stage dmd                 # one H200
+    python benchmarks/training.py --stage dmd --offload       # one H100 80 GB
+    python benchmarks/training.py --stage ar --iterations 4   # teacher forcing: twice the tokens, flex_attention
+    python benchmarks/training.py --preset tiny --device cpu --size 64x64 --frames 9     # shows that it runs
+
+Figures are means without the first of each kind, over exit levels as they were drawn (their mean, 1.5 in the long run,
+is printed). FLOP are arithmetic (wan5b/stages.py: forward_flop): "work" with what is done twice (checkpointing's
+recomputation, a rollout's last level in the replay, the scores in attention's backward), "MFU" without. Percentages are
+of a large matrix product, measured in the same call.
+"""
+
+import argparse
+import math
+import resource
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from train import Config, matmul_rate, memory_gib
+from wan5b.data import write_shard
+from wan5b.distill import critic_loss
+from wan5b.dit import PRESETS, WanDiT
+from wan5b.flow import few_step_sigmas
+from wan5b.fsdp import World
+from wan5b.media import script
+from wan5b.stages import GIB, Run, forward_flop
+
+PROMPTS = [f"prompt {i}" for i in range(4)]
+
+
+def make_data(folder: Path, stage: str, dit, shape: tuple[int, ...]) -> dict[str, str]:
+    """Stores of random numbers in the shapes of real ones -> the config's keys that name them."""
+    lengths = torch.randint(dit.text_len // 8, dit.text_len + 1, (len(PROMPTS) + 1,))
+    rows = torch.randn(int(lengths.sum()), dit.text_dim).bfloat16()
+    write_shard(folder / "text/0.safetensors", {"rows": rows, "lengths": lengths}, [*PROMPTS, "negative"])
+    if stage in ("dmd", "sid"):
+        return {"text": str(folder / "text")}
+    kind, name, levels = ("trajectories", "x", (5,)) if stage == "ode" else ("latents", "latent", ())
+    clips = torch.randn(len(PROMPTS), *levels, *shape)
+    write_shard(folder / kind / "0.safetensors", {name: clips}, PROMPTS, sigmas=few_step_sigmas())
+    return {"text": str(folder / "text"), kind: str(folder / kind)}
+
+
+class Measured(Run):
+    """A run of random networks, made on the device, that notes seconds, FLOP and repeated FLOP of its parts."""
+
+    def __init__(self, *arguments):
+        self.taken, self.exits, self.repeated, self.seeds = defaultdict(list), [], 0.0, iter((0, 1, 1))
+        super().__init__(*arguments)
+
+    def network(self, cfg, tensors):
+        with torch.device("meta"):
+            source = WanDiT(cfg).to(self.dtype)
+        generator = torch.Generator(self.device).manual_seed(next(self.seeds))  # the critic starts as the teacher
+        return super().network(cfg, source.to_empty(device=self.device).init_weights(generator).state_dict())
+
+    def _count(self, model, args, options):
+        super()._count(model, args, options)
+        linear, attention = forward_flop(model.cfg, args[0], **options)
+        if torch.is_grad_enabled():
+            twice = model.checkpointing + ("cache" in options)
+            self.repeated += twice * (linear + attention) + 0.5 * attention
+
+    def clock(self, name, call, *arguments):
+        device, flop, repeated = torch.get_device_module(self.device), self.flop, self.repeated
+        device.synchronize()
+        start = time.perf_counter()
+        result = call(*arguments)
+        device.synchronize()
+        self.taken[name].append((time.perf_counter() - start, self.flop - flop, self.repeated - repeated))
+        return result
+
+    def generator_phase(self, step):
+        return self.clock("generator phase", super().generator_phase, step)
+
+    def critic_phase(self, step):
+        return self.clock("critic phase", super().critic_phase, step)
+
+    def data_phase(self, step):
+        return self.clock("phase", super().data_phase, step)
+
+    def generate(self, step, phase, *rest):
+        result = self.clock(f"  a rollout, {phase}", super().generate, step, phase, *rest)
+        self.exits.append(result[-1])
+        return result
+
+    def update(self, who, step):
+        return self.clock(f"  optimizer, {who}", super().update, who, step)
+
+    @torch.no_grad()
+    def fixed_batch(self):
+        """-> a function of no arguments: the loss, of the critic where there is one, on a batch that stays the same."""
+        draws, items, context = next(self.micro_batches(0, "fixed"))
+        if not self.distilling:
+            loss = self.ode_loss if self.cfg.stage == "ode" else self.flow_loss
+            return lambda: loss(*next(self.micro_batches(0, "fixed")))
+        first, x0, _, _ = Run.generate(self, 0, "fixed", draws, items, context)
+        xs, level, noise = self.noised(draws, first, x0)
+        return lambda: critic_loss(self.critic(xs, level, context), x0, noise)
+
+
+def train(run: Measured, iterations: int) -> list[str]:
+    """Iterations between two looks at the loss on a fixed batch -> what became of losses and masters, in words."""
+    optimizers, watched, losses, finite = run.optimizers.items(), "blocks.0.ffn.0.weight", [], True
+    before = {who: optimizer.master(watched).clone() for who, optimizer in optimizers}
+    loss = run.fixed_batch()
+    for step in range(iterations + 1):
+        if step in (0, iterations):
+            with torch.no_grad():
+                losses.append(float(loss()))
+        if step < iterations:
+            values = {name: float(value) for name, value in run.iteration(step).items()}
+            finite &= all(map(math.isfinite, values.values()))
+            print(f"iteration {step}:", *(f"{k} {v:.4g}" for k, v in values.items() if "x0" not in k), flush=True)
+    moved = {who: (optimizer.master(watched) - before[who]).abs() for who, optimizer in optimizers}
+    changes = (f"{who} {float((d > 0).float().mean()):.1%} by {float(d.mean()):.2g}" for who, d in moved.items())
+    return [
+        f"losses and gradients finite: {finite}; loss on a fixed batch: {losses[0]:.5f} -> {losses[1]:.5f}",
+        f"masters of {watched} that moved, and how far on average: {', '.join(changes)}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stage", default="dmd", choices=["teacher", "ar", "ode", "dmd", "sid"])
+    add("--preset", default="ti2v-5B", choices=PRESETS)
+    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--size", default="704x1280", help="in pixels")
+    add("--frames", type=int, default=21, help="latent frames")
+    add("--batch", type=int, default=2, help="micro-batches of one sample that a phase accumulates")
+    add("--ratio", type=int, default=5)
+    add("--iterations", type=int, help="default: two generator phases, or three of the other stages")
+    add("--lr", type=float, default=1e-5, help="of both networks")
+    add("--forcing", default="teacher", choices=["teacher", "diffusion"])
+    add("--offload", action="store_true")
+    add("--no-checkpointing", action="store_true")
+    args = parser.parse_args()
+    height, width = (int(side) // 16 for side in args.size.split("x"))
+    distilling, dit, start = args.stage in ("dmd", "sid"), PRESETS[args.preset], time.perf_counter()
+    dtype = "bfloat16" if args.device == "cuda" else "float32"
+    keys = {name: getattr(args, name) for name in ("stage", "preset", "frames", "batch", "ratio", "lr", "forcing")}
+    keys |= {"out": "unused", "negative": "negative", "height": height, "width": width, "critic_lr": args.lr}
+    keys |= {"ema_start": 0, "device": args.device, "dtype": dtype, "offload": args.offload}
+    world = World(args.device)
+    ceiling = matmul_rate(world.device, getattr(torch, dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        stores = make_data(Path(folder), args.stage, dit, (dit.in_dim, args.frames, height, width))
+        run = Measured(Config(**keys, **stores, checkpointing=not args.no_checkpointing), world)
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # making the networks took more than training
+        made = time.perf_counter() - start
+        report = train(run, args.iterations or (args.ratio + 1 if distilling else 3))
+
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"\n{name}, torch {torch.__version__}, {vars(args)}\nmatrix product {ceiling / 1e12:.3g} TFLOP/s")
+    print(f"{'':26}{'times':>6}{'seconds':>9}{'TFLOP':>9}{'work':>8}{'MFU':>8}")
+    means = {name: [sum(x) / len(x) for x in zip(*(rows[1:] or rows), strict=True)] for name, rows in run.taken.items()}
+    times = {name: len(rows) for name, rows in run.taken.items()}
+    if distilling:
+        parts = zip(means["generator phase"], means["critic phase"], strict=True)
+        means[f"generator + {args.ratio} critic"] = [a + args.ratio * b for a, b in parts]
+    for name, (seconds, work, repeated) in means.items():
+        mfu = work / seconds / ceiling, (work - repeated) / seconds / ceiling
+        print(f"{name:26}{times.get(name, 1):6}{seconds:9.3f}{work / 1e12:9.4g}{mfu[0]:8.1%}{mfu[1]:8.1%}")
+    if distilling:
+        optimizer = {who: means[f"  optimizer, {who}"][0] for who in run.optimizers}
+        sample = {who: (means[f"{who} phase"][0] - optimizer[who]) / args.batch for who in run.optimizers}
+        print(f"exit level {sum(run.exits) / len(run.exits):.2f} on average; seconds of a sample: {sample}")
+        print(f"average: {optimizer['generator'] - optimizer['critic']:.3f} s of the generator's optimizer step")
+        days = {who: 600 * (64 * sample[who] + optimizer[who]) / 86400 for who in sample}  # batch 64
+        for updates in (5, 1):  # of the critic, in hundreds
+            total = days["generator"] * updates / 5 + days["critic"] * updates
+            print(f"{120 * updates} generator and {600 * updates} critic steps at batch 64: {total:.2f} days", end="")
+            print(f"; {total / 8:.2f} on 8 cards, if they scaled ideally")
+    expected = {place: sum(parts.values()) / GIB for place, parts in run.budget.items()}
+    peak, host = memory_gib(world.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    locked = sum(len(optimizer.host) for optimizer in run.optimizers.values()) / GIB
+    print(
+        f"peak on the device {peak:.2f} GiB, expected {expected['device']:.2f} ({peak / expected['device'] - 1:+.1%})"
+    )
+    print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}; set-up {made:.0f} s", *report, sep="\n")
+
+
+if __name__ == "__main__":
+    script(main)
