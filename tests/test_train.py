@@ -1,5 +1,6 @@
 """Training: the stages, what carries grad, what is counted, what stops a run and how it goes on."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -15,12 +16,15 @@ import torch
 from common import rel
 from release import VAE, random_weights
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from wan5b import fsdp, stages
+from wan5b import attention, fsdp, stages
 from wan5b.data import write_shard
 from wan5b.distill import rollout
-from wan5b.dit import DiTConfig, WanDiT
+from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.flow import ar_loss_weight, few_step_sigmas
 from wan5b.vae22 import VAE22
 from wan5b.weights import save_dit
@@ -207,6 +211,25 @@ def test_ode_loss_by_hand(data, tmp_path, forcing, first):
                     errors.append((clean - path[-1, :, frame]).square().mean().item())
             expected += sum(errors) / max(len(errors), 1) / 4
         assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("forcing", "lowest"), [("teacher", 3), ("diffusion", 4)])
+def test_ode_draws_levels_that_teach(data, monkeypatch, forcing, lowest):
+    """All alike often; level 0 only where it plays the clean context, for beside a clean half it has no loss."""
+    run, drawn = make_run(data, "ode", forcing=forcing, micro_batch=4), []
+
+    def spy(x, sigma, context, **options):
+        drawn.extend(min(range(5), key=lambda k: abs(run.sigmas[k] - level)) for level in sigma[:, ::3].flatten())
+        return torch.zeros_like(x, requires_grad=True)
+
+    run.generator = type("Spy", (), {"cfg": DIT, "__call__": staticmethod(spy)})()
+    for step in range(200):
+        for batch in run.micro_batches(step, "ode"):
+            run.ode_loss(*batch)
+    counts = [drawn.count(level) for level in range(lowest + 1)]
+    assert sum(counts) == len(drawn) == 200 * 4 * 2
+    mean = len(drawn) / (lowest + 1)
+    assert all(abs(count - mean) < 4 * mean**0.5 for count in counts), counts
 
 
 def test_counts_and_order(data, monkeypatch):
@@ -455,6 +478,201 @@ def test_a_first_frame_is_clean_and_outside_the_loss(data, monkeypatch, stage, c
             return {key: value.item() for key, value in run.iteration(0).items()}
 
     assert metrics(0.0) == metrics(1000.0)
+
+
+# ------------------------------------------------------------------------------------------- memory, work, progress
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_budget_s_parts_are_what_is_allocated(data, monkeypatch, stage, dtype):
+    run = make_run(data, stage, dtype=dtype, beta1=0.5, window=3)
+    networks = [run.generator] + ([run.critic, run.teacher] if run.distilling else [])
+    assert run.budget.keys() == {"device"}
+    budget = run.budget["device"]
+    assert budget["weights"] == sum(p.nbytes for network in networks for p in network.parameters())
+    held = [held for optimizer in run.optimizers.values() for held in optimizer.held.values()]
+    for group in ("first", "second", "ema") + ("low",) * (dtype == "bfloat16"):
+        assert budget[f"optimizer: {group}"] == sum(groups[group].nbytes for groups in held if group in groups)
+    assert sum(name.startswith("optimizer") for name in budget) == (4 if dtype == "bfloat16" else 3)
+    assert budget.get("KV cache", 0) == (run.cache.memory.nbytes if run.distilling else 0)
+    states = [optimizer.state() for optimizer in run.optimizers.values()]
+    parameters = {p.data_ptr() for network in networks for p in network.parameters()}
+    masters = [v for state in states for k, v in state.items() if k.startswith("master") and v.dtype == torch.float32]
+    assert budget["masters while saving"] == sum(v.nbytes for v in masters if v.data_ptr() not in parameters)
+
+    monkeypatch.setattr(fsdp.AdamW, "step", lambda self, *_: torch.zeros(()))
+    run.data_phase(0) if not run.distilling else run.critic_phase(0)
+    grads = run.optimizers["critic" if run.distilling else "generator"].grads.values()
+    assert budget["gradients"] == sum(grad.nbytes for grad in grads)
+
+
+def like_a_gpu(run: stages.Run, model: DiTConfig, offload: bool, **changes) -> dict[str, dict[str, float]]:
+    """The budget that this run would have on a GPU with other networks."""
+    run.cfg, run.device, run.offload = dataclasses.replace(run.cfg, **changes), torch.device("cuda"), offload
+    run.dtype = torch.bfloat16
+    run.budget = run.expected(model, model)
+    return run.budget
+
+
+SIZE_5B = {"frames": 21, "height": 44, "width": 80, "micro_batch": 1, "beta1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "device", "host"),
+    [("dmd", False, 125, 20 + 40), ("dmd", True, 65, 80 + 40), ("sid", True, 72, 120), ("ar", False, 76, 20 + 20)],
+)
+def test_the_budget_of_the_5b(data, stage, offload, device, host):
+    """In GB; a GPU holds 10 a network, 6 a weight of state, 4 of gradients, 7 of keys; the average is the host's."""
+    budget = like_a_gpu(make_run(data, stage), PRESETS["ti2v-5B"], offload, **SIZE_5B)
+    assert sum(budget["device"].values()) / 1e9 == pytest.approx(device, rel=0.03)
+    assert sum(budget["host"].values()) / 1e9 == pytest.approx(host, rel=0.03)
+    assert ("optimizer: second" in budget["host"]) == offload
+
+
+def test_processes_share_what_is_sharded(data):
+    run = make_run(data, "dmd")
+    one = like_a_gpu(run, PRESETS["ti2v-5B"], False, **SIZE_5B)
+    run.world.shards = 8
+    eight = run.expected(PRESETS["ti2v-5B"], PRESETS["ti2v-5B"])
+    whole = {"KV cache", "activations"}
+    for place in one:
+        for part in one[place].keys() - whole:
+            assert eight[place][part] == pytest.approx(one[place][part] / 8)
+    weights, activations = one["device"]["weights"] / 3, one["device"]["activations"]
+    assert max(weights, activations) <= eight["device"]["activations"] < weights + activations, "a rollout gathers all"
+
+
+class FusedNorm(torch.autograd.Function):
+    """As on a GPU: keeps its input alone. The CPU's norm is made of smaller operations, which keep more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing):
+    """The peak of blocks as wide as the 5B's, at the size it is trained at, on tensors that hold no memory."""
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x))
+    dit = dataclasses.replace(PRESETS["ti2v-5B"], num_layers=6)
+    rope_table.cache_clear()
+    with FakeTensorMode():
+        model = WanDiT(dit)
+        for name, p in list(model.named_parameters()):
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, torch.nn.Parameter(p.detach().bfloat16()))
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        model.checkpointing = checkpointing
+        x, context = torch.randn(1, 48, 21, 44, 80), torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            model(x, 0.5, context).square().mean().backward()
+    rope_table.cache_clear()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - sum(
+        p.nbytes for p in model.parameters()
+    )
+    assert stages.activations(dit, 21 * 880, 2, checkpointing) == pytest.approx(peak, rel=0.08)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_run_that_does_not_fit_is_refused_before_it_loads(data, tmp_path, monkeypatch, command, micro_batch):
+    need = sum(make_run(data, "dmd", micro_batch=micro_batch, checkpointing=False).budget["device"].values())
+    changes = {"micro_batch": micro_batch, "checkpointing": False}
+    path = write_toml(tmp_path / "a.toml", values(data, "dmd", tmp_path / "out", **changes))
+    monkeypatch.setattr(fsdp.World, "free", lambda self: {"device": need - 1, "host": 0})
+    line = refused(command, path)
+    assert f"{need / 2**30:.2f} GiB are needed on the device" in line
+    advice = ["checkpointing = true"] + ["a smaller micro_batch"] * (micro_batch > 1) + ["more processes"]
+    assert line.endswith(f"what helps: {', '.join(advice)}")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(fsdp.World, "free", lambda self: {"device": need, "host": 0})
+    assert make_run(data, "dmd", micro_batch=micro_batch, checkpointing=False).generator is not None
+
+
+def test_advice_on_a_gpu(data, capsys):
+    run = make_run(data, "ar", micro_batch=1)
+    capsys.readouterr()
+    like_a_gpu(run, DIT, False)
+    with pytest.raises(ValueError, match=r"on the device, 0.00 are free; what helps: offload = true, more processes"):
+        run.afford({"device": 0, "host": 1e9})
+    like_a_gpu(run, DIT, True)
+    with pytest.raises(ValueError, match="on the device, 0.00 are free; what helps: more processes"):
+        run.afford({"device": 0, "host": 1e9})
+    with pytest.raises(ValueError, match="on the host, 0.00 are free; what helps: .*offload = false"):
+        run.afford({"device": 1e9, "host": 0})
+    run.afford({"device": 1e9, "host": 1e9})
+    printed = capsys.readouterr().out
+    assert all(f"{part} " in printed for part in ("weights", "gradients", "activations", "in all", "free"))
+
+
+def test_free_memory_is_the_machine_s(monkeypatch):
+    world = fsdp.World("cpu")
+    free = world.free()
+    assert free["device"] == free["host"]
+    assert 2**28 < free["host"] < 2**50
+    world.local_size = 4
+    assert world.free()["host"] == pytest.approx(free["host"] / 4, rel=0.3)
+    monkeypatch.setattr(fsdp, "MEMINFO", Path("/no/such"))
+    assert world.free()["host"] == float("inf")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["teacher", "dmd", "sid"])
+def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage, checkpointing):
+    """Where attention is made of matrix products, whose backward does not make the scores again. What is outside of the
+    blocks is 3 to 5% of so small a network; the counter finds it, `flop` leaves it out."""
+    dit, extra, inner = DiTConfig(128, 512, 2, 6, text_dim=16, text_len=8, freq_dim=16), [], stages.forward_flop
+    save_dit(WanDiT(dit).init_weights(), tmp_path / "network.safetensors", {})
+    network = str(tmp_path / "network.safetensors")
+    run = make_run(data, stage, checkpointing=checkpointing, weights=network, teacher=network)
+    monkeypatch.setattr(attention, "_BACKENDS", [torch.nn.attention.SDPBackend.MATH])
+
+    def spy(cfg, x, **options):
+        linear, scores = inner(cfg, x, **options)
+        extra.append(0.5 * scores * torch.is_grad_enabled())
+        return linear, scores
+
+    monkeypatch.setattr(stages, "forward_flop", spy)
+    with FlopCounterMode(display=False) as counter:
+        run.iteration(0)
+    share = (run.flop - sum(extra)) / counter.get_total_flops()
+    assert 0.94 < share < 0.98
+
+
+def test_curves_are_drawn_at_every_save(data, tmp_path, monkeypatch, capsys):
+    from plot import curves
+
+    drawn, inner = [], curves
+    monkeypatch.setattr(
+        train, "curves", lambda folders: drawn.append(len(read_metrics(tmp_path / "out"))) or inner(folders)
+    )
+    finish(config(data, "ar", tmp_path / "out", steps=3))
+    assert drawn == [2, 3]
+    assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "out").glob("*.partial"))
+    assert "peak memory: " in capsys.readouterr().out
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    finish(config(data, "ar", tmp_path / "bare", steps=3))
+    assert capsys.readouterr().out.count("matplotlib is not installed") == 1
+    assert drawn == [2, 3]
+    assert not (tmp_path / "bare/curves.png").exists()
+
+
+def test_progress(data, tmp_path):
+    finish(config(data, "dmd", tmp_path, steps=2))
+    for row in read_metrics(tmp_path, timings=True):
+        assert row["tokens_per_second"] == pytest.approx(4 * 6 * 4 / row["seconds"])
+        assert row["mfu"] > 0
+        assert row.keys() >= {"critic_loss", "critic_norm", "seconds", "gib"}
+    assert set(train.SHOWN) == {"loss", "norm", "critic_loss", "critic_norm", *TIMINGS}
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -715,7 +933,7 @@ def test_a_changed_config_does_not_resume(data, tmp_path, command, capsys):
     finish(config(data, "ar", out, steps=2))
     capsys.readouterr()
     (out / "ar.safetensors").unlink()
-    changes = {"lr": 3e-4, "seed": 1, "keep": 1, "steps": 9, "sample_every": 7, "micro_batch": 1}
+    changes = {"lr": 3e-4, "seed": 1, "keep": 1, "steps": 9, "sample_every": 7, "micro_batch": 1, "offload": True}
     line = refused(command, write_toml(tmp_path / "a.toml", values(data, "ar", out, **changes)))
     assert "step-0000002 was made with another lr, seed; choose another out" in line
     assert "another stage" in refused(command, write_toml(tmp_path / "a.toml", values(data, "dmd", out)))

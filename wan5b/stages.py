@@ -28,11 +28,11 @@ def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool,
     What a block keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
     the query and key norms, of both attentions, and their outputs), 7 D in float32 (three normed inputs, two outputs
     of norms, two gated branches) and twice the hidden layer. With checkpointing only the inputs of all blocks and one
-    block's values are there at once. On top of it come gradients, at most of the hidden layer and of D in float32.
+    block's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32.
     """
     block = 12 * cfg.dim * itemsize + 7 * cfg.dim * 4 + 2 * cfg.ffn_dim * itemsize
     kept = cfg.num_layers * graphs * (cfg.dim * itemsize if checkpointing else block)
-    return tokens * (kept + block * checkpointing + cfg.ffn_dim * itemsize + cfg.dim * 4)
+    return tokens * (kept + block * checkpointing + cfg.ffn_dim * itemsize + 2 * cfg.dim * 4)
 
 
 def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None) -> tuple[float, float]:
