@@ -3,14 +3,27 @@
 import json
 import os
 import sys
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 
-def curves(folders: list[Path]) -> Path:
+@lru_cache
+def available() -> bool:
+    """Whether matplotlib is there; says so, once, if not."""
+    found = find_spec("matplotlib") is not None
+    if not found:
+        print("no curves.png: matplotlib is not installed (pip install -e '.[plot]')")
+    return found
+
+
+def curves(folders: list[Path]) -> Path | None:
     """Every number of metrics.jsonl against the step, one panel each, runs of one stage over each other.
 
-    Written beside, then renamed: who looks while a run goes on sees a whole picture.
+    Written beside, then renamed: who looks while a run goes on sees a whole picture. None without matplotlib.
     """
+    if not available():
+        return None
     import matplotlib
 
     matplotlib.use("agg")

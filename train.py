@@ -11,7 +11,6 @@ comes from (seed, step, sample).
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import resource
@@ -40,8 +39,7 @@ from wan5b.weights import load_vae, save_dit
 
 CHOICES = {"stage": "teacher ar ode dmd sid", "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
 CHOICES |= {"context": "self data", "first": "0 1", "device": "cuda cpu", "dtype": "bfloat16 float32"}
-AT_LEAST_1 = ("frames", "height", "width", "block", "steps", "batch", "micro_batch", "ratio")
-AT_LEAST_1 += ("save_every", "keep", "sample_every")
+AT_LEAST_1 = "frames height width block steps batch micro_batch ratio save_every keep sample_every"
 # In the progress line; metrics.jsonl has everything.
 SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
@@ -104,7 +102,7 @@ class Config:
         for key, known in CHOICES.items():
             if str(getattr(self, key)) not in known.split():
                 raise ValueError(f"{key} must be one of {known}, got {getattr(self, key)!r}")
-        for key in AT_LEAST_1:
+        for key in AT_LEAST_1.split():
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 
@@ -239,9 +237,6 @@ def main(cfg: Config, world: fsdp.World) -> None:
         log.write_text("".join(f"{line}\n" for line in lines[:start]))  # one a step
     ceiling = matmul_rate(world.device, run.dtype)
     tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)  # of latents
-    drawing = leading and importlib.util.find_spec("matplotlib") is not None
-    if leading and not drawing:
-        print("no curves.png: matplotlib is not installed")
 
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
     for step in bar:
@@ -269,7 +264,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
             sample_videos(run, vae, out / "samples", done)
         if stop or done % cfg.save_every == 0 or done == cfg.steps:
             fsdp.save(world, out, run.optimizers, facts(cfg, done), cfg.keep)
-            if drawing:
+            if leading:
                 curves([out])
         if stop:
             tqdm.write(f"stopped by SIGTERM after step {step}; the same command goes on")

@@ -53,10 +53,9 @@ class World:
             if device == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-            layout = {"mesh_shape": (self.size // shard, shard), "mesh_dim_names": ("replicate", "shard")}
-            meshes = [
-                init_device_mesh(kind, **layout) for kind in (device, "cpu")
-            ]  # a DTensor lies where its mesh does
+            shape, axes = (self.size // shard, shard), ("replicate", "shard")
+            # a DTensor lies on its mesh's device
+            meshes = [init_device_mesh(kind, shape, mesh_dim_names=axes) for kind in (device, "cpu")]
             self.mesh, self.host_mesh = (mesh["shard"] if shard == self.size else mesh for mesh in meshes)
             self.shard_group = self.mesh.get_group("shard")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
@@ -108,10 +107,6 @@ class World:
     def stop_requested(self) -> bool:
         """Whether any process has got SIGTERM: the same answer everywhere."""
         return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
-
-    def settle(self) -> None:
-        """Wait for the device, so that what it copies to the host is there."""
-        torch.get_device_module(self.device).synchronize()
 
     def barrier(self) -> None:
         if self.mesh is not None:
@@ -324,8 +319,7 @@ class AdamW:
         return DTensor.from_local(value, mesh, parameter.placements, shape=shape, stride=stride)
 
     def result(self, name: str) -> Tensor:
-        """A weight in float32, whole: its average, if one is kept, else its master. Every process must call it."""
-        self.world.settle()
+        """A float32 weight, whole: its average, if kept, else its master. For every process to call, after `state`."""
         held = self.held[name]
         return whole(self._sharded(name, held["ema"] if "ema" in held else self.master(name)))
 
@@ -334,7 +328,7 @@ class AdamW:
         parameters: those are joined in host memory, 4 bytes a weight while the caller holds them. So checkpoints hold
         float32 masters, whatever the dtype and place of a run, for any run or reader to go on from.
         """
-        self.world.settle()
+        torch.get_device_module(self.world.device).synchronize()  # the host reads what `step` copied
         state = {}
         for name, held in self.held.items():
             master = self.master(name)

@@ -28,19 +28,20 @@ def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool,
     What a block keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
     the query and key norms, of both attentions, and their outputs), 7 D in float32 (three normed inputs, two outputs
     of norms, two gated branches) and twice the hidden layer. With checkpointing only the inputs of all blocks and one
-    block's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32.
+    block's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32, and
+    what the heads of further graphs keep, 3 D in float32.
     """
     block = 12 * cfg.dim * itemsize + 7 * cfg.dim * 4 + 2 * cfg.ffn_dim * itemsize
-    kept = cfg.num_layers * graphs * (cfg.dim * itemsize if checkpointing else block)
-    return tokens * (kept + block * checkpointing + cfg.ffn_dim * itemsize + 2 * cfg.dim * 4)
+    kept = cfg.num_layers * graphs * (cfg.dim * itemsize if checkpointing else block) + block * checkpointing
+    return tokens * (kept + cfg.ffn_dim * itemsize + 2 * cfg.dim * 4 + (graphs - 1) * 3 * cfg.dim * 4)
 
 
 def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None) -> tuple[float, float]:
     """FLOP of the blocks' linear layers and of their attention in a forward, whose arguments are WanDiT's."""
-    window, end, pairs = cache.window if cache else window, cache.frames if cache else 0, 0  # pairs of frames
-    for frames in blocks or [x.shape[2]]:
-        end += frames
-        pairs += frames * min(end, window or end)
+    window, start, blocks = cache.window if cache else window, cache.frames if cache else 0, blocks or [x.shape[2]]
+    ends = itertools.accumulate(blocks, initial=start)
+    next(ends)
+    pairs = sum(size * min(end, window or end) for size, end in zip(blocks, ends, strict=True))  # of frames
     sequences, per_frame = len(x) * (1 if clean is None else 2), cfg.tokens_per_frame(*x.shape[3:])
     tokens = sequences * x.shape[2] * per_frame
     linear = 2 * tokens * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
@@ -92,7 +93,9 @@ class Run:
             self.teacher.requires_grad_(False)
             self.critic, tensors = self.network(*scores)
             self.optimizers["critic"] = fsdp.AdamW(self.critic, world, tensors, *options)
-            self.cache = self.memory(source[0], self.device)
+            tokens = self.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+            sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
+            self.cache = KVCache(self.generator.cfg, *sizes, device=self.device, dtype=self.dtype)
 
     def check(self, model: DiTConfig, scores: DiTConfig) -> None:
         """ValueError unless data, config and networks fit each other."""
@@ -119,11 +122,6 @@ class Run:
             given = f"{self.store.folder} has levels {levels}, this run {self.sigmas}"
             raise ValueError(f"{given}: change levels and shift, or make it again")
 
-    def memory(self, model: DiTConfig, device: torch.device | str) -> KVCache:
-        cfg = self.cfg
-        sizes = (cfg.micro_batch, cfg.frames, model.tokens_per_frame(cfg.height, cfg.width), cfg.window or None)
-        return KVCache(model, *sizes, device=device, dtype=self.dtype)
-
     def expected(self, model: DiTConfig, scores: DiTConfig) -> dict[str, dict[str, float]]:
         """Bytes that this process comes to hold, part by part, on the "device" (of a CPU: all) and on the "host".
 
@@ -146,7 +144,7 @@ class Run:
         graphs = 2 + (cfg.guidance != 0) if cfg.stage == "sid" else 1
         device["activations"] = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs)
         if self.distilling:
-            device["KV cache"] = self.memory(model, "meta").memory.nbytes
+            device["KV cache"] = 2 * model.num_layers * tokens * model.dim * size
         if shards > 1:
             block, rollout = (3 * size + 4) * max(n, m) * shards / model.num_layers, n * shards * size * self.distilling
             device["activations"] = max(device["activations"] + block, rollout)
