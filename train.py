@@ -48,9 +48,9 @@ SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_se
 class Config:
     """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
 
-    stage: str
-    out: str
-    text: str  # embeddings of all prompts
+    stage: str = ""
+    out: str = ""
+    text: str = ""  # embeddings of all prompts
     weights: str = ""  # where the trained network starts; empty: random weights of `preset`
     preset: str = "tiny"
     teacher: str = ""  # dmd, sid: the frozen network; the critic starts from it too
@@ -120,28 +120,26 @@ def parse(arguments: list[str]) -> Config:
             values |= {key: value} if Config.__annotations__.get(key) is str else tomllib.loads(f"{key} = {value}")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
-    for field in dataclasses.fields(Config):
-        if field.name not in values:
-            if field.default is dataclasses.MISSING:
-                raise ValueError(f"{arguments[0]} lacks the key {field.name!r}")
-            continue
-        value, (kind, *many) = values[field.name], typing.get_args(field.type) or (field.type,)
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    unknown = values.keys() - kinds.keys()
+    if unknown:
+        raise ValueError(f"unknown keys {sorted(unknown)}; known: {list(kinds)}")
+    for name, value in values.items():
+        kind, *many = typing.get_args(kinds[name]) or (kinds[name],)
         items = value if many and isinstance(value, list) else [value]
         items = [float(item) if kind is float and type(item) is int else item for item in items]
         if bool(many) != isinstance(value, list) or any(type(item) is not kind for item in items):
-            raise ValueError(f"{field.name} must be {'a list of ' if many else ''}{kind.__name__}, got {value!r}")
-        values[field.name] = tuple(items) if many else items[0]
-    unknown = values.keys() - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise ValueError(f"unknown keys {sorted(unknown)}; known: {[f.name for f in dataclasses.fields(Config)]}")
+            raise ValueError(f"{name} must be {'a list of ' if many else ''}{kind.__name__}, got {value!r}")
+        values[name] = tuple(items) if many else items[0]
     return Config(**values)
 
 
 def check(cfg: Config, world: fsdp.World) -> None:
     """What can be known to be wrong before anything is loaded."""
-    needed = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(cfg.stage, "latents")
-    if not getattr(cfg, needed):
-        raise ValueError(f"stage {cfg.stage} needs {needed}")
+    learns_from = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(cfg.stage, "latents")
+    for needed in ("out", "text", learns_from):
+        if not getattr(cfg, needed):
+            raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
     if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
         raise ValueError("first = 1 and context = 'data' take frames from real clips: name latents")
     block_sizes(cfg.frames, cfg.block, cfg.first)
@@ -192,8 +190,8 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
     sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
-    options = argparse.Namespace(mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None)
-    options.sink = 0
+    guidance, window = cfg.sample_guidance, cfg.window or None
+    options = argparse.Namespace(mode=mode, guidance=guidance, solver="euler", window=window, sink=0)
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             noise = torch.randn((1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i))

@@ -319,6 +319,8 @@ def two(data, tmp_path_factory):
     common = {"micro_batch": 1, "beta1": 0.5}
     jobs = [job("train", values(data, stage, folder / stage, steps=STEPS[stage], **common)) for stage in STAGES]
     jobs.append(job("nan", values(data, "ar", folder / "nan", **common)))
+    half = common | {"dtype": "bfloat16", "steps": 2, "offload": True}
+    jobs.append(job("train", values(data, "ar", folder / "half", **half)))
     jobs.append(job("sigterm", values(data, "dmd", folder / "sigterm", **common)))
     results = torchrun(2, folder, jobs)
     for name in ("again", "alone"):  # as if stopped after two iterations
@@ -375,6 +377,22 @@ def test_one_process_resumes_what_two_saved(data, two):
     distance = apart(finish(cfg), load_file(two[0] / "dmd/dmd.safetensors"))
     assert distance < 1e-2
     assert len(read_metrics(folder)) == 4
+
+
+def test_one_process_joins_the_halves_that_two_saved(data, two):
+    """bfloat16: the checkpoint's masters are float32, of more bits than the weights, and come back bit for bit."""
+    run = stages.Run(config(data, "ar", "unused", beta1=0.5, dtype="bfloat16"), fsdp.World("cpu"))
+    saved = checkpoint_state(two[0] / "half/step-0000002")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    fsdp.load(run.world, two[0] / "half/step-0000002", run.optimizers)
+    state = run.optimizers["generator"].state()
+    assert same({f"generator.{name}": value for name, value in state.items()}, saved)
+    for name, parameter in run.generator.named_parameters():
+        master = saved[f"generator.master.{name}"]
+        assert torch.equal(parameter.detach().view(torch.int16).int(), (master.view(torch.int32) + 0x8000) >> 16)
+    assert any((master.bfloat16() != master).any() for master in saved.values())
+    exported = load_file(two[0] / "half/ar.safetensors")
+    assert all(torch.equal(exported[name], saved[f"generator.ema.{name}"].bfloat16()) for name in exported)
 
 
 def test_nan_names_the_rank(two):

@@ -632,7 +632,7 @@ def test_free_memory_is_the_machine_s(monkeypatch):
 @pytest.mark.parametrize("stage", ["teacher", "dmd", "sid"])
 def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage, checkpointing):
     """Where attention is made of matrix products, whose backward does not make the scores again. What is outside of the
-    blocks is 3 to 5% of so small a network; the counter finds it, `flop` leaves it out."""
+    blocks, and the text's keys, are 6 to 10% of so small a network; the counter finds it, `flop` leaves it out."""
     dit, extra, inner = DiTConfig(128, 512, 2, 6, text_dim=16, text_len=8, freq_dim=16), [], stages.forward_flop
     save_dit(WanDiT(dit).init_weights(), tmp_path / "network.safetensors", {})
     network = str(tmp_path / "network.safetensors")
@@ -648,7 +648,7 @@ def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage,
     with FlopCounterMode(display=False) as counter:
         run.iteration(0)
     share = (run.flop - sum(extra)) / counter.get_total_flops()
-    assert 0.94 < share < 0.98
+    assert 0.9 < share < 0.94
 
 
 def test_curves_are_drawn_at_every_save(data, tmp_path, monkeypatch, capsys):
@@ -778,7 +778,7 @@ def test_bad_command_lines(data, tmp_path, command):
     assert "line 1" in refused(command, tmp_path / "bad.toml")
     (tmp_path / "latin.toml").write_bytes('stage = "é"\n'.encode("latin-1"))
     assert "utf-8" in refused(command, tmp_path / "latin.toml")
-    assert "lacks the key 'out'" in refused(command, write_toml(tmp_path / "few.toml", {"stage": "ar", "text": "x"}))
+    assert "stage ar needs out" in refused(command, write_toml(tmp_path / "few.toml", {"stage": "ar", "text": "x"}))
 
 
 def test_overrides(data, tmp_path):

@@ -37,7 +37,10 @@ def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool,
 
 
 def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None) -> tuple[float, float]:
-    """FLOP of the blocks' linear layers and of their attention in a forward, whose arguments are WanDiT's."""
+    """FLOP of the blocks' linear layers and of their attention in a forward, whose arguments are WanDiT's.
+
+    Left out: what is done once a text, a frame or a forward.
+    """
     window, start, blocks = cache.window if cache else window, cache.frames if cache else 0, blocks or [x.shape[2]]
     ends = itertools.accumulate(blocks, initial=start)
     next(ends)
@@ -45,8 +48,6 @@ def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=N
     sequences, per_frame = len(x) * (1 if clean is None else 2), cfg.tokens_per_frame(*x.shape[3:])
     tokens = sequences * x.shape[2] * per_frame
     linear = 2 * tokens * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
-    if torch.is_grad_enabled() or not cache:  # else the text's keys and values are kept
-        linear += 4 * len(x) * cfg.text_len * cfg.dim**2
     attention = 4 * cfg.dim * (sequences * pairs * per_frame**2 + tokens * cfg.text_len)
     return cfg.num_layers * linear, cfg.num_layers * attention
 
