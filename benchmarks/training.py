@@ -63,7 +63,7 @@ class Measured(Run):
 
     def expected(self, *networks):
         budget = super().expected(*networks)
-        budget["host"].pop("masters while saving") if "host" in budget else None  # nothing is saved here
+        budget.get("host", {}).pop("masters while saving", None)  # nothing is saved here
         return budget
 
     def _count(self, model, args, options):
