@@ -1,8 +1,8 @@
 """The tiny world: clips of one coloured shape that moves over a torus, their captions, and a scorer on pixels.
 
 A clip is [3, T, 64, 64] in [-1, 1]: mid-grey background, one shape of one colour, 1 pixel a frame in one of four
-directions, leaving on one side and entering on the other. Its period, 64 frames, exceeds the 33 frames of a training
-clip, and it can go on for ever. Everything is a plain function of its arguments.
+directions along the middle row or column, leaving on one side and entering on the other. Its period, 64 frames, exceeds
+the 21 frames of a training clip, and it can go on for ever. Everything is a plain function of its arguments.
 """
 
 import math
@@ -15,7 +15,6 @@ from torch import Tensor
 SIZE = 64  # pixels, height and width
 SPEED = 1.0  # pixels a frame
 PHASE = 4  # shapes start at multiples of it
-LANES = (16, 48)  # rows (or columns) along which the middle of a shape moves
 EVERY = 4  # the scorer looks for the shape in every 4th frame: the last of each latent
 COLOURS = {
     "red": (0.9, -0.6, -0.5),
@@ -68,8 +67,7 @@ def draw(labels: list[Label], frames: int, seed: int = 0) -> Tensor:
     for clip, label in zip(clips, labels, strict=True):
         step = DIRECTIONS[label.direction]
         phase = PHASE * int(torch.randint(SIZE // PHASE, (), generator=g))
-        lane = LANES[torch.randint(len(LANES), (), generator=g)]
-        start = [phase if moving else lane for moving in step]  # where the middle of the shape is
+        start = [phase if moving else SIZE // 2 for moving in step]  # where the middle of the shape is
         colour = torch.tensor(COLOURS[label.colour])[:, None, None]
         for t in range(frames):
             places = [a - SIZE // 2 + SPEED * t * b for a, b in zip(start, step, strict=True)]
