@@ -77,7 +77,7 @@ def draw(labels: list[Label], frames: int, seed: int = 0) -> Tensor:
     return clips
 
 
-def codec_basis(scale: float = 0.5, temporal_scale: float = 3.0) -> tuple[Tensor, Tensor]:
+def codec_basis(scale: float = 0.5, temporal_scale: float = 4.0) -> tuple[Tensor, Tensor]:
     """The codec in the VAE's place, as a `LinearCodec`'s basis and its dual, [16, 1, 4, 16, 16] each.
 
     A patch of 4 frames x 16 x 16 pixels of one colour is its 16 lowest 3-D DCT coefficients (time + row + column
