@@ -24,10 +24,10 @@ def test_demo_and_sampling_from_its_export(tmp_path):
 
     clip = tmp_path / "clip.mp4"
     options = ["--release", out / "release", "--weights", out / "dmd" / "dmd.safetensors", "--size", "64x64"]
-    options += ["--prompt", "a red ring moves left", "--frames", "69", "--window", "6", "--sheet", "--out", clip]
+    options += ["--prompt", "a red ring moves left", "--frames", "105", "--window", "9", "--sheet", "--out", clip]
     done = subprocess.run([sys.executable, ROOT / "sample.py", *options], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(clip.with_suffix(".json").read_text())["frames_written"] == 69
+    assert json.loads(clip.with_suffix(".json").read_text())["frames_written"] == 105
 
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode != 0

@@ -1,10 +1,10 @@
 """The whole method on two CPU cores, measured: teacher -> ar -> ode -> dmd, each stage sampled and scored.
 
-    make demo            # about 10 minutes; ends with a table, out/demo/sheet.png and curves
+    make demo            # about 12 minutes; ends with a table, out/demo/sheet.png and curves
 
 Afterwards the model is an ordinary release plus export:
     .venv/bin/python sample.py --release out/demo/release --weights out/demo/dmd/dmd.safetensors \\
-        --prompt "a red ring moves left" --size 64x64 --frames 69 --window 6 --sheet
+        --prompt "a red ring moves left" --size 64x64 --frames 105 --window 9 --sheet
 """
 
 import argparse
@@ -35,7 +35,7 @@ from wan5b.vae22 import LinearCodec
 from wan5b.weights import load_dit, load_vae, save_dit
 
 HERE = Path(__file__).parent
-TRAINED, LONG, BLOCK = 6, 18, 3  # latent frames of a training clip, of a sampled one, of a block
+TRAINED, LONG, BLOCK = 9, 27, 3  # latent frames of a training clip, of a sampled one, of a block
 EULER = [shift_sigma(1 - i / 12) for i in range(12)] + [0.0]  # the many-step samplers': 12 steps
 COLUMNS = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
 SAMPLED = {  # stage -> (mode, levels) it is sampled with

@@ -2,7 +2,7 @@
 
 A clip is [3, T, 64, 64] in [-1, 1]: mid-grey background, one shape of one colour, 1 pixel a frame in one of four
 directions along the middle row or column, leaving on one side and entering on the other. Its period, 64 frames, exceeds
-the 21 frames of a training clip, and it can go on for ever. Everything is a plain function of its arguments.
+the 33 frames of a training clip, and it can go on for ever. Everything is a plain function of its arguments.
 """
 
 import math
