@@ -30,8 +30,7 @@ from sample import generate, write
 from wan5b import fsdp
 from wan5b.data import rng
 from wan5b.dit import PRESETS
-from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
-from wan5b.kvcache import block_sizes
+from wan5b.flow import FEW_STEPS, sampling_sigmas
 from wan5b.media import script
 from wan5b.stages import GIB, Run
 from wan5b.t5 import NEGATIVE_PROMPT
@@ -121,8 +120,7 @@ def parse(arguments: list[str]) -> Config:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
     kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    unknown = values.keys() - kinds.keys()
-    if unknown:
+    if unknown := values.keys() - kinds.keys():
         raise ValueError(f"unknown keys {sorted(unknown)}; known: {list(kinds)}")
     for name, value in values.items():
         kind, *many = typing.get_args(kinds[name]) or (kinds[name],)
@@ -142,12 +140,9 @@ def check(cfg: Config, world: fsdp.World) -> None:
             raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
     if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
         raise ValueError("first = 1 and context = 'data' take frames from real clips: name latents")
-    block_sizes(cfg.frames, cfg.block, cfg.first)
     if cfg.window and cfg.window < cfg.block:
         raise ValueError(f"a block of {cfg.block} frames does not fit in a window of {cfg.window}")
-    few_step_sigmas(cfg.levels, cfg.shift)
-    if len(world.share(cfg.batch)) % cfg.micro_batch:
-        part = len(world.share(cfg.batch))
+    if (part := len(world.share(cfg.batch))) % cfg.micro_batch:
         raise ValueError(f"batch {cfg.batch} is {part} a process, not a multiple of micro_batch {cfg.micro_batch}")
 
 
@@ -160,9 +155,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else process
 
 
 def facts(cfg: Config, step: int) -> dict:
@@ -190,14 +184,15 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
     sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
-    guidance, window = cfg.sample_guidance, cfg.window or None
-    options = argparse.Namespace(mode=mode, guidance=guidance, solver="euler", window=window, sink=0)
+    args = argparse.Namespace(
+        mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0
+    )
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             noise = torch.randn((1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i))
             first = run.clips([i % len(run.store)])[:, :, : cfg.first] if cfg.first else None
             context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
-            pieces = list(generate(options, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed))
+            pieces = list(generate(args, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed))
             if run.world.rank == 0:
                 write(vae, pieces, folder / f"step-{step:07d}-{i}.mp4")
 
@@ -208,8 +203,7 @@ def check_unchanged(cfg: Config, checkpoint: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
     free = {"out", "steps", "device", "micro_batch", "shard", "checkpointing", "offload", "save_every", "keep"}
     free |= {"vae", "sample_every", "sample_prompts", "sample_guidance"}
-    changed = [key for key, value in now.items() if saved.get(key) != value and key not in free]
-    if changed:
+    if changed := [key for key, value in now.items() if saved.get(key) != value and key not in free]:
         raise ValueError(f"{checkpoint} was made with another {', '.join(changed)}; choose another out")
 
 
@@ -219,8 +213,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
     final = out / f"{cfg.stage}.safetensors"
     if final.exists():
         raise ValueError(f"{final} exists, so this run is finished; choose another out")
-    saved = fsdp.checkpoints(out)
-    if saved:
+    if saved := fsdp.checkpoints(out):
         check_unchanged(cfg, saved[-1])
     run = Run(cfg, world)
     start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
@@ -240,19 +233,17 @@ def main(cfg: Config, world: fsdp.World) -> None:
     for step in bar:
         began, flop = time.perf_counter(), run.flop
         values = run.iteration(step)
-        names = sorted(values)
-        mine = torch.stack([values[name].float() for name in names])
-        metrics = dict(zip(names, world.mean(mine).tolist(), strict=True))
+        metrics = world.mean(values)
         if not all(map(math.isfinite, metrics.values())):
-            here = [name for name in names if not values[name].isfinite()]  # norms are the same on all ranks
+            here = [name for name in values if not values[name].isfinite()]  # norms are the same on all ranks
             where = f"step {step}, rank {world.rank}: not finite here: {', '.join(here) or 'nothing'}"
             last = (fsdp.checkpoints(out) or ["none"])[-1]
             raise FloatingPointError(f"{where}; means over ranks: {metrics}; last checkpoint: {last}")
 
         seconds, done = time.perf_counter() - began, step + 1
         metrics |= {"step": step, "seconds": seconds, "gib": memory_gib(world.device)}
-        metrics["tokens_per_second"] = tokens / seconds  # one global batch, whatever its phases
-        metrics["mfu"] = (run.flop - flop) / seconds / ceiling  # recomputation is work
+        # of one global batch, whatever its phases; recomputation is work
+        metrics |= {"tokens_per_second": tokens / seconds, "mfu": (run.flop - flop) / seconds / ceiling}
         if leading:
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")

@@ -20,7 +20,7 @@ from release import DIT, make_release, write_dit
 
 import prepare
 import sample
-from wan5b.data import Store, TextStore, read_clip, rng, write_shard
+from wan5b.data import Store, TextStore, read_clips, rng, write_shard
 from wan5b.distill import guided, rollout
 from wan5b.flow import few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache
@@ -127,7 +127,7 @@ def test_latents(release, tmp_path, capsys):
     assert store.facts == facts
     assert store.shapes == {"latent": (48, 3, 2, 4)}
     vae = load_vae(release)
-    for item, frames in zip(store, [read_clip(clips / "fast.mp4", 9, 24), images], strict=True):
+    for item, frames in zip(store, [next(read_clips(clips / "fast.mp4", 9, 24)), images], strict=True):
         assert torch.equal(item["latent"], vae.encode(fit(frames, 32, 64)[None])[0])
 
     lines = [{"video": "clips/still", "caption": "stands "}, {"video": str(clips / "fast.mp4"), "caption": "红"}]

@@ -6,6 +6,7 @@ same in all shards of a store (sizes, levels, guidance, ...); made_from, by whic
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -86,26 +87,29 @@ class Store:
         return {name: file.get_slice(name)[row : row + 1][0].clone() for name in self.shapes}
 
 
-class TextStore:
+class TextStore(Store):
     """text[prompt] -> the embedding [L, D] of its L tokens, as stored (bfloat16). Errors as `Store`'s.
 
     prompts: all that it holds. facts: among them negative, the negative prompt, which it holds as well as "".
     """
 
     def __init__(self, folder: str | Path):
-        store = Store(folder)
-        if store.shapes.keys() != {"rows", "lengths"}:
-            raise ValueError(f"{folder} holds {', '.join(store.shapes)} and no text embeddings")
-        self.folder, self.facts, self.prompts = store.folder, store.facts, store.prompts
-        ends = [(file, file.get_tensor("lengths").cumsum(0).tolist()) for file in store.files]
+        super().__init__(folder)
+        if self.shapes.keys() != {"rows", "lengths"}:
+            raise ValueError(f"{folder} holds {', '.join(self.shapes)} and no text embeddings")
+        ends = [(file, file.get_tensor("lengths").cumsum(0).tolist()) for file in self.files]
         places = [(file, *span) for file, end in ends for span in zip([0, *end], end, strict=False)]
-        self.places = dict(zip(store.prompts, places, strict=True))  # prompt -> its file, first row, end
+        self.places = dict(zip(self.prompts, places, strict=True))  # prompt -> its file, first row, end
 
-    def check(self, prompts: list[str]) -> None:
-        """ValueError, with the way out, unless all prompts are there."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]
-        if missing:
+    def check(self, prompts: list[str], width: int | None = None, length: float = math.inf) -> None:
+        """ValueError, with the way out, unless all prompts are there, D is width (None: any) and no L above length."""
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]:
             raise ValueError(f"{self.folder} lacks {len(missing)} prompts ({missing[0][:40]!r}); see prepare.py text")
+        (own,), spans = self.shapes["rows"], [self.places[prompt][1:] for prompt in prompts]
+        longest = max((end - start for start, end in spans), default=0)
+        if own != (width or own) or longest > length:
+            given = f"{self.folder} holds embeddings of width {own} and up to {longest} tokens"
+            raise ValueError(f"{given}, the network takes {width or own, length}: shorten, or use its own text encoder")
 
     def __getitem__(self, prompt: str) -> Tensor:
         self.check([prompt])
@@ -114,9 +118,8 @@ class TextStore:
 
     def batch(self, prompts: list[str], length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[len(prompts), length, D], zero behind each prompt. ValueError if one is missing or longer than length."""
+        self.check(prompts, length=length)
         rows = [self[prompt] for prompt in prompts]
-        if (longest := max(map(len, rows))) > length:
-            raise ValueError(f"the model takes {length} tokens, {self.folder} holds prompts of {longest}: shorten them")
         return torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows]).to(dtype)
 
 
@@ -156,11 +159,6 @@ def read_clips(path: str | Path, frames: int, fps: float) -> Iterator[np.ndarray
                 yield np.stack(clip)
     if k < frames:
         raise ValueError(f"{path} has {k} frames at {fps:g} fps, fewer than {frames}")
-
-
-def read_clip(path: str | Path, frames: int, fps: float) -> np.ndarray:
-    """The first of `read_clips`: uint8 [frames, H, W, 3]."""
-    return next(read_clips(path, frames, fps))
 
 
 # --------------------------------------------------------------------------------------------- order and chance

@@ -13,8 +13,9 @@ import shutil
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,9 +44,8 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-        self.mesh = self.host_mesh = self.shard_group = None
-        self.shards = 1
-        self.stopping = False
+        self.mesh = self.host_mesh = None
+        self.shards, self.stopping = 1, False
         if self.size > 1:
             self.shards = shard = shard or self.local_size
             if self.size % shard:
@@ -57,7 +57,6 @@ class World:
             # a DTensor lies on its mesh's device
             meshes = [init_device_mesh(kind, shape, mesh_dim_names=axes) for kind in (device, "cpu")]
             self.mesh, self.host_mesh = (mesh["shard"] if shard == self.size else mesh for mesh in meshes)
-            self.shard_group = self.mesh.get_group("shard")
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
 
     def free(self) -> dict[str, float]:
@@ -97,16 +96,16 @@ class World:
         part = count // self.size
         return range(self.rank * part, (self.rank + 1) * part)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Mean over processes."""
-        values = values.detach().to(self.device, torch.float32, copy=True)
+    def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Means of scalars over processes, which must name them in the same order."""
+        mine = torch.stack([value.detach().to(self.device, torch.float32) for value in values.values()])
         if self.mesh is not None:
-            dist.all_reduce(values)
-        return values / self.size
+            dist.all_reduce(mine)
+        return dict(zip(values, (mine / self.size).tolist(), strict=True))
 
     def stop_requested(self) -> bool:
         """Whether any process has got SIGTERM: the same answer everywhere."""
-        return bool(self.mean(torch.tensor(float(self.stopping))) > 0)
+        return self.mean({"stopping": torch.tensor(float(self.stopping))})["stopping"] > 0
 
     def barrier(self) -> None:
         if self.mesh is not None:
@@ -114,13 +113,8 @@ class World:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a (possibly sharded) tensor that this process holds; shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, gathered: every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The part of a (possibly sharded) tensor that this process holds; shares its memory, carries no grad."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def part_for(parameter: Tensor, full: Tensor) -> Tensor:
@@ -157,9 +151,8 @@ def placed(dtype: torch.dtype, beta1: float, ema: bool, offload: bool, device: t
     The average is touched by the optimizer's step alone, so it never takes the memory of a GPU.
     """
     kept = {"second": True, "first": beta1 > 0, "ema": ema, "low": dtype != torch.float32}
-    groups = [group for group in GROUPS if kept[group]]
-    hosted = [group for group in groups if offload or (group == "ema" and device.type == "cuda")]
-    return [group for group in groups if group not in hosted], hosted
+    hosted = {group: offload or (group == "ema" and device.type == "cuda") for group in GROUPS if kept[group]}
+    return [group for group in hosted if not hosted[group]], [group for group in hosted if hosted[group]]
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:
@@ -193,7 +186,7 @@ class AdamW:
     """
 
     def __init__(
-        self, model: nn.Module, world: World, initial: Mapping, lr, betas, weight_decay, offload=False, ema=False
+        self, model: nn.Module, world: World, initial: dict, lr, betas, weight_decay, offload=False, ema=False
     ):
         self.world, self.lr, self.betas, self.weight_decay = world, lr, betas, weight_decay
         self.steps, self.eps = 0, 1e-8
@@ -207,38 +200,30 @@ class AdamW:
         self.segments = dict(zip(self.parameters, self.host.split(sizes), strict=True))
         self.held: dict[str, dict[str, Tensor]] = {}  # name -> group -> state, where it is kept
         for name, parameter in self.parameters.items():
-            mine = local(parameter.detach())
+            mine = local(parameter)
             held = {group: torch.zeros_like(mine, dtype=GROUPS[group]) for group in resident}
             self.held[name] = held | carve(self.segments[name], mine.shape, self.hosted)
             if mine.dtype != torch.float32:  # from the source, not from the rounded parameter
                 self._set_master(name, part_for(parameter, initial[name]))
             if ema:
                 self.held[name]["ema"].copy_(self.master(name))
-            parameter.register_post_accumulate_grad_hook(self._take(name))
+            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
 
-    def _take(self, name: str) -> Callable:
-        def hook(parameter: Tensor) -> None:
-            grad = local(parameter.grad).float()
-            self.grads[name] = self.grads[name].add_(grad) if name in self.grads else grad
-            parameter.grad = None
-
-        return hook
+    def _take(self, name: str, parameter: Tensor) -> None:
+        """After a backward: its gradient, added up."""
+        grad = local(parameter.grad).float()
+        self.grads[name] = self.grads[name].add_(grad) if name in self.grads else grad
+        parameter.grad = None
 
     def _set_master(self, name: str, value: Tensor) -> None:
         """Of a bfloat16 parameter, which follows."""
-        mine = local(self.parameters[name].detach())
-        low = torch.empty_like(mine, dtype=torch.int16)
-        split(value.to(mine.device, torch.float32), mine, low)
-        self.held[name]["low"].copy_(low)
+        mine = local(self.parameters[name])
+        split(value.to(mine.device, torch.float32), mine, self.held[name]["low"])
 
     def master(self, name: str) -> Tensor:
         """This process's part of a float32 master, on the device: the parameter itself or a new tensor."""
-        mine, held = local(self.parameters[name].detach()), self.held[name]
+        mine, held = local(self.parameters[name]), self.held[name]
         return join(mine, held["low"].to(mine.device)) if "low" in held else mine
-
-    def missing(self) -> list[str]:
-        """Parameters that no backward has reached since the last step."""
-        return [name for name in self.parameters if name not in self.grads]
 
     def _streamed(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every parameter's name and state in turn, on the device, to be changed in place.
@@ -272,9 +257,11 @@ class AdamW:
 
         The average, if kept, moves with ema_decay (0: a copy). A norm that is not finite updates nothing.
         """
+        unreached = [name for name in self.parameters if name not in self.grads]
+        assert not unreached, f"no gradient reaches {unreached[:3]} and {len(unreached)} parameters in all"
         norm = torch.stack([grad.square().sum() for grad in self.grads.values()]).sum()
-        if self.world.shard_group is not None:
-            dist.all_reduce(norm, group=self.world.shard_group)
+        if self.world.mesh is not None:
+            dist.all_reduce(norm, group=self.world.mesh.get_group("shard"))
         norm = norm.sqrt() * scale
         if not norm.isfinite():
             self.grads.clear()
@@ -284,13 +271,12 @@ class AdamW:
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
         for name, held in self._streamed():
-            mine, grad, second = local(self.parameters[name].detach()), self.grads.pop(name).mul_(scale), held["second"]
+            mine, grad, second = local(self.parameters[name]), self.grads.pop(name).mul_(scale), held["second"]
             master = join(mine, held["low"]) if "low" in held else mine
             second.lerp_(grad.square(), 1 - beta2)
             direction = held["first"].lerp_(grad, 1 - beta1) if beta1 else grad
             master.mul_(1 - self.lr * self.weight_decay)
-            denominator = (second / correction2).sqrt_().add_(self.eps)
-            master.addcdiv_(direction, denominator, value=-self.lr / correction1)
+            master.addcdiv_(direction, (second / correction2).sqrt_().add_(self.eps), value=-self.lr / correction1)
             if "low" in held:
                 split(master, mine, held["low"])
             if "ema" in held:
@@ -301,13 +287,12 @@ class AdamW:
     @torch.no_grad()
     def averaged(self) -> Iterator[None]:
         """The model with the moving average in place of its weights, if one is kept."""
-        averages = {name: held["ema"] for name, held in self.held.items() if "ema" in held}
-        weights = {name: local(self.parameters[name].detach()).clone() for name in averages}
-        for name, value in averages.items():
-            local(self.parameters[name].detach()).copy_(value)
+        weights = {name: local(self.parameters[name]).clone() for name, held in self.held.items() if "ema" in held}
+        for name in weights:
+            local(self.parameters[name]).copy_(self.held[name]["ema"])
         yield
         for name, value in weights.items():
-            local(self.parameters[name].detach()).copy_(value)
+            local(self.parameters[name]).copy_(value)
 
     def _sharded(self, name: str, value: Tensor) -> Tensor:
         """A local shard as what it is a part of: a DTensor if the parameter is sharded."""
@@ -321,7 +306,8 @@ class AdamW:
     def result(self, name: str) -> Tensor:
         """A float32 weight, whole: its average, if kept, else its master. For every process to call, after `state`."""
         held = self.held[name]
-        return whole(self._sharded(name, held["ema"] if "ema" in held else self.master(name)))
+        value = self._sharded(name, held["ema"] if "ema" in held else self.master(name))
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
     def state(self) -> dict[str, Tensor]:
         """Everything to be saved, by name. The tensors share memory with the optimizer's, but for masters of bfloat16
@@ -331,8 +317,7 @@ class AdamW:
         torch.get_device_module(self.world.device).synchronize()  # the host reads what `step` copied
         state = {}
         for name, held in self.held.items():
-            master = self.master(name)
-            held = held | {"master": master.cpu() if "low" in held else master}
+            held = held | {"master": self.master(name).to("cpu" if "low" in held else self.world.device)}
             state |= {f"{group}.{name}": self._sharded(name, held[group]) for group in held if group != "low"}
         return state
 
@@ -352,7 +337,7 @@ def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, 
     """
     path = folder / f"step-{facts['step']:07d}"
     partial = path.with_suffix(".partial")
-    state = {f"{who}.{k}": v for who, optimizer in optimizers.items() for k, v in optimizer.state().items()}
+    state = {who: optimizer.state() for who, optimizer in optimizers.items()}  # flattened to who.group.name
     if world.rank == 0:
         for unfinished in folder.glob("step-*.partial"):
             shutil.rmtree(unfinished)
@@ -361,8 +346,6 @@ def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, 
     if world.rank == 0:
         steps = {who: optimizer.steps for who, optimizer in optimizers.items()}
         (partial / "facts.json").write_text(json.dumps(facts | {"optimizer_steps": steps}, indent=2))
-        if path.exists():
-            shutil.rmtree(path)
         os.replace(partial, path)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -378,9 +361,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def load(world: World, path: Path, optimizers: dict[str, AdamW]) -> dict:
     """Read a checkpoint into the optimizers and their models, resharding as needed; returns its facts."""
     facts = json.loads((path / "facts.json").read_text())
-    states = {who: optimizer.state() for who, optimizer in optimizers.items()}
-    state = {f"{who}.{k}": v for who, values in states.items() for k, v in values.items()}
+    state = {who: optimizer.state() for who, optimizer in optimizers.items()}
     dcp.load(state, checkpoint_id=path, no_dist=world.mesh is None)
     for who, optimizer in optimizers.items():
-        optimizer.loaded(states[who], facts["optimizer_steps"][who])
+        optimizer.loaded(state[who], facts["optimizer_steps"][who])
     return facts

@@ -22,18 +22,20 @@ from wan5b.weights import fill, open_dit
 GIB = 2**30
 
 
-def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool, graphs: int = 1) -> int:
+def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool, graphs=1, late: float = 0) -> float:
     """Bytes held at the peak of a backward through `graphs` forwards of so many tokens.
 
     What a block keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
     the query and key norms, of both attentions, and their outputs), 7 D in float32 (three normed inputs, two outputs
     of norms, two gated branches) and twice the hidden layer. With checkpointing only the inputs of all blocks and one
     block's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32, and
-    what the heads of further graphs keep, 3 D in float32.
+    what the heads of further graphs keep, 3 D in float32. late: bytes of weight gradients, counted elsewhere, that come
+    only as what the blocks keep goes, so that the larger of the two makes the peak.
     """
     block = 12 * cfg.dim * itemsize + 7 * cfg.dim * 4 + 2 * cfg.ffn_dim * itemsize
-    kept = cfg.num_layers * graphs * (cfg.dim * itemsize if checkpointing else block) + block * checkpointing
-    return tokens * (kept + cfg.ffn_dim * itemsize + 2 * cfg.dim * 4 + (graphs - 1) * 3 * cfg.dim * 4)
+    kept = cfg.num_layers * graphs * cfg.dim * itemsize if checkpointing else (cfg.num_layers * graphs - 1) * block
+    rest = block + cfg.ffn_dim * itemsize + 2 * cfg.dim * 4 + (graphs - 1) * 3 * cfg.dim * 4
+    return tokens * rest + max(tokens * kept - late, 0)
 
 
 def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None) -> tuple[float, float]:
@@ -42,8 +44,7 @@ def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=N
     Left out: what is done once a text, a frame or a forward.
     """
     window, start, blocks = cache.window if cache else window, cache.frames if cache else 0, blocks or [x.shape[2]]
-    ends = itertools.accumulate(blocks, initial=start)
-    next(ends)
+    ends = (start + end for end in itertools.accumulate(blocks))
     pairs = sum(size * min(end, window or end) for size, end in zip(blocks, ends, strict=True))  # of frames
     sequences, per_frame = len(x) * (1 if clean is None else 2), cfg.tokens_per_frame(*x.shape[3:])
     tokens = sequences * x.shape[2] * per_frame
@@ -107,29 +108,23 @@ class Run:
             raise ValueError(f"weights and teacher take different texts (width, length): {takes} and {other}")
         if not self.prompts:
             raise ValueError(f"{self.store.folder if self.store else cfg.text} holds nothing to train on")
-        needed = [*self.prompts, *cfg.sample_prompts] + [cfg.negative] * (cfg.stage != "ode")
-        self.text.check(needed)
-        longest = max(end - start for _, start, end in map(self.text.places.get, needed))
-        width = self.text[needed[0]].shape[1]
-        if width != model.text_dim or longest > model.text_len:
-            given = f"{cfg.text} holds embeddings of width {width} and up to {longest} tokens"
-            raise ValueError(f"{given}, the network takes {takes}: make them with its own text encoder")
+        self.text.check([*self.prompts, *cfg.sample_prompts] + [cfg.negative] * (cfg.stage != "ode"), *takes)
         name, shape = ("x", (len(self.sigmas), *shape)) if cfg.stage == "ode" else ("latent", shape)
         if self.store and self.store.shapes.get(name) != shape:
             given = f"{self.store.folder} holds {self.store.shapes}, this run needs {name} {shape}"
             raise ValueError(f"{given}, (levels,) channels, frames, height, width: change these, or make it again")
         levels = self.store.facts["sigmas"] if cfg.stage == "ode" else self.sigmas
         if any(abs(a - b) > 1e-3 for a, b in zip(levels, self.sigmas, strict=True)):
-            given = f"{self.store.folder} has levels {levels}, this run {self.sigmas}"
-            raise ValueError(f"{given}: change levels and shift, or make it again")
+            raise ValueError(f"{self.store.folder} has levels {levels}, not {self.sigmas}: change levels and shift")
 
     def expected(self, model: DiTConfig, scores: DiTConfig) -> dict[str, dict[str, float]]:
         """Bytes that this process comes to hold, part by part, on the "device" (of a CPU: all) and on the "host".
 
         Gradients are float32 and of one network at a time. Activations are those of the longest forward with grad, over
         a whole sequence (a rollout is replayed one block of frames at a time, which is less): twice the tokens with
-        a clean half, and for SiD the critic and both teacher forwards in one graph. Of sharded networks, two blocks
-        are gathered then, with the gradients of one; a rollout gathers all blocks, but keeps no activations.
+        a clean half, and for SiD the critic and both teacher forwards in one graph. With one micro-batch a phase,
+        gradients come as activations go. Of sharded networks, two blocks are gathered then, with the gradients of one;
+        a rollout gathers all blocks, but keeps no activations.
         """
         cfg, size, shards = self.cfg, self.dtype.itemsize, self.world.shards
         with torch.device("meta"):
@@ -143,9 +138,9 @@ class Run:
         tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
         doubled = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher"
         graphs = 2 + (cfg.guidance != 0) if cfg.stage == "sid" else 1
-        device["activations"] = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs)
-        if self.distilling:
-            device["KV cache"] = 2 * model.num_layers * tokens * model.dim * size
+        late = device["gradients"] * (len(self.world.share(cfg.batch)) == cfg.micro_batch)
+        device["activations"] = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs, late)
+        device["KV cache"] = 2 * model.num_layers * tokens * model.dim * size * self.distilling
         if shards > 1:
             block, rollout = (3 * size + 4) * max(n, m) * shards / model.num_layers, n * shards * size * self.distilling
             device["activations"] = max(device["activations"] + block, rollout)
@@ -168,8 +163,7 @@ class Run:
 
     def network(self, model_cfg: DiTConfig, tensors: dict[str, Tensor]) -> tuple[WanDiT, dict[str, Tensor]]:
         """A sharded network in the compute dtype, and the tensors it was filled from (if none, random ones)."""
-        if not tensors:
-            tensors = WanDiT(model_cfg).init_weights(rng("cpu", self.cfg.seed, "init")).state_dict()
+        tensors = tensors or WanDiT(model_cfg).init_weights(rng("cpu", self.cfg.seed, "init")).state_dict()
         with torch.device("meta"):
             model = WanDiT(model_cfg).to(self.dtype)
         model = self.world.shard(model)
@@ -211,11 +205,11 @@ class Run:
     def shape(self, frames: int) -> tuple[int, ...]:
         return (self.generator.cfg.in_dim, frames, self.cfg.height, self.cfg.width)
 
-    def per_frame(self, per_block: Tensor) -> Tensor:
-        """Levels [B, blocks] (or [B, 1] for all) -> [B, T], 0 at a clean first frame."""
+    def per_frame(self, per_block: Tensor, clean: float = 0) -> Tensor:
+        """Levels (or their indices) [B, blocks] (or [B, 1] for all) -> [B, T], `clean` at a clean first frame."""
         sizes = torch.tensor(self.layout, device=self.device)
         level = per_block.expand(-1, len(sizes)).repeat_interleave(sizes, 1)
-        level[:, : self.cfg.first] = 0
+        level[:, : self.cfg.first] = clean
         return level
 
     def data_phase(self, step: int) -> dict[str, Tensor]:
@@ -249,8 +243,7 @@ class Run:
         cfg, sigmas = self.cfg, torch.tensor(self.store.facts["sigmas"], device=self.device)
         x = torch.stack([self.store[i]["x"] for i in items]).to(self.device, torch.float32)
         chosen = (draws.uniform(len(self.layout)) * (len(sigmas) - (cfg.forcing == "teacher"))).long()
-        index = chosen.repeat_interleave(torch.tensor(self.layout, device=self.device), 1)  # [B, T]
-        index[:, : cfg.first] = len(sigmas) - 1
+        index = self.per_frame(chosen, clean=len(sigmas) - 1)
         end = x[:, -1]
         noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
         options = {"clean": end} if cfg.forcing == "teacher" else {}
@@ -265,14 +258,13 @@ class Run:
 
         With context = "data", the paper's baseline, one block is generated, behind the real frames of a clip.
         """
-        cfg, trace, blocks, given, first = self.cfg, [], self.blocks, self.cfg.first, None
+        cfg, trace, blocks, given = self.cfg, [], self.blocks, self.cfg.first
         chance = rng("cpu", cfg.seed, phase, step, "exit")  # the same on all processes
         exit_step = int(torch.randint(len(self.sigmas) - 1, (), generator=chance))
         if cfg.context == "data":
             chosen = int(torch.randint(len(blocks), (), generator=chance))
             given, blocks = given + sum(blocks[:chosen]), blocks[chosen : chosen + 1]
-        if given:
-            first = self.clips(items)[:, :, :given]
+        first = self.clips(items)[:, :, :given] if given else None
         self.cache.reset()
         noise, sources = draws.normal(*self.shape(sum(blocks))), (self.sigmas, blocks, self.cache)
         options = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:]), "trace": trace}
@@ -337,11 +329,8 @@ class Run:
     def update(self, who: str, step: int) -> Tensor:
         """The optimizer's step, after all micro-batches; returns the gradient norm."""
         cfg, optimizer = self.cfg, self.optimizers[who]
-        if step == 0:
-            unreached = optimizer.missing()
-            assert not unreached, f"no gradient reaches {unreached[:3]} and {len(unreached)} parameters in all"
-        base = cfg.lr if who == "generator" else cfg.critic_lr
         decay = 0.5 * (1 + math.cos(math.pi * step / cfg.steps)) if cfg.decay else 1.0
+        base = cfg.lr if who == "generator" else cfg.critic_lr
         optimizer.lr = base * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
         micro_batches = len(self.world.share(cfg.batch)) // cfg.micro_batch
         return optimizer.step(1 / micro_batches, cfg.clip, cfg.ema if step >= cfg.ema_start else 0.0)
