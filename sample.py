@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--release", help="folder of Wan2.2-TI2V-5B: DiT, VAE, text encoder")
-    add("--weights", help="the DiT to use in place of the release's: an export or a training checkpoint")
+    add("--weights", help="the DiT to use in place of the release's: an export, or a checkpoint (runs/x/step-0000100)")
     add("--random-weights", action="store_true", help="random networks and text embeddings, for measurements")
     add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"], help="of random weights")
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="one clip for each (and for each seed)")

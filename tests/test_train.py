@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from common import rel
 from release import VAE, random_weights
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import plot
@@ -28,7 +30,7 @@ from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.flow import ar_loss_weight, few_step_sigmas
 from wan5b.vae22 import VAE22
-from wan5b.weights import save_dit
+from wan5b.weights import load_dit, open_dit, read_metadata, save_dit
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("teacher", "ar", "ode", "dmd", "sid")
@@ -138,6 +140,88 @@ def apart(a: dict, b: dict, lr=1e-4) -> float:
     assert a.keys() == b.keys()
     squares = sum((a[key] - b[key]).double().square().sum() for key in a)
     return (squares / sum(value.numel() for value in a.values())).sqrt().item() / lr
+
+
+# -------------------------------------------------------------------------------- a checkpoint in the place of weights
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """Run folders of dmd, with an average, and of ar, without; their last checkpoints name the networks' sizes."""
+    folder = tmp_path_factory.mktemp("trained")
+    for stage, ema in (("dmd", 0.5), ("ar", 0.0)):
+        finish(config(data, stage, folder / stage, steps=2, ema=ema))
+        (folder / stage / "step-0000002/config.json").write_text(json.dumps(dataclasses.asdict(DIT)))
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["dmd", "ar"])
+def test_a_checkpoint_is_read_like_its_export(trained, stage):
+    step, export = trained / stage / "step-0000002", trained / stage / f"{stage}.safetensors"
+    model = load_dit(step, channels=48)
+    assert model.cfg == load_dit(export).cfg == DIT
+    assert same(model.state_dict(), load_file(export))
+    assert same(
+        load_dit(str(step), dtype=torch.bfloat16).state_dict(), load_dit(export, "cpu", torch.bfloat16).state_dict()
+    )
+    assert read_metadata(step) == read_metadata(export)
+    assert read_metadata(step)["levels"] == [1000, 750, 500, 250]
+
+
+def test_other_networks_of_a_checkpoint(data, trained):
+    run = make_run(data, "dmd")
+    fsdp.load(run.world, trained / "dmd/step-0000002", run.optimizers)
+    _, tensors = open_dit(trained / "dmd/step-0000002", part="critic")
+    assert same(tensors, run.critic.state_dict())
+    with pytest.raises(ValueError, match=r"step-0000002 holds no teacher \(but .*critic"):
+        open_dit(trained / "dmd/step-0000002", part="teacher")
+
+
+def test_training_goes_on_from_a_checkpoint(data, trained, tmp_path):
+    def stage(out, source, teacher):
+        return finish(config(data, "dmd", tmp_path / out, weights=str(source), teacher=str(teacher), steps=1))
+
+    export = stage("a", trained / "dmd/dmd.safetensors", trained / "ar/ar.safetensors")
+    assert same(stage("b", trained / "dmd/step-0000002", trained / "ar/step-0000002"), export)
+
+
+@pytest.mark.usefixtures("fake_group")
+def test_every_process_reads_a_checkpoint_by_itself(trained):
+    """As the second of two, with collectives that do nothing."""
+    assert same(load_dit(trained / "dmd/step-0000002").state_dict(), load_file(trained / "dmd/dmd.safetensors"))
+
+
+@pytest.fixture
+def fake_group():
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("file", "keep", "says"),
+    [
+        ("facts.json", None, "facts.json: no such file"),
+        ("facts.json", 20, "not JSON"),
+        ("__0_0.distcp", None, "No such file"),
+        ("__0_0.distcp", 3000, "incomplete"),
+        ("__0_0.distcp", 0, "incomplete"),
+        (".metadata", 100, "incomplete"),
+        (".metadata", 0, "incomplete"),
+        (".metadata", None, "holds no weights"),
+    ],
+)
+def test_damaged_checkpoints(trained, tmp_path, file, keep, says):
+    step = tmp_path / "step-0000002"
+    shutil.copytree(trained / "dmd/step-0000002", step)
+    content = (step / file).read_bytes()
+    (step / file).unlink()
+    if keep is not None:
+        (step / file).write_bytes(content[:keep])
+    with pytest.raises(ValueError, match=says) as error:
+        load_dit(step)
+    assert str(step) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------- phases

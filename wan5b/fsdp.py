@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import warnings
@@ -356,6 +357,26 @@ def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+
+
+def read_weights(path: Path, network: str = "generator") -> dict[str, Tensor]:
+    """A network's average in a checkpoint, if kept, else its masters: float32, whole, for this process alone.
+
+    Needs no other process, and memory for all that it returns. torch opens the checkpoint's index as a pickle, so read
+    only what comes from people you trust. ValueError if the checkpoint is damaged or has no such network.
+    """
+    try:
+        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        group = "ema" if any(key.startswith(f"{network}.ema.") for key in entries) else "master"
+        prefix = f"{network}.{group}."
+        state = {key: torch.empty(entries[key].size) for key in entries if key.startswith(prefix)}
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    except (OSError, EOFError, AttributeError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        cause = "".join(str(error).splitlines()[-1:])  # the rest of a CheckpointException's is a traceback
+        raise ValueError(f"{path} is damaged or incomplete; take another checkpoint: {cause}") from error
+    if not state:
+        raise ValueError(f"{path} holds no {network} (but {', '.join({key.partition('.')[0] for key in entries})})")
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def load(world: World, path: Path, optimizers: dict[str, AdamW]) -> dict:

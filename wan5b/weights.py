@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wan5b import fsdp
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.media import first_line
 from wan5b.t5 import T5Config, T5Encoder
@@ -63,10 +64,10 @@ def _locate(path: Path, *patterns: str) -> Path:
     raise ValueError(f"{path} holds no weights ({', '.join(patterns)}); download them, in the original layout")
 
 
-def _read(path: Path) -> tuple[dict, dict[str, str]]:
-    """What a .json, a .safetensors or a file of torch.save holds, tensors mapped; the metadata of a safetensors."""
+def _read(path: Path) -> tuple[dict, dict]:
+    """What a .json, a .safetensors or a file of torch.save holds, tensors mapped; the metadata of an export."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, but the release has it; download it too")
+        raise ValueError(f"{path}: no such file, but it belongs there; download or copy it too")
     with path.open("rb") as f:
         if f.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
@@ -75,7 +76,8 @@ def _read(path: Path) -> tuple[dict, dict[str, str]]:
             return json.loads(path.read_text(encoding="utf-8")), {}
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
-                return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+                tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            return tensors, {key: json.loads(metadata[key]) for key in metadata if "config" in metadata}
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
     except pickle.UnpicklingError as e:
         way_out = "save a plain state dict with torch.save where it was made"
@@ -89,13 +91,17 @@ def _clean(key: str) -> str:
     return ".".join(word for word in key.split(".") if word not in WRAPPERS)
 
 
-def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """The file, upstream's key -> tensor mapped from it (nothing is read yet), and a safetensors file's metadata.
+def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path, dict[str, Tensor], dict]:
+    """The file, upstream's key -> tensor mapped from it (nothing is read yet), and what an export says of itself.
 
     path: a .safetensors file, an index of shards (.json) or a pickle, of which part names the entry to take (default:
-    generator_ema, else generator); or a folder that holds one, named by the first of the patterns that fits.
+    generator_ema, else generator); or a folder that holds one, named by the first of the patterns that fits; or a
+    checkpoint folder of train.py, of which part names the network. A checkpoint's shards can't be mapped: it is read.
     """
-    file = _locate(Path(path), *patterns)
+    file = _locate(Path(path), ".metadata", *patterns)
+    if file.name == ".metadata":
+        facts, _ = _read(file.with_name("facts.json"))
+        return file, fsdp.read_weights(file.parent, part or "generator"), facts
     tensors, metadata = _read(file)
     if file.suffix == ".json":  # each key from the shard that the index names; others are kept, to be found unexpected
         shard_of, tensors = tensors["weight_map"], {}
@@ -183,18 +189,20 @@ def _build(build: type[nn.Module], cfg, tensors: dict[str, Tensor], path: Path, 
 
 
 def open_dit(path: str | Path, *, channels: int = 0, part: str = "") -> tuple[DiTConfig, dict[str, Tensor]]:
-    """The sizes and mapped tensors of the DiT in a release folder, its index, a .safetensors file or a .pt checkpoint.
+    """The sizes and tensors of the DiT in a release folder, its index, a .safetensors file or a training checkpoint.
 
-    channels: the latent channels needed; 0: any. part: entry of a training checkpoint; default generator_ema, else
-    generator. Sizes come from the export's metadata or else a config.json beside the file, and from the tensors
-    themselves. ValueError for whatever is missing, damaged, of other sizes or in another layout.
+    A checkpoint is a .pt file or a folder of train.py's (out/step-0000100), which is read, in float32, where others are
+    mapped. channels: the latent channels needed; 0: any. part: of a .pt the entry (default generator_ema, else
+    generator), of a folder the network (default generator): its average, if kept, else its masters. Sizes come from
+    the metadata of an export, else a config.json beside the weights, and from the tensors themselves. ValueError for
+    whatever is missing, damaged, of other sizes or in another layout.
     """
     name = "diffusion_pytorch_model*.safetensors"
     file, tensors, metadata = open_tensors(path, f"{name}.index.json", name, part=part)
     if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
         raise ValueError(f"{file} has the diffusers layout, not supported yet; take the original Wan-AI/Wan2.2-TI2V-5B")
-    beside, named = file.with_name("config.json"), json.loads(metadata.get("config", "{}"))
-    cfg = dit_config(tensors, named or (_read(beside)[0] if beside.exists() else {}))
+    beside = file.with_name("config.json")
+    cfg = dit_config(tensors, metadata.get("config") or (_read(beside)[0] if beside.exists() else {}))
     _check_channels(file, cfg.in_dim, channels or cfg.in_dim)
     blank(WanDiT, cfg, tensors, file)
     return cfg, tensors
@@ -264,6 +272,7 @@ def save_dit(
 
 
 def read_metadata(path: str | Path) -> dict:
-    """What `save_dit` was given as metadata; empty for whatever it did not write."""
-    metadata = _read(Path(path))[1] if Path(path).suffix == ".safetensors" else {}
-    return {key: json.loads(value) for key, value in metadata.items() if "config" in metadata and key != "config"}
+    """What `save_dit` was given as metadata, or train.py's checkpoint says of itself; else empty."""
+    path, facts = Path(path), Path(path) / "facts.json"
+    known = _read(facts)[0] if facts.exists() else _read(path)[1] if path.suffix == ".safetensors" else {}
+    return {key: value for key, value in known.items() if key not in ("config", "optimizer_steps")}
