@@ -68,6 +68,11 @@ PRESETS = {
 # --------------------------------------------------------------------------------------------------------- RoPE
 
 
+def frequencies(n: int, device: torch.device) -> Tensor:
+    """The n geometric frequencies from 1 towards 1 / 10000, float64."""
+    return 10000.0 ** -(torch.arange(n, dtype=torch.float64, device=device) / n)
+
+
 @lru_cache(maxsize=32)
 def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
     """cos and sin of the rotation angles, [2, 1, S, 1, K/2] float32, for frames start .. start + frames (RoFormer).
@@ -75,19 +80,12 @@ def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, 
     Computed from float64 angles at the positions asked for, so no length limit. The K/2 pairs are split over
     (time, row, column), each axis with a frequency table of its own.
     """
-    pairs = head_dim // 2
-    spatial = pairs // 3
-    axes = [  # (positions, frequencies, shape)
-        (range(start, start + frames), pairs - 2 * spatial, (frames, 1, 1)),
-        (range(height), spatial, (1, height, 1)),
-        (range(width), spatial, (1, 1, width)),
-    ]
-    angles = []
-    for positions, n, shape in axes:
-        positions = torch.arange(positions.start, positions.stop, dtype=torch.float64, device=device)
-        frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64, device=device) / n)
-        angles.append((positions[:, None] * frequencies).view(*shape, n).expand(frames, height, width, n))
-    angle = torch.cat(angles, -1).view(1, -1, 1, pairs)
+    spatial = head_dim // 6
+    ranges = ((start, start + frames), (0, height), (0, width))
+    grid = torch.meshgrid([torch.arange(*ends, dtype=torch.float64, device=device) for ends in ranges], indexing="ij")
+    counts = (head_dim // 2 - 2 * spatial, spatial, spatial)
+    angles = [x.reshape(-1, 1, 1) * frequencies(n, device) for x, n in zip(grid, counts, strict=True)]
+    angle = torch.cat(angles, -1)[None]  # [1, S, 1, K/2]
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
@@ -181,20 +179,17 @@ class Block(nn.Module):
         """Rows of the parameter + the projected time mod [B, T, 6, D], float32, each [B, T, 1, D]."""
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
-    def forward(
-        self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor, attend: Callable, layer: int, text=(None, False)
-    ) -> Tensor:
-        """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D].
+    def forward(self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor | None, attend: Callable, text=None):
+        """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D] -> [B, T, P, D]
 
-        attend(layer, q, k, v): self-attention. text: (memory of this layer's text keys and values, whether they are
-        there), for forwards without grad; what is there is not computed again.
+        attend(q, k, v): self-attention. text [2, B, L, N, K]: where the text's keys and values go, or, without context,
+        are.
         """
         q, k, v = self.before(x, mod, rope)
-        x, q = self.between(x, attend(layer, q, k, v), mod)
-        memory, known = text
-        keys_values = memory[layer] if known else self.cross_attn.keys_values(context)
-        if memory is not None and not known:
-            memory[layer, 0], memory[layer, 1] = keys_values
+        x, q = self.between(x, attend(q, k, v), mod)
+        keys_values = text if context is None else self.cross_attn.keys_values(context)
+        if text is not None and context is not None:
+            text[0], text[1] = keys_values
         return self.after(x, attention(q, *keys_values), mod)
 
 
@@ -233,8 +228,7 @@ class WanDiT(nn.Module):
         for name, w in self.named_parameters():
             if name.endswith("modulation"):
                 w.normal_(0, self.cfg.dim**-0.5, generator=generator)
-                if w.shape[1] == 6:
-                    w[:, [2, 5]] += 1
+                w[:, 2::3] += 1  # the gates, of which the head has none
             elif w.ndim >= 2:
                 w.normal_(0, (2 / (w.shape[0] + w[0].numel())) ** 0.5, generator=generator)
             else:
@@ -265,7 +259,8 @@ class WanDiT(nn.Module):
         p = self.cfg.tokens_per_frame(height, width)
         self._check(x, context, blocks, window, clean, cache)
         sigma = self._levels(sigma, x)
-        span, start = (cache.span(frames), cache.frames) if cache else (None, 0)
+        span = cache.span(frames, self.cfg.num_layers, batch, p) if cache else None
+        start = span.start if cache else 0
         rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
 
         if clean is not None:
@@ -273,36 +268,37 @@ class WanDiT(nn.Module):
             sigma = torch.cat([level.expand(batch, -1) for level in levels], 1)  # [B, 2T]
             rope, x = torch.cat([rope, rope], 2), torch.cat([clean, x], 2)
         mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks else None
-        attend = partial(self._attend, mask, cache, span)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if mask is not None:
+                return mask.attention(q, k, v)
+            return attention(q, *(cache.extend(layer, k, v, span) if cache else (k, v)))
+
+        run = partial(self._run, frames, attend)
         if cache is None or torch.is_grad_enabled():
-            return self._run(frames, context, attend, (None, False), x, sigma, rope).to(dtype)
-        text = cache.text_of(context)
-        run = partial(self._run, frames, context, attend, text)
-        if text[1]:
-            return cache.graphs.run((self, x.shape, sigma.shape, str(span[1:])), run, x, sigma, rope).to(dtype)
-        v, cache.context = run(x, sigma, rope), context
+            return run(context, [None] * len(self.blocks), x, sigma, rope).to(dtype)
+        if cache.context is context:
+            run, key = partial(run, None, cache.text), (self, x.shape, sigma.shape, str(span[1:]))
+            return cache.graphs.run(key, run, x, sigma, rope).to(dtype)
+        v, cache.context = run(context, cache.text, x, sigma, rope), context
         return v.to(dtype)
 
-    def _run(self, frames: int, context: Tensor, attend: Callable, text: tuple, x: Tensor, sigma: Tensor, rope: Tensor):
-        """The network itself -> v of the last `frames` frames, float32. Works on tensors alone, waits for nothing."""
+    def _run(self, frames: int, attend: Callable, context: Tensor | None, text, x: Tensor, sigma: Tensor, rope: Tensor):
+        """The network itself -> v of the last `frames` frames, float32. Works on tensors alone, waits for nothing.
+
+        text: for every block, what it takes by that name; context None: text holds the keys and values.
+        """
         h = self._patchify(x)  # [B, T, P, D]
         e = linear32(self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma))))
         mod = linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))  # [B, T, 6, D]
-        if not text[1]:
+        if context is not None:
             context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
-        for layer, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, mod, rope, context, attend, layer, use_reentrant=False)
-            else:
-                h = block(h, mod, rope, context, attend, layer, text)
+        recomputed = self.checkpointing and torch.is_grad_enabled()
+        for layer, (block, kept) in enumerate(zip(self.blocks, text, strict=True)):
+            run = partial(checkpoint, block, use_reentrant=False) if recomputed else block
+            h = run(h, mod, rope, context, partial(attend, layer), kept)
         h = self.head(h[:, -frames:], e[:, -frames:])
         return self._unpatchify(h, *x.shape[3:])
-
-    @staticmethod
-    def _attend(mask, cache, span, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if mask is not None:
-            return mask.attention(q, k, v)
-        return attention(q, *(cache.extend(layer, k, v, span) if cache else (k, v)))
 
     def _check(self, x, context, blocks, window, clean, cache) -> None:
         cfg, frames = self.cfg, x.shape[2]
@@ -319,8 +315,6 @@ class WanDiT(nn.Module):
             raise ValueError(f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}")
         if cache is not None and (blocks or window):
             raise ValueError("a cached forward is causal by itself, and the window is the cache's: give no blocks")
-        if cache is not None:
-            cache.check(cfg.num_layers, len(x), cfg.tokens_per_frame(*x.shape[3:]))
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
@@ -334,9 +328,7 @@ class WanDiT(nn.Module):
 
     def _sinusoid(self, sigma: Tensor) -> Tensor:
         """cos, then sin, of 1000 sigma over geometric frequencies: [B, T] float64 -> [B, T, freq_dim] float32."""
-        half = self.cfg.freq_dim // 2
-        frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
-        angle = 1000 * sigma.unsqueeze(-1) * frequencies
+        angle = 1000 * sigma.unsqueeze(-1) * frequencies(self.cfg.freq_dim // 2, sigma.device)
         return torch.cat([angle.cos(), angle.sin()], -1).float()
 
     def _patchify(self, x: Tensor) -> Tensor:

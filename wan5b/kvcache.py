@@ -6,6 +6,7 @@ beyond the sink form a ring: the oldest are replaced in place. Nothing is ever m
 about the order of its keys (RoPE is already in them).
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,9 @@ class Span(NamedTuple):
     """Where a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
 
     start: int  # committed frames at the time of the forward
-    past: list[tuple[int, int]]  # runs of slots that hold the committed frames it sees
-    seen: list[tuple[int, int]]  # the same, current frames included
-    own: list[tuple[int, int]]  # runs of slots for the current frames, in order
+    past: list[slice]  # of the memory's tokens: the committed frames it sees
+    seen: list[slice]  # the same, current frames included
+    own: list[slice]  # the current frames, in order
 
 
 class KVCache:
@@ -53,22 +54,17 @@ class KVCache:
             raise ValueError(f"a sink must be smaller than the window: sink {sink}, window {window}")
         shape = (cfg.num_layers, 2, batch, frames * tokens_per_frame, cfg.num_heads, cfg.head_dim)
         self.memory = torch.empty(shape, device=device, dtype=dtype)
-        self.capacity, self.tokens_per_frame = frames, tokens_per_frame
-        self.window, self.sink = window, sink
-        self.text, self.graphs = None, Graphs()
+        # Of the text of `context`: filled by a forward without grad, read by those that follow with the same tensor.
+        self.text = self.memory.new_empty(*shape[:3], cfg.text_len, *shape[4:])
+        self.made_for = cfg.num_layers, batch, tokens_per_frame
+        self.capacity, self.window, self.sink, self.graphs = frames, window, sink, Graphs()
         self.reset()
-
-    def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
-        """ValueError unless the cache was made for this model, batch and frame size."""
-        made, asked = (*self.memory.shape[:3:2], self.tokens_per_frame), (layers, batch, tokens_per_frame)
-        if made != asked:
-            raise ValueError(f"the cache was made for (layers, batch, tokens a frame) {made}, the forward has {asked}")
 
     def reset(self) -> None:
         """Forget everything; also needed when the weights have changed."""
         self.frames = 0  # committed
         self.written = 0  # end of the last forward's frames
-        self.context = None  # the text whose keys and values are kept
+        self.context = None  # the embedded text whose keys and values are kept
 
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
@@ -82,19 +78,11 @@ class KVCache:
         assert frames <= self.frames <= self.capacity, (frames, self.frames, self.capacity)
         self.frames = self.written = frames
 
-    def text_of(self, context: Tensor) -> tuple[Tensor, bool]:
-        """Where forwards without grad keep the text's keys and values, [layers, 2, B, L, N, K]; whether they are there.
-
-        They are if this context tensor (the same object) was the last one; the forward must fill them in otherwise.
-        """
-        layers, two, batch, _, *heads = self.memory.shape
-        shape = (layers, two, batch, context.shape[1], *heads)
-        if self.text is None or self.text.shape != shape:
-            self.text, self.context = self.memory.new_empty(shape), None
-        return self.text, self.context is context
-
-    def span(self, n_frames: int) -> Span:
-        """Plan a forward on the n_frames that follow the committed ones. ValueError if they do not fit."""
+    def span(self, n_frames: int, layers: int, batch: int, tokens_per_frame: int) -> Span:
+        """Plan a forward on the n_frames behind the committed ones. ValueError if they, or the sizes, do not fit."""
+        if self.made_for != (asked := (layers, batch, tokens_per_frame)):
+            made = f"the cache was made for (layers, batch, tokens a frame) {self.made_for}"
+            raise ValueError(f"{made}, the forward has {asked}")
         start, end, room = self.frames, self.frames + n_frames, self.capacity - self.sink
         window = self.window or max(end, self.capacity)
         if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
@@ -107,7 +95,7 @@ class KVCache:
         past = [*range(min(self.sink, start)), *range(recent, start)]
         past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
         self.written = end
-        return Span(start, _runs(sorted(past)), _runs(sorted(past + own)), _runs(own))
+        return Span(start, *(_runs(slots, tokens_per_frame) for slots in (sorted(past), sorted(past + own), own)))
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
@@ -116,17 +104,17 @@ class KVCache:
         than the window). With grad the current keys carry the graph and the committed ones do not. A recomputation
         during backward comes after the commit and writes nothing.
         """
-        memory, p = self.memory[layer], self.tokens_per_frame
+        memory = self.memory[layer]
         if span.start == self.frames:
-            offset = 0
-            for lo, hi in span.own:
-                for store, current in zip(memory, (k, v), strict=True):
-                    store[:, lo * p : hi * p] = current.detach()[:, offset : offset + (hi - lo) * p]
-                offset += (hi - lo) * p
+            sizes = [run.stop - run.start for run in span.own]
+            for store, current in zip(memory, (k.detach(), v.detach()), strict=True):
+                for run, part in zip(span.own, current.split(sizes, 1), strict=True):
+                    store[:, run] = part
         if torch.is_grad_enabled():
-            past = [memory[:, :, lo * p : hi * p] for lo, hi in span.past]
-            return tuple(torch.cat([m[i] for m in past] + [x], 1) for i, x in enumerate((k, v)))
-        seen = [memory[:, :, lo * p : hi * p] for lo, hi in span.seen]
+            return tuple(
+                torch.cat([*(m[:, run] for run in span.past), x], 1) for m, x in zip(memory, (k, v), strict=True)
+            )
+        seen = [memory[:, :, run] for run in span.seen]
         return tuple(seen[0] if len(seen) == 1 else torch.cat(seen, 2))
 
     def _slot(self, frame: int) -> int:
@@ -134,12 +122,8 @@ class KVCache:
         return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.capacity - self.sink)
 
 
-def _runs(slots) -> list[tuple[int, int]]:
-    """Consecutive slots as (first, last + 1): [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
-    runs = []
-    for slot in slots:
-        if runs and runs[-1][1] == slot:
-            runs[-1] = (runs[-1][0], slot + 1)
-        else:
-            runs.append((slot, slot + 1))
-    return runs
+def _runs(slots: list[int], tokens: int) -> list[slice]:
+    """Consecutive slots as slices of tokens, so many a slot: ([0, 1, 2, 5], 10) -> [0:30, 50:60]."""
+    groups = groupby(enumerate(slots), lambda pair: pair[1] - pair[0])
+    runs = [[slot for _, slot in group] for _, group in groups]
+    return [slice(run[0] * tokens, (run[-1] + 1) * tokens) for run in runs]
