@@ -10,6 +10,7 @@ Only distilled or causally trained weights give a picture in the causal modes; t
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -106,8 +107,11 @@ def random_networks(preset: str, device: torch.device, dtype: torch.dtype) -> tu
     return model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0)), vae
 
 
-def generate(args, model, noise, context, sigmas, blocks, clean, seed):
-    """Latents of the clip, piece by piece: the given frames first, then every finished block."""
+def generate(args, model, noise, context, sigmas, blocks, clean, seed, new_cache=KVCache):
+    """Latents of the clip, piece by piece: the given frames first, then every finished block.
+
+    new_cache: called as KVCache is, may return one that has been used; CUDA graphs stay with a cache.
+    """
     start = [] if clean is None else [clean]
     yield from start
     given = 0 if clean is None else clean.shape[2]
@@ -121,9 +125,9 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed):
         yield solve(denoise, noise.to(context.device), sigmas, solver)
         return
     total = given + sum(blocks)
-    frames = min(args.window or total, total)
-    tokens = model.cfg.tokens_per_frame(*noise.shape[3:])
-    cache = KVCache(model.cfg, len(context), frames, tokens, args.window, args.sink, context.device, context.dtype)
+    sizes = len(context), min(args.window or total, total), model.cfg.tokens_per_frame(*noise.shape[3:])
+    cache = new_cache(model.cfg, *sizes, args.window, args.sink, context.device, context.dtype)
+    cache.reset()
     draws = rng(context.device, seed, "renoise")
 
     def renoise(block, step, like):
@@ -229,6 +233,8 @@ def main(args: argparse.Namespace) -> None:
     shape = (1, model.cfg.in_dim, sum(blocks), height // 16, width // 16)
     print(f"{len(clips)} x {args.frames} frames of {height}x{width}; latent frames {given} given, blocks {blocks}")
 
+    new_cache = functools.cache(KVCache)  # one for all clips
+
     def clip(i: int, seed: int, path: Path):
         """The latents of one clip, made as they are asked for; its path; what is to be recorded of it."""
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -236,12 +242,12 @@ def main(args: argparse.Namespace) -> None:
         settings = vars(args) | {"prompt": [prompts[i]], "prompts": None, "seed": [seed], "settings": None}
         settings |= {"out": str(path), "overwrite": False}  # a repetition replaces this file only if it is told to
         record = {"settings": settings, "size": [height, width], "blocks": blocks, "sigmas": sigmas, "trained": trained}
-        return generate(args, model, noise, text, sigmas, blocks, clean, seed), path, record
+        return generate(args, model, noise, text, sigmas, blocks, clean, seed, new_cache), path, record
 
     made = (clip(i, seed, path) for (i, seed), path in zip(clips, paths, strict=True))
     if args.low_memory:
         made = [([chunk.cpu() for chunk in tqdm(latents, "blocks")], path, record) for latents, path, record in made]
-        del model
+        del model, new_cache
         torch.cuda.empty_cache()
     for latents, path, record in made:
         write(vae, (chunk.to(device) for chunk in latents), path, record, args.frames, args.sheet, args.latents)

@@ -372,6 +372,19 @@ def test_window_bounds_the_memory(run, monkeypatch):
     assert made[3] == 6, "a window beyond the clip needs no memory beyond the clip"
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_clips_share_a_cache(run, tmp_path, monkeypatch, low_memory):
+    """So that its CUDA graphs are of use to all of them; what it held of the clip before does not show."""
+    made, cache = [], sample.KVCache
+    monkeypatch.setattr(sample, "KVCache", lambda *args: made.append(cache(*args)) or made[-1])
+    options = ("--frames", 33, "--window", 5, "--sink", 1, *["--low-memory"] * low_memory)
+    with pytest.raises(FileNotFoundError):  # of the reader: the clips have longer names than --out
+        run(*options, "--seed", 1, 2)
+    assert len(made) == 1
+    alone = run(*options, "--seed", 2, out="alone")
+    assert torch.equal(read(tmp_path / "a-000-2").latents, alone.latents)
+
+
 # --------------------------------------------------------------------------------------------------------- stops
 
 

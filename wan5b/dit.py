@@ -276,11 +276,12 @@ class WanDiT(nn.Module):
 
         run = partial(self._run, frames, attend)
         if cache is None or torch.is_grad_enabled():
-            return run(context, [None] * len(self.blocks), x, sigma, rope).to(dtype)
-        if cache.context is context:
-            run, key = partial(run, None, cache.text), (self, x.shape, sigma.shape, str(span[1:]))
-            return cache.graphs.run(key, run, x, sigma, rope).to(dtype)
-        v, cache.context = run(context, cache.text, x, sigma, rope), context
+            v = run(context, [None] * len(self.blocks), x, sigma, rope)
+        elif cache.context is context:
+            key = (self, x.shape, sigma.shape, str(span[1:]))
+            v = cache.graphs.run(key, partial(run, None, cache.text), x, sigma, rope)
+        else:
+            v, cache.context = run(context, cache.text, x, sigma, rope), context
         return v.to(dtype)
 
     def _run(self, frames: int, attend: Callable, context: Tensor | None, text, x: Tensor, sigma: Tensor, rope: Tensor):
@@ -320,8 +321,7 @@ class WanDiT(nn.Module):
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
         if not isinstance(sigma, Tensor):
             return torch.full((1, x.shape[2]), sigma, dtype=torch.float64, device=x.device)  # no copy, no wait
-        sigma = sigma.to(x.device, torch.float64)
-        sigma = sigma.view(-1, 1) if sigma.ndim < 2 else sigma
+        sigma = sigma.to(x.device, torch.float64).reshape(len(sigma) if sigma.ndim else 1, -1)
         if sigma.shape[0] not in (1, len(x)) or sigma.shape[1] not in (1, x.shape[2]):
             raise ValueError(f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, got {tuple(sigma.shape)}")
         return sigma.expand(-1, x.shape[2])

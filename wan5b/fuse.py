@@ -55,8 +55,7 @@ class Graphs:
         if self.graphs[key] is None:
             self.graphs[key] = self._record(forward, [x.clone() for x in inputs])
         graph, own, out = self.graphs[key]
-        for mine, given in zip(own, inputs, strict=True):
-            mine.copy_(given)
+        torch._foreach_copy_(own, inputs)
         graph.replay()
         return out.clone()  # the next replay writes there again
 

@@ -36,8 +36,7 @@ class Span(NamedTuple):
     """Where a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
 
     start: int  # committed frames at the time of the forward
-    past: list[slice]  # of the memory's tokens: the committed frames it sees
-    seen: list[slice]  # the same, current frames included
+    seen: list[slice]  # of the memory's tokens: the committed frames it sees, without grad the current ones too
     own: list[slice]  # the current frames, in order
 
 
@@ -95,7 +94,8 @@ class KVCache:
         past = [*range(min(self.sink, start)), *range(recent, start)]
         past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
         self.written = end
-        return Span(start, *(_runs(slots, tokens_per_frame) for slots in (sorted(past), sorted(past + own), own)))
+        seen = sorted(past if torch.is_grad_enabled() else past + own)
+        return Span(start, _runs(seen, tokens_per_frame), _runs(own, tokens_per_frame))
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
@@ -107,14 +107,11 @@ class KVCache:
         memory = self.memory[layer]
         if span.start == self.frames:
             sizes = [run.stop - run.start for run in span.own]
-            for store, current in zip(memory, (k.detach(), v.detach()), strict=True):
-                for run, part in zip(span.own, current.split(sizes, 1), strict=True):
-                    store[:, run] = part
-        if torch.is_grad_enabled():
-            return tuple(
-                torch.cat([*(m[:, run] for run in span.past), x], 1) for m, x in zip(memory, (k, v), strict=True)
-            )
+            for run, *parts in zip(span.own, *(x.detach().split(sizes, 1) for x in (k, v)), strict=True):
+                memory[0, :, run], memory[1, :, run] = parts
         seen = [memory[:, :, run] for run in span.seen]
+        if torch.is_grad_enabled():
+            return tuple(torch.cat([*(past[i] for past in seen), x], 1) for i, x in enumerate((k, v)))
         return tuple(seen[0] if len(seen) == 1 else torch.cat(seen, 2))
 
     def _slot(self, frame: int) -> int:
