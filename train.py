@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -232,7 +231,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
         began, flop = time.perf_counter(), run.flop
         values = run.iteration(step)
         metrics = world.mean(values)
-        if not all(map(math.isfinite, metrics.values())):
+        if not torch.tensor(list(metrics.values())).isfinite().all():
             here = [name for name in values if not values[name].isfinite()]  # norms are the same on all ranks
             where = f"step {step}, rank {world.rank}: not finite here: {', '.join(here) or 'nothing'}"
             last = (fsdp.checkpoints(out) or ["none"])[-1]

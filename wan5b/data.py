@@ -6,7 +6,6 @@ same in all shards of a store (sizes, levels, guidance, ...); made_from, by whic
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -101,7 +100,7 @@ class TextStore(Store):
         places = [(file, *span) for file, end in ends for span in zip([0, *end], end, strict=False)]
         self.places = dict(zip(self.prompts, places, strict=True))  # prompt -> its file, first row, end
 
-    def check(self, prompts: list[str], width: int | None = None, length: float = math.inf) -> None:
+    def check(self, prompts: list[str], width: int | None = None, length: float = float("inf")) -> None:
         """ValueError, with the way out, unless all prompts are there, D is width (None: any) and no L above length."""
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]:
             raise ValueError(f"{self.folder} lacks {len(missing)} prompts ({missing[0][:40]!r}); see prepare.py text")

@@ -5,9 +5,7 @@ of local shards, on the device or in host memory. A single process takes the sam
 without wrapping.
 """
 
-import itertools
 import json
-import math
 import os
 import pickle
 import shutil
@@ -16,7 +14,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +59,7 @@ class World:
 
     def free(self) -> dict[str, float]:
         """Bytes that this process may still take: on the device, and its share of the host's available memory."""
-        host = math.inf  # where the system doesn't say
+        host = float("inf")  # where the system doesn't say
         if MEMINFO.exists():
             host = 1024 * int(MEMINFO.read_text().partition("MemAvailable:")[2].split()[0]) / self.local_size
         return {"device": torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host, "host": host}
@@ -123,9 +120,8 @@ def part_for(parameter: Tensor, full: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return full
     mesh = parameter.device_mesh
-    chunks = full.chunk(mesh.size(-1))
-    index = mesh.get_local_rank("shard")
-    return chunks[index] if index < len(chunks) else full[:0]
+    rows = -(-len(full) // mesh.size(-1))  # of all shards but the last ones, which may have fewer or none
+    return full[mesh.get_local_rank("shard") * rows :][:rows]
 
 
 def copy_part(parameter: Tensor, full: Tensor) -> None:
@@ -171,9 +167,9 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
 def carve(memory: Tensor, shape: torch.Size, groups: list[str]) -> dict[str, Tensor]:
     """Bytes as one tensor of this shape for each group, one behind the other."""
-    ends = [0, *itertools.accumulate(shape.numel() * GROUPS[group].itemsize for group in groups)]
-    parts = zip(groups, itertools.pairwise(ends), strict=True)
-    return {group: memory[start:end].view(GROUPS[group]).view(shape) for group, (start, end) in parts}
+    sizes = [shape.numel() * GROUPS[group].itemsize for group in groups]
+    parts = zip(groups, memory[: sum(sizes)].split(sizes), strict=True)
+    return {group: part.view(GROUPS[group]).view(shape) for group, part in parts}
 
 
 class AdamW:
@@ -186,15 +182,12 @@ class AdamW:
     memory, through which `step` streams.
     """
 
-    def __init__(
-        self, model: nn.Module, world: World, initial: dict, lr, betas, weight_decay, offload=False, ema=False
-    ):
+    def __init__(self, model: nn.Module, world: World, initial, lr, betas, weight_decay, offload=False, ema=False):
         self.world, self.lr, self.betas, self.weight_decay = world, lr, betas, weight_decay
         self.steps, self.eps = 0, 1e-8
         self.parameters = dict(model.named_parameters())
         self.grads: dict[str, Tensor] = {}
-        dtype = next(iter(self.parameters.values())).dtype
-        resident, self.hosted = placed(dtype, betas[0], ema, offload, world.device)
+        resident, self.hosted = placed(next(model.parameters()).dtype, betas[0], ema, offload, world.device)
         width = sum(GROUPS[group].itemsize for group in self.hosted)
         sizes = [-(-width * local(p).numel() // 64) * 64 for p in self.parameters.values()]
         self.host = host_memory(sum(sizes), world.device)
@@ -208,7 +201,7 @@ class AdamW:
                 self._set_master(name, part_for(parameter, initial[name]))
             if ema:
                 self.held[name]["ema"].copy_(self.master(name))
-            parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+            parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._take(name, p))
 
     def _take(self, name: str, parameter: Tensor) -> None:
         """After a backward: its gradient, added up."""
