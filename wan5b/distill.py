@@ -98,8 +98,7 @@ def guided(model: Callable, guidance: float) -> Callable:
     """
 
     def field(x: Tensor, sigma, context: Tensor, **kwargs) -> Tensor:
-        if isinstance(sigma, Tensor) and sigma.ndim:
-            sigma = torch.cat([sigma, sigma])
+        sigma = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
         cond, uncond = model(torch.cat([x, x]), sigma, context, **kwargs).chunk(2)
         return uncond + guidance * (cond - uncond)
 

@@ -260,8 +260,7 @@ class WanDiT(nn.Module):
         self._check(x, context, blocks, window, clean, cache)
         sigma = self._levels(sigma, x)
         span = cache.span(frames, self.cfg.num_layers, batch, p) if cache else None
-        start = span.start if cache else 0
-        rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
+        rope = rope_table(self.cfg.head_dim, span.start if span else 0, frames, height // 2, width // 2, x.device)
 
         if clean is not None:
             levels = (self._levels(0.0 if clean_sigma is None else clean_sigma, x), sigma)

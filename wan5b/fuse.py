@@ -6,7 +6,7 @@ that work on the same memory again: starting a thousand kernels one by one takes
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 from torch import Tensor
@@ -23,15 +23,11 @@ def enable(on: bool = True) -> None:
 
 
 def fused(piece: Callable) -> Callable:
-    compiled = None
+    compiled = cache(lambda: torch.compile(piece, dynamic=False))  # when it is needed: it imports the compiler
 
     @wraps(piece)
     def call(*args):
-        nonlocal compiled
-        if not _enabled:
-            return piece(*args)
-        compiled = compiled or torch.compile(piece, dynamic=False)  # not before: it imports the compiler
-        return compiled(*args)
+        return (compiled() if _enabled else piece)(*args)
 
     return call
 
@@ -55,7 +51,8 @@ class Graphs:
         if self.graphs[key] is None:
             self.graphs[key] = self._record(forward, [x.clone() for x in inputs])
         graph, own, out = self.graphs[key]
-        torch._foreach_copy_(own, inputs)
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
         graph.replay()
         return out.clone()  # the next replay writes there again
 

@@ -111,8 +111,7 @@ def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path
     elif file.suffix != ".safetensors":  # a plain state dict, or a training checkpoint with parts
         if part and part not in tensors:
             raise ValueError(f"{file} has no part {part!r}; it holds {', '.join(map(str, tensors))[:200]}")
-        parts = [name for name in (part, "generator_ema", "generator") if tensors.get(name)]
-        tensors = tensors[parts[0]] if parts else tensors
+        tensors = next((tensors[name] for name in (part, "generator_ema", "generator") if tensors.get(name)), tensors)
         other = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
         if other:
             raise ValueError(f"{file} holds more than tensors ({', '.join(other[:3])}); name its part to load")
