@@ -181,9 +181,8 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
     sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
-    args = argparse.Namespace(
-        mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0
-    )
+    args = argparse.Namespace(mode=mode, guidance=cfg.sample_guidance, solver="euler")
+    args.window, args.sink = cfg.window or None, 0
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             noise = torch.randn((1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i))
@@ -230,7 +229,8 @@ def main(cfg: Config, world: fsdp.World) -> None:
     for step in bar:
         began, flop = time.perf_counter(), run.flop
         values = run.iteration(step)
-        metrics = world.mean(values)
+        metrics = world.mean(values | {"stopping": torch.tensor(float(world.stopping))})
+        stop = metrics.pop("stopping") > 0  # any process has got SIGTERM: the same answer everywhere
         if not torch.tensor(list(metrics.values())).isfinite().all():
             here = [name for name in values if not values[name].isfinite()]  # norms are the same on all ranks
             where = f"step {step}, rank {world.rank}: not finite here: {', '.join(here) or 'nothing'}"
@@ -245,7 +245,6 @@ def main(cfg: Config, world: fsdp.World) -> None:
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             bar.set_postfix({k: f"{metrics[k]:.3g}" for k in SHOWN if k in metrics})
-        stop = world.stop_requested()
         if not stop and cfg.sample_prompts and cfg.vae and done % cfg.sample_every == 0:
             sample_videos(run, vae, out / "samples", done)
         if stop or done % cfg.save_every == 0 or done == cfg.steps:
@@ -258,7 +257,9 @@ def main(cfg: Config, world: fsdp.World) -> None:
     export(run, final, cfg.steps)
     if leading:
         expected = sum(run.budget["device"].values()) / GIB
-        print(f"peak memory: {memory_gib(world.device):.2f} GiB, expected {expected:.2f}")
+        print(
+            f"peak memory (of a CPU's the whole process): {memory_gib(world.device):.2f} GiB, expected {expected:.2f}"
+        )
 
 
 def run() -> None:

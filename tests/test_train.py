@@ -30,7 +30,7 @@ from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.flow import ar_loss_weight, few_step_sigmas
 from wan5b.vae22 import VAE22
-from wan5b.weights import load_dit, open_dit, read_metadata, save_dit
+from wan5b.weights import load_dit, read_metadata, save_dit
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("teacher", "ar", "ode", "dmd", "sid")
@@ -166,15 +166,6 @@ def test_a_checkpoint_is_read_like_its_export(trained, stage):
     )
     assert read_metadata(step) == read_metadata(export)
     assert read_metadata(step)["levels"] == [1000, 750, 500, 250]
-
-
-def test_other_networks_of_a_checkpoint(data, trained):
-    run = make_run(data, "dmd")
-    fsdp.load(run.world, trained / "dmd/step-0000002", run.optimizers)
-    _, tensors = open_dit(trained / "dmd/step-0000002", part="critic")
-    assert same(tensors, run.critic.state_dict())
-    with pytest.raises(ValueError, match=r"step-0000002 holds no teacher \(but .*critic"):
-        open_dit(trained / "dmd/step-0000002", part="teacher")
 
 
 def test_training_goes_on_from_a_checkpoint(data, trained, tmp_path):

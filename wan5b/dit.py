@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from wan5b.attention import attention, causal_mask
 from wan5b.fuse import fused
-from wan5b.kvcache import KVCache
 
 
 @dataclass(frozen=True)
@@ -236,24 +235,15 @@ class WanDiT(nn.Module):
         return self
 
     def forward(
-        self,
-        x: Tensor,
-        sigma: float | Tensor,
-        context: Tensor,
-        *,
-        blocks: list[int] | None = None,
-        window: int | None = None,
-        clean: Tensor | None = None,
-        clean_sigma: float | Tensor | None = None,
-        cache: KVCache | None = None,
+        self, x: Tensor, sigma, context: Tensor, *, blocks=None, window=None, clean=None, clean_sigma=None, cache=None
     ) -> Tensor:
         """The velocity at x, shaped like x.
 
         x [B, C, T, H, W]; sigma float, [B] or [B, T]; context [B, text_len, text_dim], zero-padded.
         - nothing more: bidirectional
-        - blocks (frames per block; window in frames): block-causal mask over the whole sequence
+        - blocks (list, frames of each; window: int, in frames): block-causal mask over the whole sequence
         - blocks and clean [B, C, T, H, W]: teacher forcing, clean half at clean_sigma (default 0); v of the noisy half
-        - cache: x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent
+        - cache (KVCache): x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent
         """
         (batch, _, frames, height, width), dtype = x.shape, x.dtype
         p = self.cfg.tokens_per_frame(height, width)

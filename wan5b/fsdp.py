@@ -101,10 +101,6 @@ class World:
             dist.all_reduce(mine)
         return dict(zip(values, (mine / self.size).tolist(), strict=True))
 
-    def stop_requested(self) -> bool:
-        """Whether any process has got SIGTERM: the same answer everywhere."""
-        return self.mean({"stopping": torch.tensor(float(self.stopping))})["stopping"] > 0
-
     def barrier(self) -> None:
         if self.mesh is not None:
             dist.barrier()
@@ -352,23 +348,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
 
 
-def read_weights(path: Path, network: str = "generator") -> dict[str, Tensor]:
-    """A network's average in a checkpoint, if kept, else its masters: float32, whole, for this process alone.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The generator's average in a checkpoint, if kept, else its masters: float32, whole, for this process alone.
 
     Needs no other process, and memory for all that it returns. torch opens the checkpoint's index as a pickle, so read
-    only what comes from people you trust. ValueError if the checkpoint is damaged or has no such network.
+    only what comes from people you trust. ValueError if the checkpoint is damaged.
     """
     try:
         entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        group = "ema" if any(key.startswith(f"{network}.ema.") for key in entries) else "master"
-        prefix = f"{network}.{group}."
+        averaged = any(key.startswith("generator.ema.") for key in entries)
+        prefix = "generator.ema." if averaged else "generator.master."
         state = {key: torch.empty(entries[key].size) for key in entries if key.startswith(prefix)}
         dcp.load(state, checkpoint_id=path, no_dist=True)
     except (OSError, EOFError, AttributeError, pickle.UnpicklingError, dcp.CheckpointException) as error:
         cause = "".join(str(error).splitlines()[-1:])  # the rest of a CheckpointException's is a traceback
         raise ValueError(f"{path} is damaged or incomplete; take another checkpoint: {cause}") from error
-    if not state:
-        raise ValueError(f"{path} holds no {network} (but {', '.join({key.partition('.')[0] for key in entries})})")
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 

@@ -39,7 +39,7 @@ class Graphs:
     """
 
     def __init__(self):
-        self.graphs, self.stream = {}, None
+        self.graphs, self.pool = {}, None
 
     def run(self, key, forward: Callable, *inputs: Tensor) -> Tensor:
         """forward(*inputs): as ever at the first call with a key (which may compile), recorded at the second."""
@@ -57,14 +57,8 @@ class Graphs:
         return out.clone()  # the next replay writes there again
 
     def _record(self, forward: Callable, own: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        # not by `torch.cuda.graph`, which empties the allocator's cache every time
-        if self.stream is None:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(self.pool, capture_error_mode="thread_local")  # other threads may copy meanwhile
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may copy
             out = forward(*own)
-            graph.capture_end()
-        current.wait_stream(self.stream)
+        self.pool = graph.pool()
         return graph, own, out

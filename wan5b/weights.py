@@ -96,12 +96,12 @@ def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path
 
     path: a .safetensors file, an index of shards (.json) or a pickle, of which part names the entry to take (default:
     generator_ema, else generator); or a folder that holds one, named by the first of the patterns that fits; or a
-    checkpoint folder of train.py, of which part names the network. A checkpoint's shards can't be mapped: it is read.
+    checkpoint folder of train.py, whose shards can't be mapped: the generator is read from it.
     """
     file = _locate(Path(path), ".metadata", *patterns)
     if file.name == ".metadata":
         facts, _ = _read(file.with_name("facts.json"))
-        return file, fsdp.read_weights(file.parent, part or "generator"), facts
+        return file, fsdp.read_weights(file.parent), facts
     tensors, metadata = _read(file)
     if file.suffix == ".json":  # each key from the shard that the index names; others are kept, to be found unexpected
         shard_of, tensors = tensors["weight_map"], {}
@@ -191,10 +191,10 @@ def open_dit(path: str | Path, *, channels: int = 0, part: str = "") -> tuple[Di
     """The sizes and tensors of the DiT in a release folder, its index, a .safetensors file or a training checkpoint.
 
     A checkpoint is a .pt file or a folder of train.py's (out/step-0000100), which is read, in float32, where others are
-    mapped. channels: the latent channels needed; 0: any. part: of a .pt the entry (default generator_ema, else
-    generator), of a folder the network (default generator): its average, if kept, else its masters. Sizes come from
-    the metadata of an export, else a config.json beside the weights, and from the tensors themselves. ValueError for
-    whatever is missing, damaged, of other sizes or in another layout.
+    mapped: the generator's average, if kept, else its masters. channels: the latent channels needed; 0: any. part: of
+    a .pt the entry (default generator_ema, else generator). Sizes come from the metadata of an export, else a
+    config.json beside the weights, and from the tensors themselves. ValueError for whatever is missing, damaged, of
+    other sizes or in another layout.
     """
     name = "diffusion_pytorch_model*.safetensors"
     file, tensors, metadata = open_tensors(path, f"{name}.index.json", name, part=part)
