@@ -96,6 +96,14 @@ class Config:
     sample_prompts: tuple[str, ...] = ()
     sample_guidance: float = 5.0  # of the stages sampled with CFG
 
+    def __post_init__(self):
+        for key, known in CHOICES.items():
+            if str(getattr(self, key)) not in known.split():
+                raise ValueError(f"{key} must be one of {known}, got {getattr(self, key)!r}")
+        for key in AT_LEAST_1.split():
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+
 
 def parse(arguments: list[str]) -> Config:
     """A TOML file and key=value overrides -> Config. ValueError for unknown keys and wrong types."""
@@ -125,12 +133,6 @@ def parse(arguments: list[str]) -> Config:
 
 def check(cfg: Config, world: fsdp.World) -> None:
     """What can be known to be wrong before anything is loaded."""
-    for key, known in CHOICES.items():
-        if str(getattr(cfg, key)) not in known.split():
-            raise ValueError(f"{key} must be one of {known}, got {getattr(cfg, key)!r}")
-    for key in AT_LEAST_1.split():
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key} must be at least 1, got {getattr(cfg, key)}")
     learns_from = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(cfg.stage, "latents")
     for needed in ("out", "text", learns_from):
         if not getattr(cfg, needed):
