@@ -71,7 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clips", type=int, default=1, help="at most, of each video: one behind the other, with the same caption")
 
     add = command(trajectories, "teacher or causal model -> ODE trajectories", 8, 1, "float32")
-    add("--weights", metavar="FILE", help="the DiT to use in place of the release's: an export or a checkpoint")
+    add("--weights", metavar="PATH", help="the DiT to use in place of the release's: an export or a checkpoint")
     add("--text", required=True, metavar="STORE", help="embeddings: a trajectory for each but the negative and empty")
     add("--latents", metavar="STORE", help="image to video: behind the first frames of these clips, by their captions")
     add("--guidance", type=float, default=6.0, help="CFG scale: uncond + g (cond - uncond)")

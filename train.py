@@ -250,7 +250,8 @@ def main(cfg: Config, world: fsdp.World) -> None:
         if not stop and cfg.sample_prompts and cfg.vae and done % cfg.sample_every == 0:
             sample_videos(run, vae, out / "samples", done)
         if stop or done % cfg.save_every == 0 or done == cfg.steps:
-            fsdp.save(world, out, run.optimizers, facts(cfg, done), cfg.keep)
+            network = {"config": dataclasses.asdict(run.generator.cfg)}  # its sizes, as an export has them
+            fsdp.save(world, out, run.optimizers, facts(cfg, done) | network, cfg.keep)
             if leading:
                 curves([out])
         if stop:
