@@ -131,8 +131,7 @@ def read_prompts(path: str | Path) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise ValueError(f"{path} holds no prompts; it should have one a line")
     return prompts
 

@@ -224,8 +224,7 @@ class AdamW:
         """
         device = torch.get_device_module(self.world.device)
         here, inward, outward = device.current_stream(), device.Stream(), device.Stream()
-        longest = max(map(len, self.segments.values()))
-        buffers = torch.empty(3, longest, dtype=torch.uint8, device=self.world.device)
+        buffers = torch.empty(3, max(map(len, self.segments.values())), dtype=torch.uint8, device=self.world.device)
         free = [here.record_event()] * 3  # behind whatever had the buffers' memory before
         for turn, (name, held) in enumerate(self.held.items()):
             slot, segment = turn % 3, self.segments[name]
