@@ -260,9 +260,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
     export(run, final, cfg.steps)
     if leading:
         expected = sum(run.budget["device"].values()) / GIB
-        print(
-            f"peak memory (of a CPU's the whole process): {memory_gib(world.device):.2f} GiB, expected {expected:.2f}"
-        )
+        print(f"peak memory: {memory_gib(world.device):.2f} GiB (on a CPU the process's), expected {expected:.2f}")
 
 
 def run() -> None:
