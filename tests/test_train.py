@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from common import rel
+from common import ON_GPU, rel
 from release import VAE, random_weights
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -1126,3 +1126,27 @@ def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, first)
     assert files == ["step-0000002-0.mp4", "step-0000002-1.mp4"]
     video = iio.imread(tmp_path / "out/samples/step-0000002-0.mp4", plugin="pyav")
     assert video.shape == (1 + 4 * (2 + first), 32, 32, 3)
+
+
+# ------------------------------------------------------------------------------------------- bfloat16, on a GPU too
+
+
+def run_in_bfloat16(data: Path, out: Path, stage: str, device: str, **changes) -> dict[str, torch.Tensor]:
+    """Four steps, or what is left of them; the average's float32 in the last checkpoint."""
+    train.main(config(data, stage, out, device=device, dtype="bfloat16", **changes), fsdp.World(device))
+    return fsdp.read_weights(out / "step-0000004")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_runs_in_bfloat16(data, tmp_path, stage, device):
+    """On a GPU the state may lie in host memory, and a run go on from a checkpoint: the same but for rounding."""
+    plain = run_in_bfloat16(data, tmp_path / "plain", stage, device)
+    assert all(value.isfinite().all() for value in plain.values())
+    assert apart(plain, load_file(data / "generator.safetensors")) > 0.5, "nothing learned"
+    hosted = run_in_bfloat16(data, tmp_path / "hosted", stage, device, offload=True)
+    assert apart(hosted, plain) < 0.5
+    (tmp_path / "hosted" / f"{stage}.safetensors").unlink()
+    shutil.rmtree(tmp_path / "hosted/step-0000004")
+    assert apart(run_in_bfloat16(data, tmp_path / "hosted", stage, device, offload=True), plain) < 0.5
+    assert [row["step"] for row in read_metrics(tmp_path / "hosted")] == [0, 1, 2, 3]
