@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -142,7 +143,8 @@ def check(cfg: Config, world: fsdp.World) -> None:
     if cfg.window and cfg.window < cfg.block:
         raise ValueError(f"a block of {cfg.block} frames does not fit in a window of {cfg.window}")
     if (part := len(world.share(cfg.batch))) % cfg.micro_batch:
-        raise ValueError(f"batch {cfg.batch} is {part} a process, not a multiple of micro_batch {cfg.micro_batch}")
+        given = f"batch {cfg.batch} is {part} a process, not a multiple of micro_batch {cfg.micro_batch}"
+        raise ValueError(f"{given}; micro_batch={math.gcd(part, cfg.micro_batch)} would do")
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

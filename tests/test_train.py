@@ -838,7 +838,7 @@ BAD = [
     ("ar", {"save_every": 0}, "save_every must be at least 1"),
     ("ar", {"keep": 0}, "keep must be at least 1"),
     ("dmd", {"ratio": 0}, "ratio must be at least 1"),
-    ("ar", {"batch": 5}, "batch 5 is 5 a process, not a multiple of micro_batch 2"),
+    ("ar", {"batch": 5}, "batch 5 is 5 a process, not a multiple of micro_batch 2; micro_batch=1 would do"),
     ("ar", {"frames": 7}, "nearest valid: 6 or 9"),
     ("ar", {"frames": 6, "first": 1}, "nearest valid: 4 or 7"),
     ("ar", {"height": 3}, "3x4"),

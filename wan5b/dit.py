@@ -330,4 +330,4 @@ class WanDiT(nn.Module):
     def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, T, P, 2 * 2 * C] -> [B, C, T, H, W]"""
         x = x.unflatten(-1, (2, 2, -1)).unflatten(2, (height // 2, width // 2))  # [B, T, H/2, W/2, 2, 2, C]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(len(x), -1, x.shape[1], height, width)  # no view, as FSDP2 wants
