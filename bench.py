@@ -10,7 +10,6 @@ Bounds are arithmetic over ceilings measured in the same call: matrix products, 
 
 import argparse
 import copy
-import itertools
 import math
 import statistics
 import time
@@ -27,6 +26,7 @@ from wan5b.flow import few_step_sigmas
 from wan5b.fp8 import quantize_blocks
 from wan5b.kvcache import KVCache, block_sizes
 from wan5b.media import to_frames
+from wan5b.stages import forward_flop
 
 LINE = "{:24}{:8.2f}{:9.0%}{:7.1f}{:8.2f}{:8.3f} ..{:6.3f}{:8.1f}"
 
@@ -63,12 +63,6 @@ def ceilings(cfg, rows: int) -> dict[str, float]:
         "attention": 4 * rows * 4 * rows * cfg.dim / seconds(lambda: attention(q, k, k)),
         "conv3d": 2 * 27 * 512 * 512 * 4 * 176 * 320 / seconds(lambda: conv(frames)),
     }
-
-
-def dit_flop(cfg, rows: int, seen: int) -> tuple[float, float]:
-    """(linear, attention) FLOP of a forward of `rows` tokens over `seen` keys, text keys cached."""
-    linear = 2 * rows * cfg.num_layers * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
-    return linear, 4 * rows * (seen + cfg.text_len) * cfg.dim * cfg.num_layers
 
 
 def new_cache(cfg, tokens: int, frames: int, window: int | None = None, sink: int = 0) -> KVCache:
@@ -160,11 +154,8 @@ def main() -> None:
         return [events[0].elapsed_time(event) / 1000 for event in events[1:]]
 
     lines = []
-    linear = attn = 0.0
-    for done in itertools.accumulate(blocks):
-        seen = min(done, args.window or done) * tokens
-        forward = dit_flop(cfg, args.block * tokens, seen)
-        linear, attn = linear + len(sigmas) * forward[0], attn + len(sigmas) * forward[1]
+    passes = forward_flop(cfg, noise, blocks=blocks, window=args.window)  # each level's, and the clean one
+    linear, attn = (len(sigmas) * flop for flop in passes)
     with FlopCounterMode(display=False) as counted:  # as it runs, upsampling folded
         state = vae.stream()
         vae.decode_chunk(noise[:, :, :1], state)
@@ -173,7 +164,7 @@ def main() -> None:
     conv = first + (latents - 1) / 2 * (counted.get_total_flops() - first)
     bounds = {"DiT": linear / rates["ffn"] + attn / rates["attention"], "VAE": conv / rates["conv3d"]}
     bounds["both"] = sum(bounds.values())
-    whole = dit_flop(cfg, latents * tokens, latents * tokens)
+    whole = forward_flop(cfg, noise)
     bounds["teacher"] = whole[0] / rates["ffn"] + whole[1] / rates["attention"]
     for variant in args.variants:
         fuse.enable(variant != "eager")
