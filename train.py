@@ -185,14 +185,13 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
     sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
-    args = argparse.Namespace(mode=mode, guidance=cfg.sample_guidance, solver="euler")
-    args.window, args.sink = cfg.window or None, 0
+    how = argparse.Namespace(mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0)
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             noise = torch.randn((1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i))
             first = run.clips([i % len(run.store)])[:, :, : cfg.first] if cfg.first else None
             context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
-            pieces = list(generate(args, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed))
+            pieces = list(generate(how, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed))
             if run.world.rank == 0:
                 write(vae, pieces, folder / f"step-{step:07d}-{i}.mp4")
 

@@ -3,26 +3,34 @@
     python benchmarks/training.py --stage dmd                 # one H200
     python benchmarks/training.py --stage dmd --offload       # one H100 80 GB
     python benchmarks/training.py --stage ar --iterations 4   # teacher forcing: twice the tokens, flex_attention
+    python benchmarks/training.py --release /tmp/x --frames 3   # from a release on disk (20 GB), made if not there
     python benchmarks/training.py --preset tiny --device cpu --size 64x64 --frames 9     # shows that it runs
 
 Figures are means without the first of each kind, over exit levels as they were drawn (their mean, 1.5 in the long run,
 is printed). FLOP are arithmetic (wan5b/stages.py: forward_flop): "work" with what is done twice (checkpointing's
 recomputation, a rollout's last level in the replay, the scores in attention's backward), "MFU" without. Percentages are
-of a large matrix product, measured in the same call.
+of a large matrix product, measured in the same call. Set-up is what train.py does before its first step, here with
+random weights made on the device or those of a release, page cache warm.
 """
 
 import argparse
+import dataclasses
+import json
 import math
 import resource
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from loading import peak_memory
+
 from train import Config, matmul_rate, memory_gib
 from wan5b.data import write_shard
 from wan5b.distill import critic_loss
@@ -48,18 +56,37 @@ def make_data(folder: Path, stage: str, dit, shape: tuple[int, ...]) -> dict[str
     return {"text": str(folder / "text"), kind: str(folder / kind)}
 
 
+def random_dit(cfg, device, dtype: torch.dtype, seed: int) -> WanDiT:
+    """Random weights made on the device, where it takes a second."""
+    with torch.device("meta"):
+        model = WanDiT(cfg).to(dtype)
+    return model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(seed))
+
+
+def write_release(folder: Path, cfg, device) -> None:
+    """A DiT as published: config.json, float32 weights in three shards, their index."""
+    folder.mkdir(parents=True)
+    state = list(random_dit(cfg, device, torch.float32, 0).state_dict().items())
+    third, shards = -(-len(state) // 3), {}
+    for i in range(3):
+        name = f"diffusion_pytorch_model-{i + 1:05}-of-00003.safetensors"
+        part = {key: value.cpu() for key, value in state[i * third : (i + 1) * third]}
+        save_file(part, folder / name)
+        shards |= dict.fromkeys(part, name)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
+
+
 class Measured(Run):
-    """A run of random networks, made on the device, that notes seconds, FLOP and repeated FLOP of its parts."""
+    """A run that notes seconds, FLOP and repeated FLOP of its parts; its networks are random if it is given none."""
 
     def __init__(self, *arguments):
         self.taken, self.exits, self.repeated, self.seeds = defaultdict(list), [], 0.0, iter((0, 1, 1))
         super().__init__(*arguments)
 
     def network(self, cfg, tensors):
-        with torch.device("meta"):
-            source = WanDiT(cfg).to(self.dtype)
-        generator = torch.Generator(self.device).manual_seed(next(self.seeds))  # the critic starts as the teacher
-        return super().network(cfg, source.to_empty(device=self.device).init_weights(generator).state_dict())
+        seed = next(self.seeds)  # the critic starts as the teacher
+        return super().network(cfg, tensors or random_dit(cfg, self.device, self.dtype, seed).state_dict())
 
     def expected(self, *networks):
         budget = super().expected(*networks)
@@ -147,22 +174,33 @@ def main() -> None:
     add("--forcing", default="teacher", choices=["teacher", "diffusion"])
     add("--offload", action="store_true")
     add("--no-checkpointing", action="store_true")
+    add("--release", type=Path, metavar="DIR", help="start all networks from it; made, with random weights, if missing")
     args = parser.parse_args()
     height, width = (int(side) // 16 for side in args.size.split("x"))
-    distilling, dit, start = args.stage in ("dmd", "sid"), PRESETS[args.preset], time.perf_counter()
+    distilling, dit = args.stage in ("dmd", "sid"), PRESETS[args.preset]
     dtype = "bfloat16" if args.device == "cuda" else "float32"
     keys = {name: getattr(args, name) for name in ("stage", "preset", "frames", "batch", "ratio", "lr", "forcing")}
     keys |= {"out": "unused", "negative": "negative", "height": height, "width": width, "critic_lr": args.lr}
     keys |= {"ema_start": 0, "device": args.device, "dtype": dtype, "offload": args.offload}
+    if args.release:
+        keys |= {"weights": str(args.release)} | ({"teacher": str(args.release)} if distilling else {})
+        if not args.release.exists():
+            write_release(args.release, dit, args.device)
     world = World(args.device)
     ceiling = matmul_rate(world.device, getattr(torch, dtype))
     with tempfile.TemporaryDirectory() as folder:
         stores = make_data(Path(folder), args.stage, dit, (dit.in_dim, args.frames, height, width))
+        made, stop, private = time.perf_counter(), threading.Event(), [0]
+        watch = threading.Thread(target=peak_memory, args=(stop, private))
+        watch.start()
         run = Measured(Config(**keys, **stores, checkpointing=not args.no_checkpointing), world)
+        torch.get_device_module(world.device).synchronize()
+        made = time.perf_counter() - made
+        stop.set()
+        watch.join()
         if args.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()  # making the networks takes tensors of its own
-        made = time.perf_counter() - start
         report = train(run, args.iterations or (args.ratio + 1 if distilling else 3))
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
@@ -192,7 +230,8 @@ def main() -> None:
     print(
         f"peak on the device {peak:.2f} GiB, expected {expected['device']:.2f} ({peak / expected['device'] - 1:+.1%})"
     )
-    print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}; set-up {made:.0f} s", *report, sep="\n")
+    print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}", *report, sep="\n")
+    print(f"set-up {made:.1f} s, private host memory up to {private[0] / GIB:.2f} GiB in it, page-locked included")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from common import PLACES, frames_first, golden, golden_dit, randn, rel
 
-from wan5b.distill import clean_blocks, guided, rollout
+from wan5b.distill import guided, rollout
 from wan5b.flow import few_step_sigmas, sampling_sigmas, solve
 from wan5b.kvcache import KVCache
 
@@ -129,8 +129,12 @@ def test_first_frames_continue_a_video(model, given):
     assert cache.frames == 10
 
 
-def test_clean_blocks():
-    assert [clean_blocks(n, 3) for n in (1, 3, 5, 7)] == [[1], [3], [2, 3], [1, 3, 3]]
+@pytest.mark.parametrize(("given", "blocks"), [(1, [1]), (3, [3]), (5, [2, 3]), (7, [1, 3, 3])])
+@torch.no_grad()
+def test_given_frames_are_taken_in_blocks(model, given, blocks):
+    recorder = Recorder(model)
+    next(rollout(recorder, video(3), text(), SIGMAS, [3], new_cache(model, 10), first=video(given)))
+    assert [call[0] for call in recorder.calls[: len(blocks)]] == blocks
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])

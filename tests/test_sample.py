@@ -625,6 +625,17 @@ def test_fp8_rounding():
     assert torch.allclose((q.float() * scale).abs().amax(1), x.abs().amax(1), rtol=1e-5)
 
 
+def test_fp8_rounding_of_gelu():
+    """Within the same steps of gelu(x), though its maximum is not looked for; rows far below 0 too."""
+    x = 3 * randn(8, 64)
+    x[0], x[1], x[2, 0], x[3], x[4] = x[0] - 30, -0.7518, 1e4, 0, x[4] * 1e-3  # -0.7518: where gelu is lowest
+    y = nn.functional.gelu(x, approximate="tanh")
+    q, scale = fp8._quantize(x, gelu=True)
+    assert q.float().isfinite().all()
+    assert ((q.float() * scale - y).abs() <= torch.maximum(y.abs() * 2**-4, scale * 2**-10) * 1.001).all()
+    assert (scale * 448 <= y.abs().amax(1, keepdim=True).clamp(min=0.1701) * 1.00001).all()
+
+
 def test_fp8_replaces_the_linear_layers_of_the_blocks():
     model = WanDiT(PRESETS["tiny"])
     before = sum(isinstance(m, nn.Linear) for m in model.modules())

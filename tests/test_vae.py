@@ -117,7 +117,7 @@ def test_encode_chunkings(vae, monkeypatch, frames):
     latent = vae.encode(video)
     assert latent.shape == (1, 48, 1 + (frames - 1) // 4, 2, 3)
     for chunk in (1, 3, 100):
-        monkeypatch.setattr(vae22, "CHUNK", chunk)
+        monkeypatch.setattr(vae22, "ENCODED", chunk)
         assert rel(vae.encode(video), latent) < 1e-6
         monkeypatch.undo()
 

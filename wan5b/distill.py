@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wan5b.flow import add_noise, solve, x0_from_v
-from wan5b.kvcache import KVCache
+from wan5b.kvcache import KVCache, block_sizes
 
 
 def rollout(
@@ -45,8 +45,9 @@ def rollout(
     exit_step = len(sigmas) - 2 if exit_step is None else exit_step
     if not 0 <= exit_step < len(sigmas) - 1:
         raise ValueError(f"exit_step must be in 0 .. {len(sigmas) - 2} for levels {sigmas}, got {exit_step}")
-    if first is not None:
-        for block in first.split(clean_blocks(first.shape[2], max(blocks)), dim=2):
+    if first is not None and first.shape[2]:
+        rest = first.shape[2] % max(blocks)  # goes in front: 7 frames in blocks of 3 are 1, 3, 3
+        for block in first.split(block_sizes(first.shape[2], max(blocks), rest), dim=2):
             _commit(generator, block, context, cache)
 
     for index, x in enumerate(noise.split(blocks, dim=2)):
@@ -77,11 +78,6 @@ def replay(generator: Callable, context: Tensor, sigma: float, trace: list, cach
     for start, x in reversed(trace):
         cache.rewind(start)
         yield x0_from_v(x, generator(x, sigma, context, cache=cache), sigma)
-
-
-def clean_blocks(frames: int, size: int) -> list[int]:
-    """Partition of given clean frames: blocks of `size`, what is left over in front (1 -> [1], 7, 3 -> [1, 3, 3])."""
-    return [frames % size] * (frames % size > 0) + [size] * (frames // size)
 
 
 @torch.no_grad()

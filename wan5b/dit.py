@@ -74,25 +74,25 @@ def frequencies(n: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=32)
 def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
-    """cos and sin of the rotation angles, [2, 1, S, 1, K/2] float32, for frames start .. start + frames (RoFormer).
+    """Rotations of frames start .. start + frames (RoFormer): (cos, cos) and (-sin, sin) of each channel pair's angle.
 
-    Computed from float64 angles at the positions asked for, so no length limit. The K/2 pairs are split over
-    (time, row, column), each axis with a frequency table of its own.
+    [2, 1, S, 1, K] float32. Computed from float64 angles at the positions asked for, so no length limit. The K/2 pairs
+    are split over (time, row, column), each axis with a frequency table of its own.
     """
     spatial = head_dim // 6
     ranges = ((start, start + frames), (0, height), (0, width))
     grid = torch.meshgrid([torch.arange(*ends, dtype=torch.float64, device=device) for ends in ranges], indexing="ij")
     counts = (head_dim // 2 - 2 * spatial, spatial, spatial)
     angles = [x.reshape(-1, 1, 1) * frequencies(n, device) for x, n in zip(grid, counts, strict=True)]
-    angle = torch.cat(angles, -1)[None]  # [1, S, 1, K/2]
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    angle = torch.cat(angles, -1)[None].repeat_interleave(2, -1)  # [1, S, 1, K]
+    return torch.stack([angle.cos(), angle.sin() * angle.new_tensor([-1, 1]).repeat(head_dim // 2)]).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent channel pairs of x [B, S, N, K] in float32; the result has the dtype of x."""
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # compiles to one kernel, where a stack of halves takes two
+    return (x.float() * cos + swapped.float() * sin).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- blocks

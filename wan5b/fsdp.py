@@ -42,8 +42,7 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
-        self.mesh = self.host_mesh = None
-        self.shards, self.stopping = 1, False
+        self.mesh, self.host_mesh, self.shards, self.stopping = None, None, 1, False
         if self.size > 1:
             self.shards = shard = shard or self.local_size
             if self.size % shard:

@@ -49,16 +49,12 @@ class Graphs:
             self.graphs[key] = None
             return forward(*inputs)
         if self.graphs[key] is None:
-            self.graphs[key] = self._record(forward, [x.clone() for x in inputs])
+            graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may copy
+                self.graphs[key] = graph, own, forward(*own)
+            self.pool = graph.pool()
         graph, own, out = self.graphs[key]
         for mine, given in zip(own, inputs, strict=True):
             mine.copy_(given)
         graph.replay()
         return out.clone()  # the next replay writes there again
-
-    def _record(self, forward: Callable, own: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may copy
-            out = forward(*own)
-        self.pool = graph.pool()
-        return graph, own, out

@@ -61,8 +61,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything; also needed when the weights have changed."""
-        self.frames = 0  # committed
-        self.written = 0  # end of the last forward's frames
+        self.frames = self.written = 0  # committed; end of the last forward's frames
         self.context = None  # the embedded text whose keys and values are kept
 
     def commit(self, n_frames: int) -> None:
@@ -121,6 +120,5 @@ class KVCache:
 
 def _runs(slots: list[int], tokens: int) -> list[slice]:
     """Consecutive slots as slices of tokens, so many a slot: ([0, 1, 2, 5], 10) -> [0:30, 50:60]."""
-    groups = groupby(enumerate(slots), lambda pair: pair[1] - pair[0])
-    runs = [[slot for _, slot in group] for _, group in groups]
+    runs = [[slot for _, slot in run] for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0])]
     return [slice(run[0] * tokens, (run[-1] + 1) * tokens) for run in runs]

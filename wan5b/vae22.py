@@ -5,7 +5,9 @@ state: what a causal layer must remember of earlier chunks lives in a `Stream` t
 chunking gives the same result, so the chunk size is only a matter of memory and speed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, pairwise
 
 import torch
@@ -29,9 +31,9 @@ LATENT_STD = (
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
 # fmt: on
-# Latent frames a call in encode and decode. Decoding 81 frames of 704x1280 in bf16 on an H100 (torch 2.11), by chunk:
-# 1: 2.55 s, 6.5 GiB allocated on top of the weights; 2: 2.49 s, 9.1 GiB; 3: 2.44 s, 11.7 GiB.
-CHUNK = 2
+# Latent frames a call; frames, of the four that a latent frame becomes, that the widest layers of the decoder take at a
+# time: with more, decoding a block of 704x1280 in bf16 needs over 9 GiB.
+ENCODED, DECODED, FRAMES = 2, 3, 6
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Stream:
 
     first: bool = True  # whether the chunk being processed, or the next one, holds the first frame of the video
     history: dict[nn.Module, Tensor] = field(default_factory=dict)  # layer -> the last frames of its input
+    fold: Callable[[nn.Conv2d], Tensor] = field(default_factory=lambda: cache(fold_upsampling))  # once a video
 
 
 class RMSNorm(nn.Module):
@@ -185,17 +188,16 @@ class Downsample(nn.Module):
         return resample_time(self.time_conv, x, state)
 
 
-def upsample_phases(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv3x3(nearest 2x of x) without bias, as four 2x2 convolutions: [N, H, W, C] -> [N, H + 1, W + 1, 2, 2, C'].
+def fold_upsampling(conv: nn.Conv2d) -> Tensor:
+    """Weights with which conv3x3(nearest 2x of x) is four 2x2 convolutions of x, [4 * C', C, 2, 2].
 
     An output row 2i + a sees only two rows of x, i + a - 1 and i + a: kernel rows (0 | 1, 2) for a = 0, (0, 1 | 2) for
     a = 1, summed; likewise columns. The phases (a, b) are channels of one convolution with 4/9 of the arithmetic.
     """
     weight = conv.weight.float()
     rows = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [a, tap, row]
-    weight = torch.einsum("apu,bqv,oiuv->aboipq", rows, rows, weight).flatten(0, 2).to(x.dtype)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x.movedim(-1, 1), weight, padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
+    weight = torch.einsum("apu,bqv,oiuv->aboipq", rows, rows, weight).flatten(0, 2)
+    return weight.to(conv.weight.dtype, memory_format=torch.channels_last)
 
 
 @fused
@@ -226,7 +228,8 @@ class Upsample(nn.Module):
         """x [B, T, H, W, C], shortcut: the stage's input -> [B, T', 2H, 2W, C]"""
         conv, factor_t = self.resample["1"], 1 if self.time_conv is None else 2
         x = resample_time(self.time_conv, x, state).flatten(0, 1)
-        return assemble(upsample_phases(conv, x), conv.bias, shortcut, factor_t, state.first)
+        phases = F.conv2d(x.movedim(-1, 1), state.fold(conv), padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
+        return assemble(phases, conv.bias, shortcut, factor_t, state.first)
 
 
 def average_down(x: Tensor, out_dim: int, factor_t: int, factor_s: int) -> Tensor:
@@ -275,7 +278,11 @@ class UpStage(nn.Module):
 
 
 class Coder(nn.ModuleDict):
-    """The encoder or decoder: a convolution, the groups of layers in the order given, norm, SiLU, a convolution."""
+    """The encoder or decoder: a convolution, the groups of layers in the order given, norm, SiLU, a convolution.
+
+    The last two layers, of the decoder those with the largest activations, take FRAMES frames at a time. They leave
+    time as it is.
+    """
 
     def __init__(self, dim: int, widths: list[int], out_dim: int, groups: dict[str, nn.ModuleList]):
         head = nn.ModuleDict({"0": RMSNorm(widths[-1]), "2": causal_conv3d(widths[-1], out_dim)})
@@ -283,12 +290,13 @@ class Coder(nn.ModuleDict):
 
     def forward(self, x: Tensor, state: Stream) -> Tensor:
         conv1, *groups, head = self.values()
+        (*layers, up, last), (norm, conv2) = chain(*groups), head.values()
         x = convolve_causal(conv1, x, state).add_(conv1.bias)
-        for layer in chain(*groups):
+        for layer in layers:
             x = layer(x, state)
+        parts = [convolve_causal(conv2, last(up(part, state), state), state, norm) for part in x.split(FRAMES, dim=1)]
         state.first = False
-        norm, conv2 = head.values()
-        return convolve_causal(conv2, x, state, norm).add_(conv2.bias)
+        return torch.cat(parts, dim=1).add_(conv2.bias)
 
 
 def stages(kind: type[nn.Module], widths: list[int], blocks: int, temporal: tuple[bool, ...]) -> nn.ModuleList:
@@ -331,6 +339,7 @@ class VAE22(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg = cfg
+        assert not cfg.temperal_downsample[0], "the decoder's last two stages must leave time as it is"
         # space-to-depth pixels [B, T, H, W, 12] -> mean and log-variance [B, T', H', W', 2 * z_dim]
         widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
         down = stages(DownStage, widths, cfg.num_res_blocks, cfg.temperal_downsample)
@@ -357,7 +366,7 @@ class VAE22(nn.Module):
         """
         _check(video, self.cfg)
         stride, state = self.cfg.temporal_stride, self.stream()
-        cuts = range(1 + (CHUNK - 1) * stride, video.shape[2], CHUNK * stride)  # latent frame 0 is a single pixel frame
+        cuts = range(1 + (ENCODED - 1) * stride, video.shape[2], ENCODED * stride)  # latent frame 0 is a pixel frame
         chunks = (chunk.to(self.conv1.weight.dtype) for chunk in video.tensor_split(list(cuts), dim=2))
         encoded = [pointwise(self.conv1, self.encoder(space_to_depth(chunk), state)) for chunk in chunks]
         mean = torch.cat(encoded, dim=1)[..., : self.cfg.z_dim].float()  # the rest is the log-variance
@@ -380,7 +389,7 @@ class VAE22(nn.Module):
             raise ValueError(f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}")
         z = latent.movedim(1, -1).float()
         z = (z * z.new_tensor(LATENT_STD) + z.new_tensor(LATENT_MEAN)).to(self.conv2.weight.dtype)
-        parts = [depth_to_space(self.decoder(pointwise(self.conv2, part), state)) for part in z.split(CHUNK, dim=1)]
+        parts = [depth_to_space(self.decoder(pointwise(self.conv2, part), state)) for part in z.split(DECODED, dim=1)]
         return torch.cat(parts, dim=2)
 
 
