@@ -4,12 +4,15 @@
     python benchmarks/training.py --stage dmd --offload       # one H100 80 GB
     python benchmarks/training.py --stage ar --iterations 4   # teacher forcing: twice the tokens, flex_attention
     python benchmarks/training.py --release /tmp/x --frames 3   # from a release on disk (20 GB), made if not there
+    torchrun --nproc_per_node=8 benchmarks/training.py --batch 16      # the losses are those of one process
+    torchrun --nproc_per_node=8 benchmarks/training.py --batch 16 --shard 4   # two replicas over four devices each
     python benchmarks/training.py --preset tiny --device cpu --size 64x64 --frames 9     # shows that it runs
 
 Figures are means without the first of each kind, over exit levels as they were drawn (their mean, 1.5 in the long run,
 is printed). FLOP are arithmetic (wan5b/stages.py: forward_flop): "work" with what is done twice (checkpointing's
 recomputation, a rollout's last level in the replay, the scores in attention's backward), "MFU" without. Percentages are
-of a large matrix product, measured in the same call. Set-up is what train.py does before its first step, here with
+of a large matrix product, measured in the same call. With several processes all but losses and norms is the first
+one's, FLOP and memory included. Set-up is what train.py does before its first step, here with
 random weights made on the device or those of a release, page cache warm.
 """
 
@@ -17,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import resource
 import sys
 import tempfile
@@ -44,7 +48,8 @@ PROMPTS = [f"prompt {i}" for i in range(4)]
 
 
 def make_data(folder: Path, stage: str, dit, shape: tuple[int, ...]) -> dict[str, str]:
-    """Stores of random numbers in the shapes of real ones -> the config's keys that name them."""
+    """Stores of random numbers in the shapes of real ones -> the config's keys that name them. Always the same."""
+    torch.manual_seed(0)
     lengths = torch.randint(dit.text_len // 8, dit.text_len + 1, (len(PROMPTS) + 1,))
     rows = torch.randn(int(lengths.sum()), dit.text_dim).bfloat16()
     write_shard(folder / "text/0.safetensors", {"rows": rows, "lengths": lengths}, [*PROMPTS, "negative"])
@@ -128,14 +133,23 @@ class Measured(Run):
 
     @torch.no_grad()
     def fixed_batch(self):
-        """-> a function of no arguments: the loss, of the critic where there is one, on a batch that stays the same."""
-        draws, items, context = next(self.micro_batches(0, "fixed"))
+        """-> a function of no arguments: the loss, of the critic where there is one, on a batch that stays the same.
+
+        One sample for each micro-batch of a phase; the critic's are those that the generator makes now.
+        """
         if not self.distilling:
             loss = self.ode_loss if self.cfg.stage == "ode" else self.flow_loss
-            return lambda: loss(*next(self.micro_batches(0, "fixed")))
-        first, x0, _, _ = Run.generate(self, 0, "fixed", draws, items, context)
-        xs, level, noise = self.noised(draws, first, x0)
-        return lambda: critic_loss(self.critic(xs, level, context), x0, noise)
+            return lambda: torch.stack([loss(*batch) for batch in self.micro_batches(0, "fixed")]).mean()
+        made = []
+        for draws, items, context in self.micro_batches(0, "fixed"):
+            first, x0, _, _ = Run.generate(self, 0, "fixed", draws, items, context)
+            made.append((context, x0, *self.noised(draws, first, x0)))
+
+        def loss():
+            parts = [critic_loss(self.critic(xs, level, text), x0, noise) for text, x0, xs, level, noise in made]
+            return torch.stack(parts).mean()
+
+        return loss
 
 
 def train(run: Measured, iterations: int) -> list[str]:
@@ -146,9 +160,9 @@ def train(run: Measured, iterations: int) -> list[str]:
     for step in range(iterations + 1):
         if step in (0, iterations):
             with torch.no_grad():
-                losses.append(float(loss()))
+                losses.append(run.world.mean({"loss": loss()})["loss"])
         if step < iterations:
-            values = {name: float(value) for name, value in run.iteration(step).items()}
+            values = run.world.mean(run.iteration(step))
             finite &= all(map(math.isfinite, values.values()))
             print(f"iteration {step}:", *(f"{k} {v:.4g}" for k, v in values.items() if "x0" not in k), flush=True)
     moved = {who: (optimizer.master(watched) - before[who]).abs() for who, optimizer in optimizers}
@@ -167,7 +181,8 @@ def main() -> None:
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--size", default="704x1280", help="in pixels")
     add("--frames", type=int, default=21, help="latent frames")
-    add("--batch", type=int, default=2, help="micro-batches of one sample that a phase accumulates")
+    add("--batch", type=int, default=2, help="samples of a phase, over all processes, each a micro-batch")
+    add("--shard", type=int, default=0, help="processes that share one copy of the weights; 0: those of a node")
     add("--ratio", type=int, default=5)
     add("--iterations", type=int, help="default: two generator phases, or three of the other stages")
     add("--lr", type=float, default=1e-5, help="of both networks")
@@ -184,9 +199,12 @@ def main() -> None:
     keys |= {"ema_start": 0, "device": args.device, "dtype": dtype, "offload": args.offload}
     if args.release:
         keys |= {"weights": str(args.release)} | ({"teacher": str(args.release)} if distilling else {})
-        if not args.release.exists():
-            write_release(args.release, dit, args.device)
-    world = World(args.device)
+    world = World(args.device, args.shard)
+    if world.rank:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    elif args.release and not args.release.exists():
+        write_release(args.release, dit, args.device)
+    world.barrier()
     ceiling = matmul_rate(world.device, getattr(torch, dtype))
     with tempfile.TemporaryDirectory() as folder:
         stores = make_data(Path(folder), args.stage, dit, (dit.in_dim, args.frames, height, width))
@@ -204,7 +222,9 @@ def main() -> None:
         report = train(run, args.iterations or (args.ratio + 1 if distilling else 3))
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(f"\n{name}, torch {torch.__version__}, {vars(args)}\nmatrix product {ceiling / 1e12:.3g} TFLOP/s")
+    print(
+        f"\n{world.size} x {name}, torch {torch.__version__}, {vars(args)}\nmatrix product {ceiling / 1e12:.3g} TFLOP/s"
+    )
     print(f"{'':26}{'times':>6}{'seconds':>9}{'TFLOP':>9}{'work':>8}{'MFU':>8}")
     means = {name: [sum(x) / len(x) for x in zip(*(rows[1:] or rows), strict=True)] for name, rows in run.taken.items()}
     times = {name: len(rows) for name, rows in run.taken.items()}
@@ -216,14 +236,15 @@ def main() -> None:
         print(f"{name:26}{times.get(name, 1):6}{seconds:9.3f}{work / 1e12:9.4g}{mfu[0]:8.1%}{mfu[1]:8.1%}")
     if distilling:
         optimizer = {who: means[f"  optimizer, {who}"][0] for who in run.optimizers}
-        sample = {who: (means[f"{who} phase"][0] - optimizer[who]) / args.batch for who in run.optimizers}
-        print(f"exit level {sum(run.exits) / len(run.exits):.2f} on average; seconds of a sample: {sample}")
+        own = args.batch // world.size
+        sample = {who: (means[f"{who} phase"][0] - optimizer[who]) / own for who in run.optimizers}
+        print(f"exit level {sum(run.exits) / len(run.exits):.2f} on average; seconds of a sample on a device: {sample}")
         print(f"average: {optimizer['generator'] - optimizer['critic']:.3f} s of the generator's optimizer step")
-        days = {who: 600 * (64 * sample[who] + optimizer[who]) / 86400 for who in sample}  # batch 64
+        days = {who: 600 * (64 / world.size * sample[who] + optimizer[who]) / 86400 for who in sample}  # batch 64
         for updates in (5, 1):  # of the critic, in hundreds
             total = days["generator"] * updates / 5 + days["critic"] * updates
             print(f"{120 * updates} generator and {600 * updates} critic steps at batch 64: {total:.2f} days", end="")
-            print(f"; {total / 8:.2f} on 8 cards, if they scaled ideally")
+            print(f"; {total * world.size / 8:.2f} on 8 devices, if they scaled ideally")
     expected = {place: sum(parts.values()) / GIB for place, parts in run.budget.items()}
     peak, host = memory_gib(world.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     locked = sum(len(optimizer.host) for optimizer in run.optimizers.values()) / GIB
@@ -232,6 +253,7 @@ def main() -> None:
     )
     print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}", *report, sep="\n")
     print(f"set-up {made:.1f} s, private host memory up to {private[0] / GIB:.2f} GiB in it, page-locked included")
+    world.close()
 
 
 if __name__ == "__main__":
