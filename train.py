@@ -216,7 +216,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
         check_unchanged(cfg, saved[-1])
     run = Run(cfg, world)
     start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
-    vae = load_vae(cfg.vae, world.device, torch.float32) if cfg.vae and leading else None
+    vae = load_vae(cfg.vae, world.device, run.dtype) if cfg.vae and leading else None
     log = out / "metrics.jsonl"
     if leading:
         (out / "samples").mkdir(parents=True, exist_ok=True)
