@@ -131,11 +131,9 @@ def main() -> None:
     context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim).to(device, dtype)
     noise = torch.randn(1, 48, latents, height, width, device=device)
     size = tokens, latents, args.window, args.sink
-    clips = {
-        "float32": latents_of(
-            copy.deepcopy(model).float(), noise, context.float(), blocks, new_cache(cfg, *size, torch.float32)
-        )
-    }
+    exact = copy.deepcopy(model).float(), noise, context.float(), blocks, new_cache(cfg, *size, torch.float32)
+    clips = {"float32": latents_of(*exact)}
+    del exact
     shown = noise[:, :, :6]
     decoded = copy.deepcopy(vae).float().decode(shown)
     torch.cuda.empty_cache()
@@ -202,7 +200,7 @@ def main() -> None:
         lines.append(f"  warm-up {warmup:.0f} s; against float32: {seams(vae, shown, decoded)}")
         kept = [name for name in ("float32", "compiled") if name in clips and name != variant]
         lines += [f"  latents against {name}: {apart(clips[variant], clips[name], args.block)}" for name in kept]
-        print(*lines[-3:], sep="\n", flush=True)
+        print(*lines[-1 - len(kept) :], sep="\n", flush=True)
     if args.long:
         cache, blocks = new_cache(cfg, tokens, 21, 21, 3), block_sizes((args.long + 3) // 4, args.block)
         marks = clip(cache, torch.randn(1, 48, sum(blocks), height, width, device=device), blocks)

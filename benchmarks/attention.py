@@ -7,7 +7,7 @@ the mask lets through: 4 D a pair forward, 10 D backward (with the scores a seco
 mask, gets the same number of pairs as a rectangle: all queries, and as many keys as a query sees on average.
 """
 
-import statistics
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench import seconds
 from wan5b.attention import attention, causal_mask
 from wan5b.dit import PRESETS
 from wan5b.kvcache import block_sizes
@@ -26,19 +27,6 @@ TOKENS = CFG.tokens_per_frame(44, 80)
 def rand(tokens: int) -> torch.Tensor:
     shape = (1, tokens, CFG.num_heads, CFG.head_dim)
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-
-def seconds(run, repeats: int = 10) -> float:
-    """Median, by events, after three for warming up."""
-    times = []
-    for _ in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times[3:])
 
 
 def rates(call, queries: int, keys: int, pairs: float) -> list[float]:
@@ -66,33 +54,28 @@ def error(call, dense: torch.Tensor | None, tokens: int) -> list[float]:
         (expected, *torch.autograd.grad(expected, exact, grad.double())),
         strict=True,
     )
-    return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+    return [float(((a.double() - b).norm() / b.norm()).detach()) for a, b in pairs]
 
 
 def main() -> None:
     device, rows = torch.device("cuda"), []
-    for name, frames, teacher in (("block-causal", 21, False), ("teacher forcing", 21, True)):
-        sequence = frames * TOKENS * (2 if teacher else 1)
+    blocks = tuple(block_sizes(21))
+    for name, halves in (("block-causal", 1), ("teacher forcing", 2)):
+        sequence = halves * sum(blocks) * TOKENS
         start = time.perf_counter()
-        mask = causal_mask(tuple(block_sizes(frames)), TOKENS, None, teacher, device)
+        mask = causal_mask(blocks, TOKENS, None, halves == 2, device)
         torch.cuda.synchronize()
         built = time.perf_counter() - start
-        ends = [end * TOKENS for end in range(3, frames + 1, 3)]
-        pairs = sum(3 * TOKENS * end for end in ends) * (2 if teacher else 1)  # noisy queries see as many as clean ones
-        keys = round(pairs / sequence)
-        flex, cudnn = rates(mask.attention, sequence, sequence, pairs), rates(attention, sequence, keys, pairs)
+        ends = itertools.accumulate(blocks)
+        pairs = halves * sum(size * end for size, end in zip(blocks, ends, strict=True)) * TOKENS**2  # noisy as clean
+        flex = rates(mask.attention, sequence, sequence, pairs)
+        cudnn = rates(attention, sequence, round(pairs / sequence), pairs)
+        ratio = [a / b for a, b in zip(flex, cudnn, strict=True)]
         rows.append(f"{name:16}{sequence:8}{pairs / sequence**2:8.1%}{built:10.2f}")
-        rows[-1] += (
-            "".join(f"{rate / 1e12:9.0f}" for rate in flex + cudnn)
-            + f"{flex[0] / cudnn[0]:9.0%}{flex[1] / cudnn[1]:6.0%}"
-        )
-    small = causal_mask((3, 3, 3), 100, None, True, device)
-    frame = torch.arange(9, device=device).repeat_interleave(100) // 3
-    clean, noisy = frame[:, None] >= frame, frame[:, None] > frame
-    itself, none = frame[:, None] == frame, torch.zeros_like(clean)
-    dense = torch.cat([torch.cat([clean, none], 1), torch.cat([noisy, itself], 1)])
+        rows[-1] += "".join(f"{rate / 1e12:9.0f}" for rate in flex + cudnn) + "{:9.0%}{:6.0%}".format(*ratio)
+    small, dense = (causal_mask((3, 3, 3), 100, None, True, place) for place in (device, torch.device("cpu")))
     errors = {
-        "flex, teacher forcing": error(small.attention, dense, 1800),
+        "flex, teacher forcing": error(small.attention, dense.mask.to(device), 1800),
         "cuDNN, no mask": error(attention, None, 1800),
     }
 

@@ -12,13 +12,11 @@ Figures are means without the first of each kind, over exit levels as they were 
 is printed). FLOP are arithmetic (wan5b/stages.py: forward_flop): "work" with what is done twice (checkpointing's
 recomputation, a rollout's last level in the replay, the scores in attention's backward), "MFU" without. Percentages are
 of a large matrix product, measured in the same call. With several processes all but losses and norms is the first
-one's, FLOP and memory included. Set-up is what train.py does before its first step, here with
-random weights made on the device or those of a release, page cache warm.
+one's, FLOP and memory included. Set-up is what train.py does before its first step, here with random weights made on
+the device or those of a release, page cache warm.
 """
 
 import argparse
-import dataclasses
-import json
 import math
 import os
 import resource
@@ -30,10 +28,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from loading import peak_memory
+from release import write_dit
 
 from train import Config, matmul_rate, memory_gib
 from wan5b.data import write_shard
@@ -66,20 +65,6 @@ def random_dit(cfg, device, dtype: torch.dtype, seed: int) -> WanDiT:
     with torch.device("meta"):
         model = WanDiT(cfg).to(dtype)
     return model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(seed))
-
-
-def write_release(folder: Path, cfg, device) -> None:
-    """A DiT as published: config.json, float32 weights in three shards, their index."""
-    folder.mkdir(parents=True)
-    state = list(random_dit(cfg, device, torch.float32, 0).state_dict().items())
-    third, shards = -(-len(state) // 3), {}
-    for i in range(3):
-        name = f"diffusion_pytorch_model-{i + 1:05}-of-00003.safetensors"
-        part = {key: value.cpu() for key, value in state[i * third : (i + 1) * third]}
-        save_file(part, folder / name)
-        shards |= dict.fromkeys(part, name)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
 
 
 class Measured(Run):
@@ -203,17 +188,18 @@ def main() -> None:
     if world.rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     elif args.release and not args.release.exists():
-        write_release(args.release, dit, args.device)
+        args.release.mkdir(parents=True)
+        write_dit(args.release, dit, weights=random_dit(dit, args.device, torch.float32, 0).state_dict())
     world.barrier()
     ceiling = matmul_rate(world.device, getattr(torch, dtype))
     with tempfile.TemporaryDirectory() as folder:
         stores = make_data(Path(folder), args.stage, dit, (dit.in_dim, args.frames, height, width))
-        made, stop, private = time.perf_counter(), threading.Event(), [0]
+        start, stop, private = time.perf_counter(), threading.Event(), [0]
         watch = threading.Thread(target=peak_memory, args=(stop, private))
         watch.start()
         run = Measured(Config(**keys, **stores, checkpointing=not args.no_checkpointing), world)
         torch.get_device_module(world.device).synchronize()
-        made = time.perf_counter() - made
+        made = time.perf_counter() - start
         stop.set()
         watch.join()
         if args.device == "cuda":

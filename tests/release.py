@@ -44,13 +44,16 @@ def random_weights(model, seed):
     return model
 
 
-def write_dit(folder, cfg=DIT, shards=3, single=False, seed=0):
-    """config.json and the DiT's weights: shards and their index, or one file. Returns the state dict."""
+def write_dit(folder, cfg=DIT, shards=3, single=False, seed=0, weights=None):
+    """config.json and the DiT's weights: shards and their index, or one file. Returns the state dict.
+
+    weights: the state dict to write; by default random ones, of this seed.
+    """
     name = "diffusion_pytorch_model"
     config = {"_class_name": "WanModel", "_diffusers_version": "0.33.0"}
     config |= {key: getattr(cfg, key) for key in CONFIG_KEYS}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    weights = random_weights(WanDiT(cfg), seed).state_dict()
+    weights = weights or random_weights(WanDiT(cfg), seed).state_dict()
     if single:
         save_file(weights, folder / f"{name}.safetensors")
         return weights

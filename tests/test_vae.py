@@ -122,6 +122,16 @@ def test_encode_chunkings(vae, monkeypatch, frames):
         monkeypatch.undo()
 
 
+def test_the_widest_layers_take_few_frames(vae):
+    """What bounds the memory of decoding: the last two stages get FRAMES at most; those before, whole chunks."""
+    seen, stages = [], list(vae.decoder["upsamples"])[-3:]
+    hooks = [m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].shape[1]))) for m in stages]
+    vae.decode(torch.randn(1, 48, 6, 2, 2, generator=torch.Generator().manual_seed(6)))
+    for hook in hooks:
+        hook.remove()
+    assert [[n for m, n in seen if m is stage] for stage in stages] == [[5, 6], [6, 3, 6, 6], [6, 3, 6, 6]]
+
+
 def test_streams_are_independent(vae):
     """Two videos decoded chunk by chunk in turn, while a third passes through; nothing is left in the modules."""
     a, b = torch.randn(2, 1, 48, 4, 2, 2, generator=torch.Generator().manual_seed(3))
