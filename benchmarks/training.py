@@ -120,7 +120,7 @@ class Measured(Run):
     def fixed_batch(self):
         """-> a function of no arguments: the loss, of the critic where there is one, on a batch that stays the same.
 
-        One sample for each micro-batch of a phase; the critic's are those that the generator makes now.
+        As many samples as a phase has; the critic's are those that the generator makes now.
         """
         if not self.distilling:
             loss = self.ode_loss if self.cfg.stage == "ode" else self.flow_loss
@@ -166,7 +166,8 @@ def main() -> None:
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--size", default="704x1280", help="in pixels")
     add("--frames", type=int, default=21, help="latent frames")
-    add("--batch", type=int, default=2, help="samples of a phase, over all processes, each a micro-batch")
+    add("--batch", type=int, default=2, help="samples of a phase, over all processes")
+    add("--micro-batch", type=int, default=1, help="samples of a forward")
     add("--shard", type=int, default=0, help="processes that share one copy of the weights; 0: those of a node")
     add("--ratio", type=int, default=5)
     add("--iterations", type=int, help="default: two generator phases, or three of the other stages")
@@ -179,7 +180,8 @@ def main() -> None:
     height, width = (int(side) // 16 for side in args.size.split("x"))
     distilling, dit = args.stage in ("dmd", "sid"), PRESETS[args.preset]
     dtype = "bfloat16" if args.device == "cuda" else "float32"
-    keys = {name: getattr(args, name) for name in ("stage", "preset", "frames", "batch", "ratio", "lr", "forcing")}
+    names = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
+    keys = {name: getattr(args, name) for name in names}
     keys |= {"out": "unused", "negative": "negative", "height": height, "width": width, "critic_lr": args.lr}
     keys |= {"ema_start": 0, "device": args.device, "dtype": dtype, "offload": args.offload}
     if args.release:
@@ -238,6 +240,9 @@ def main() -> None:
         f"peak on the device {peak:.2f} GiB, expected {expected['device']:.2f} ({peak / expected['device'] - 1:+.1%})"
     )
     print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}", *report, sep="\n")
+    if args.device == "cuda":
+        taken, again = (torch.cuda.memory_stats().get(k, 0) for k in ("reserved_bytes.all.peak", "num_alloc_retries"))
+        print(f"the allocator took up to {taken / GIB:.1f} GiB of the device, {again} times only after freeing some")
     print(f"set-up {made:.1f} s, private host memory up to {private[0] / GIB:.2f} GiB in it, page-locked included")
     world.close()
 

@@ -274,7 +274,8 @@ X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
         ({"blocks": [3, 3]}, ("[3, 3]", "6 frames", "x has 4")),
         ({"clean": X}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
         ({"clean": X[:, :, :2], "blocks": [2, 2]}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
-        ({"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]}, ("give no blocks",)),
+        ({"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]}, ("repeat, with grad, what it holds: [2, 2], 0 frames",)),
+        ({"cache": KVCache(TINY, 1, 4, 4), "window": 2}, ("has its context and its window from the cache",)),
     ],
 )
 def test_errors_name_the_values(tiny, given, says):

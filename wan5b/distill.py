@@ -38,7 +38,7 @@ def rollout(
     renoise(block index, step index, like) -> noise for the next level; default: fresh. first: clean frames
     [B, C, T', H, W] (an image, a video to continue) committed ahead of the first block.
     solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising (many-step sampling).
-    trace: a list that takes (committed frames, input) of every block's exit level, for `replay`.
+    trace: a list that takes the input of every block's exit level, for `replay`.
     """
     if sum(blocks) != noise.shape[2]:
         raise ValueError(f"blocks {blocks} add up to {sum(blocks)} frames, the noise has {noise.shape[2]}")
@@ -61,23 +61,21 @@ def rollout(
                     fresh = renoise(index, step, x0) if renoise else torch.randn_like(x0)
                     x = add_noise(x0, fresh, sigmas[step + 1])
             if trace is not None:
-                trace.append((cache.frames, x))
+                trace.append(x)
             x0 = x0_from_v(x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step])
         yield x0
         _commit(generator, x0, context, cache)
 
 
-def replay(generator: Callable, context: Tensor, sigma: float, trace: list, cache: KVCache) -> Iterator[Tensor]:
-    """The exit levels of a rollout again, now with grad, last block first: yields each block's x0.
+def replay(generator: Callable, context: Tensor, sigma: float, trace: list[Tensor], cache: KVCache) -> Tensor:
+    """The exit levels of the rollout that filled the cache again, now with grad -> x0 [B, C, T, H, W] of its blocks.
 
-    The loss of a rollout is a function of the x0 alone, so it is differentiated first, on a rollout without grad, and
-    each block here takes its part of that gradient in a backward of its own, before the next is asked for: activations
-    of one block at a time, for the recomputation that checkpointing would cost anyway. Needs a cache of the whole
-    video, whose keys of later blocks are given up on the way back.
+    One forward for all: each block's keys are its own and the committed ones, which are there and carry no grad. So
+    the rollout itself runs without grad, its loss, a function of x0 alone, is differentiated first, and sharded
+    weights are gathered, and their gradients reduced, once. Needs a cache of the whole video.
     """
-    for start, x in reversed(trace):
-        cache.rewind(start)
-        yield x0_from_v(x, generator(x, sigma, context, cache=cache), sigma)
+    x = torch.cat(trace, 2)
+    return x0_from_v(x, generator(x, sigma, context, blocks=[part.shape[2] for part in trace], cache=cache), sigma)
 
 
 @torch.no_grad()

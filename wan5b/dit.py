@@ -244,30 +244,33 @@ class WanDiT(nn.Module):
         - blocks (list, frames of each; window: int, in frames): block-causal mask over the whole sequence
         - blocks and clean [B, C, T, H, W]: teacher forcing, clean half at clean_sigma (default 0); v of the noisy half
         - cache (KVCache): x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent
+        - cache and blocks: x takes the place of the last blocks run through the cache, each seeing what it saw then
         """
         (batch, _, frames, height, width), dtype = x.shape, x.dtype
         p = self.cfg.tokens_per_frame(height, width)
         self._check(x, context, blocks, window, clean, cache)
         sigma = self._levels(sigma, x)
-        span = cache.span(frames, self.cfg.num_layers, batch, p) if cache else None
-        rope = rope_table(self.cfg.head_dim, span.start if span else 0, frames, height // 2, width // 2, x.device)
+        spans = cache and cache.spans(frames, blocks, self.cfg.num_layers, batch, p)
+        rope = rope_table(self.cfg.head_dim, spans[0].start if cache else 0, frames, height // 2, width // 2, x.device)
 
         if clean is not None:
             levels = (self._levels(0.0 if clean_sigma is None else clean_sigma, x), sigma)
             sigma = torch.cat([level.expand(batch, -1) for level in levels], 1)  # [B, 2T]
             rope, x = torch.cat([rope, rope], 2), torch.cat([clean, x], 2)
-        mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks else None
+        mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks and not cache else None
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if mask is not None:
-                return mask.attention(q, k, v)
-            return attention(q, *(cache.extend(layer, k, v, span) if cache else (k, v)))
+            if not cache:
+                return mask.attention(q, k, v) if mask else attention(q, k, v)
+            parts = zip(spans, *(x.split([n * p for n in blocks or [frames]], 1) for x in (q, k, v)), strict=True)
+            y = [attention(q, *cache.extend(layer, k, v, span)) for span, q, k, v in parts]
+            return y[0] if len(y) == 1 else torch.cat(y, 1)
 
         run = partial(self._run, frames, attend)
         if cache is None or torch.is_grad_enabled():
             v = run(context, [None] * len(self.blocks), x, sigma, rope)
         elif cache.context is context:
-            key = (self, x.shape, sigma.shape, str(span[1:]))
+            key = (self, x.shape, sigma.shape, str(spans[0][1:]))
             v = cache.graphs.run(key, partial(run, None, cache.text), x, sigma, rope)
         else:
             v, cache.context = run(context, cache.text, x, sigma, rope), context
@@ -303,8 +306,8 @@ class WanDiT(nn.Module):
             raise ValueError(f"a block of {max(blocks)} frames does not fit in a window of {window}")
         if clean is not None and (not blocks or clean.shape != x.shape):
             raise ValueError(f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}")
-        if cache is not None and (blocks or window):
-            raise ValueError("a cached forward is causal by itself, and the window is the cache's: give no blocks")
+        if cache is not None and (clean is not None or window):
+            raise ValueError("a cached forward has its context and its window from the cache: give neither")
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""

@@ -288,8 +288,7 @@ class AdamW:
         if not isinstance(parameter, DTensor):
             return value
         mesh = parameter.device_mesh if value.device.type == self.world.device.type else self.world.host_mesh
-        shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(value, mesh, parameter.placements, shape=shape, stride=stride)
+        return DTensor.from_local(value, mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())
 
     def result(self, name: str) -> Tensor:
         """A float32 weight, whole: its average, if kept, else its master. For every process to call, after `state`."""

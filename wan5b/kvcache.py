@@ -6,7 +6,7 @@ beyond the sink form a ring: the oldest are replaced in place. Nothing is ever m
 about the order of its keys (RoPE is already in them).
 """
 
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -71,30 +71,32 @@ class KVCache:
             raise ValueError(f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones")
         self.frames += n_frames
 
-    def rewind(self, frames: int) -> None:
-        """Forget all but the first `frames` committed frames, which must still be in memory."""
-        assert frames <= self.frames <= self.capacity, (frames, self.frames, self.capacity)
-        self.frames = self.written = frames
-
-    def span(self, n_frames: int, layers: int, batch: int, tokens_per_frame: int) -> Span:
-        """Plan a forward on the n_frames behind the committed ones. ValueError if they, or the sizes, do not fit."""
-        if self.made_for != (asked := (layers, batch, tokens_per_frame)):
+    def spans(self, frames: int, blocks: list[int] | None, *sizes: int) -> list[Span]:
+        """Plan a forward on frames behind the committed ones; with blocks, one with grad over the last frames written,
+        each block seeing what it saw then. sizes: layers, batch, tokens a frame. ValueError if something does not fit.
+        """
+        if self.made_for != sizes:
             made = f"the cache was made for (layers, batch, tokens a frame) {self.made_for}"
-            raise ValueError(f"{made}, the forward has {asked}")
-        start, end, room = self.frames, self.frames + n_frames, self.capacity - self.sink
-        window = self.window or max(end, self.capacity)
+            raise ValueError(f"{made}, the forward has {sizes}")
+        if blocks and not (torch.is_grad_enabled() and frames <= self.written <= self.capacity):
+            raise ValueError(f"blocks over a cache repeat, with grad, what it holds: {blocks}, {self.written} frames")
+        ends = accumulate(blocks or [frames], initial=self.written - frames if blocks else self.frames)
+        return [self._span(start, end, sizes[-1]) for start, end in pairwise(ends)]
+
+    def _span(self, start: int, end: int, tokens: int) -> Span:
+        room, window = self.capacity - self.sink, self.window or max(end, self.capacity)
         if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
             way_out = "a rollout with grad needs room for the whole video" if self.window else "no window is set"
-            raise ValueError(f"the cache holds {self.capacity} frames; {start} + {n_frames} do not fit: {way_out}")
-        if n_frames > window - self.sink:
-            raise ValueError(f"a block of {n_frames} frames does not fit in window {window} with sink {self.sink}")
+            raise ValueError(f"the cache holds {self.capacity} frames; {start} + {end - start} do not fit: {way_out}")
+        if end - start > window - self.sink:
+            raise ValueError(f"a block of {end - start} frames does not fit in window {window} with sink {self.sink}")
         recent = max(self.sink, end - (window - self.sink))
         assert recent >= self.written - room, "a longer forward has replaced frames that are still seen"
         past = [*range(min(self.sink, start)), *range(recent, start)]
         past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
-        self.written = end
+        self.written = end if start == self.frames else self.written
         seen = sorted(past if torch.is_grad_enabled() else past + own)
-        return Span(start, _runs(seen, tokens_per_frame), _runs(own, tokens_per_frame))
+        return Span(start, _runs(seen, tokens), _runs(own, tokens))
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.

@@ -22,7 +22,7 @@ from wan5b.weights import fill, open_dit
 GIB = 2**30
 
 
-def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool, graphs=1, late: float = 0) -> float:
+def activations(cfg, tokens: int, itemsize: int, checkpointing: bool, graphs=1, late: float = 0, keys=0) -> float:
     """Bytes held at the peak of a backward through `graphs` forwards of so many tokens.
 
     What a block keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
@@ -30,12 +30,13 @@ def activations(cfg: DiTConfig, tokens: int, itemsize: int, checkpointing: bool,
     of norms, two gated branches) and twice the hidden layer. With checkpointing only the inputs of all blocks and one
     block's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32, and
     what the heads of further graphs keep, 3 D in float32. late: bytes of weight gradients, counted elsewhere, that come
-    only as what the blocks keep goes, so that the larger of the two makes the peak.
+    only as what the blocks keep goes, so that the larger of the two makes the peak. keys: how many keys self-attention
+    reads besides the tokens' own (copies of a cache's).
     """
-    block = 12 * cfg.dim * itemsize + 7 * cfg.dim * 4 + 2 * cfg.ffn_dim * itemsize
-    kept = cfg.num_layers * graphs * cfg.dim * itemsize if checkpointing else (cfg.num_layers * graphs - 1) * block
-    rest = block + cfg.ffn_dim * itemsize + 2 * cfg.dim * 4 + (graphs - 1) * 3 * cfg.dim * 4
-    return tokens * rest + max(tokens * kept - late, 0)
+    width, wide, hidden = cfg.dim * itemsize, cfg.dim * 4, cfg.ffn_dim * itemsize
+    block = tokens * (12 * width + 7 * wide + 2 * hidden) + keys * 2 * width
+    kept = cfg.num_layers * graphs * tokens * width if checkpointing else (cfg.num_layers * graphs - 1) * block
+    return block + tokens * (hidden + 2 * wide + (graphs - 1) * 3 * wide) + max(kept - late, 0)
 
 
 def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None) -> tuple[float, float]:
@@ -43,7 +44,8 @@ def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=N
 
     Left out: what is done once a text, a frame or a forward.
     """
-    window, start, blocks = cache.window if cache else window, cache.frames if cache else 0, blocks or [x.shape[2]]
+    window, start = (cache.window, cache.written - x.shape[2] if blocks else cache.frames) if cache else (window, 0)
+    blocks = blocks or [x.shape[2]]
     ends = (start + end for end in itertools.accumulate(blocks))
     pairs = sum(size * min(end, window or end) for size, end in zip(blocks, ends, strict=True))  # of frames
     sequences, per_frame = len(x) * (1 if clean is None else 2), cfg.tokens_per_frame(*x.shape[3:])
@@ -121,10 +123,10 @@ class Run:
         """Bytes that this process comes to hold, part by part, on the "device" (of a CPU: all) and on the "host".
 
         Gradients are float32 and of one network at a time. Activations are those of the longest forward with grad, over
-        a whole sequence (a rollout is replayed one block of frames at a time, which is less): twice the tokens with
-        a clean half, and for SiD the critic and both teacher forwards in one graph. With one micro-batch a phase,
-        gradients come as activations go. Of sharded networks, two blocks are gathered then, with the gradients of one;
-        a rollout gathers all blocks, but keeps no activations.
+        a whole sequence: twice the tokens with a clean half, all keys that blocks see in a replay, for SiD the critic
+        and both teacher forwards in one graph. With one micro-batch a phase, gradients come as activations go. Of
+        sharded networks, two blocks are gathered then, with the gradients of one; a rollout gathers all blocks, but
+        keeps no activations.
         """
         cfg, size, shards = self.cfg, self.dtype.itemsize, self.world.shards
         with torch.device("meta"):
@@ -139,7 +141,9 @@ class Run:
         doubled = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher"
         graphs = 2 + (cfg.guidance != 0) if cfg.stage == "sid" else 1
         late = device["gradients"] * (len(self.world.share(cfg.batch)) == cfg.micro_batch)
-        device["activations"] = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs, late)
+        seen = sum(min(end, cfg.window or end) for end in itertools.accumulate(self.layout))
+        keys = self.distilling * (seen - cfg.frames) * tokens // cfg.frames
+        device["activations"] = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs, late, keys)
         device["KV cache"] = 2 * model.num_layers * tokens * model.dim * size * self.distilling
         if shards > 1:
             block, rollout = (3 * size + 4) * max(n, m) * shards / model.num_layers, n * shards * size * self.distilling
@@ -198,8 +202,7 @@ class Run:
 
     def clips(self, items: list[int]) -> Tensor:
         """Clean latents: the data's, or the ends of trajectories."""
-        rows = [self.store[i] for i in items]
-        clips = [row["x"][-1] if "x" in row else row["latent"] for row in rows]
+        clips = [row["x"][-1] if "x" in row else row["latent"] for row in map(self.store.__getitem__, items)]
         return torch.stack(clips).to(self.device, torch.float32)
 
     def shape(self, frames: int) -> tuple[int, ...]:
@@ -287,7 +290,6 @@ class Run:
         for draws, items, context in self.micro_batches(step, "generator"):
             first, x0, trace, exit_step = self.generate(step, "generator", draws, items, context)
             x0.requires_grad_()
-            sizes = [x.shape[2] for _, x in trace]
             with torch.set_grad_enabled(cfg.stage == "sid"):
                 xs, level, _ = self.noised(draws, first, x0)
 
@@ -300,13 +302,11 @@ class Run:
             gradient = dmd_gradient(x0, *scores)
             loss = dmd_loss(x0, gradient) if cfg.stage == "dmd" else sid_loss(x0, *scores, cfg.alpha)
             (grad,) = torch.autograd.grad(loss, x0)
-            blocks = replay(self.generator, context, self.sigmas[exit_step], trace, self.cache)
-            for block, part in zip(blocks, reversed(grad.split(sizes, 2)), strict=True):
-                block.backward(part.to(block.dtype))
+            replay(self.generator, context, self.sigmas[exit_step], trace, self.cache).backward(grad)
             x0 = x0.detach()
             row = {"loss": loss.detach().float(), "gradient": gradient.abs().mean()}
             row["x0_motion"] = x0.var(2, correction=0).mean()  # over time: a static video shows here
-            for i, block in enumerate(x0.split(sizes, 2)):
+            for i, block in enumerate(x0.split([x.shape[2] for x in trace], 2)):
                 row |= {f"x0_mean_{i}": block.mean(), f"x0_std_{i}": block.std()}
             rows.append(row)
         return average(rows) | {"norm": self.update("generator", step)}
@@ -322,8 +322,8 @@ class Run:
             loss.backward()
             error = (v.detach().float() - (noise - x0)).square().mean((1, 2, 3, 4))
             high = (level[:, -1] > 0.8).float()  # loss at high levels: critic_high / critic_share_high
-            rows.append({"critic_loss": loss.detach(), "critic_high": (high * error).mean()})
-            rows[-1]["critic_share_high"] = high.mean()
+            row = {"critic_loss": loss.detach(), "critic_high": (high * error).mean(), "critic_share_high": high.mean()}
+            rows.append(row)
         return average(rows) | {"critic_norm": self.update("critic", step)}
 
     def update(self, who: str, step: int) -> Tensor:
