@@ -35,6 +35,7 @@ from loading import peak_memory
 from release import write_dit
 
 from train import Config, matmul_rate, memory_gib
+from wan5b import fuse
 from wan5b.data import write_shard
 from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, WanDiT
@@ -174,6 +175,7 @@ def main() -> None:
     add("--lr", type=float, default=1e-5, help="of both networks")
     add("--forcing", default="teacher", choices=["teacher", "diffusion"])
     add("--offload", action="store_true")
+    add("--compile", action="store_true", help="what runs without grad")
     add("--no-checkpointing", action="store_true")
     add("--release", type=Path, metavar="DIR", help="start all networks from it; made, with random weights, if missing")
     args = parser.parse_args()
@@ -186,6 +188,7 @@ def main() -> None:
     keys |= {"ema_start": 0, "device": args.device, "dtype": dtype, "offload": args.offload}
     if args.release:
         keys |= {"weights": str(args.release)} | ({"teacher": str(args.release)} if distilling else {})
+    fuse.enable(args.compile, graphs=False)
     world = World(args.device, args.shard)
     if world.rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import plot
 import train
-from wan5b import attention, fsdp, stages
+from wan5b import attention, fsdp, fuse, stages
 from wan5b.data import write_shard
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
@@ -1130,7 +1130,23 @@ def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, first)
     assert video.shape == (1 + 4 * (2 + first), 32, 32, 3)
 
 
-# ------------------------------------------------------------------------------------------- bfloat16, on a GPU too
+# ------------------------------------------------------------------------------- compiled; in bfloat16; on a GPU too
+
+
+@pytest.mark.slow
+def test_compiled_rollouts_train_alike(data, tmp_path):
+    plain = finish(config(data, "dmd", tmp_path / "plain"))
+    counts, limits = torch._dynamo.utils.counters["stats"], ("recompile_limit", "fail_on_recompile_limit_hit")
+    before = counts["unique_graphs"], {name: getattr(torch._dynamo.config, name) for name in limits}
+    try:
+        compiled = finish(config(data, "dmd", tmp_path / "compiled", compile=True))
+    finally:
+        fuse.enable(False)
+        for name, value in before[1].items():
+            setattr(torch._dynamo.config, name, value)
+    assert counts["unique_graphs"] - before[0] >= 3
+    distance = apart(compiled, plain)
+    assert distance < 1e-2
 
 
 def run_in_bfloat16(data: Path, out: Path, stage: str, device: str, **changes) -> dict[str, torch.Tensor]:

@@ -11,13 +11,16 @@ from functools import cache, wraps
 import torch
 from torch import Tensor
 
-_enabled = False
+_enabled = _graphs = False
 
 
-def enable(on: bool = True) -> None:
-    """Compile the marked pieces at their next call (tens of seconds once per process) and use graphs, or stop it."""
-    global _enabled
-    _enabled = on
+def enable(on: bool = True, graphs: bool = True) -> None:
+    """Compile the marked pieces at their next call without grad (tens of seconds once per process), or stop it.
+
+    graphs: use graphs too, which is for weights that stay where they are (those of FSDP don't).
+    """
+    global _enabled, _graphs
+    _enabled, _graphs = on, on and graphs
     torch._dynamo.config.recompile_limit = 64  # shapes of one piece: the VAE has about 20
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
@@ -27,7 +30,7 @@ def fused(piece: Callable) -> Callable:
 
     @wraps(piece)
     def call(*args):
-        return (compiled() if _enabled else piece)(*args)
+        return (compiled() if _enabled and not torch.is_grad_enabled() else piece)(*args)
 
     return call
 
@@ -43,7 +46,7 @@ class Graphs:
 
     def run(self, key, forward: Callable, *inputs: Tensor) -> Tensor:
         """forward(*inputs): as ever at the first call with a key (which may compile), recorded at the second."""
-        if not _enabled or not inputs[0].is_cuda or torch.is_grad_enabled():
+        if not _graphs or not inputs[0].is_cuda or torch.is_grad_enabled():
             return forward(*inputs)
         if key not in self.graphs:
             self.graphs[key] = None

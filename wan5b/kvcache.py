@@ -66,8 +66,7 @@ class KVCache:
 
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
-        pending = self.written - self.frames
-        if not 0 < n_frames <= pending:
+        if not (pending := self.written - self.frames) >= n_frames > 0:
             raise ValueError(f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones")
         self.frames += n_frames
 
@@ -76,8 +75,7 @@ class KVCache:
         each block seeing what it saw then. sizes: layers, batch, tokens a frame. ValueError if something does not fit.
         """
         if self.made_for != sizes:
-            made = f"the cache was made for (layers, batch, tokens a frame) {self.made_for}"
-            raise ValueError(f"{made}, the forward has {sizes}")
+            raise ValueError(f"the cache is for layers, batch, tokens a frame {self.made_for}, the forward has {sizes}")
         if blocks and not (torch.is_grad_enabled() and frames <= self.written <= self.capacity):
             raise ValueError(f"blocks over a cache repeat, with grad, what it holds: {blocks}, {self.written} frames")
         ends = accumulate(blocks or [frames], initial=self.written - frames if blocks else self.frames)
