@@ -31,10 +31,10 @@ def activations(cfg, tokens: int, itemsize: int, checkpointing: bool, graphs=1, 
     block's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32, and
     what the heads of further graphs keep, 3 D in float32. late: bytes of weight gradients, counted elsewhere, that come
     only as what the blocks keep goes, so that the larger of the two makes the peak. keys: how many keys self-attention
-    reads besides the tokens' own (copies of a cache's).
+    reads besides the tokens' own (copies of a cache's); its outputs, made in parts, are there twice then.
     """
     width, wide, hidden = cfg.dim * itemsize, cfg.dim * 4, cfg.ffn_dim * itemsize
-    block = tokens * (12 * width + 7 * wide + 2 * hidden) + keys * 2 * width
+    block = tokens * (12 * width + 7 * wide + 2 * hidden) + (2 * keys + tokens * (keys > 0)) * width
     kept = cfg.num_layers * graphs * tokens * width if checkpointing else (cfg.num_layers * graphs - 1) * block
     return block + tokens * (hidden + 2 * wide + (graphs - 1) * 3 * wide) + max(kept - late, 0)
 
@@ -124,15 +124,15 @@ class Run:
 
         Gradients are float32 and of one network at a time. Activations are those of the longest forward with grad, over
         a whole sequence: twice the tokens with a clean half, all keys that blocks see in a replay, for SiD the critic
-        and both teacher forwards in one graph. With one micro-batch a phase, gradients come as activations go. Of
-        sharded networks, two blocks are gathered then, with the gradients of one; a rollout gathers all blocks, but
-        keeps no activations.
+        and both teacher forwards in one graph. With one micro-batch a phase, gradients come as activations go. FSDP
+        gathers two blocks then, with the gradients of one, and all blocks in a rollout, which keeps no activations;
+        what it adds up over replicas (HSDP) it holds until the end of a backward, beside the gradients.
         """
         cfg, size, shards = self.cfg, self.dtype.itemsize, self.world.shards
         with torch.device("meta"):
             n, m = (sum(p.numel() for p in WanDiT(c).parameters()) / shards for c in (model, scores))
         m *= self.distilling  # critic, teacher
-        device = {"weights": size * (n + 2 * m), "gradients": 4 * max(n, m)}
+        device = {"weights": size * (n + 2 * m), "gradients": 4 * max(n, m) * (1 + (self.world.size > shards))}
         host = {"masters while saving": 4 * (n + m) * (self.dtype != torch.float32)}
         places = fsdp.placed(self.dtype, cfg.beta1, cfg.ema > 0, self.offload, self.device)
         for place, groups in zip((device, host), places, strict=True):
@@ -143,9 +143,10 @@ class Run:
         late = device["gradients"] * (len(self.world.share(cfg.batch)) == cfg.micro_batch)
         seen = sum(min(end, cfg.window or end) for end in itertools.accumulate(self.layout))
         keys = self.distilling * (seen - cfg.frames) * tokens // cfg.frames
-        device["activations"] = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs, late, keys)
+        whole = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs, late)
+        device["activations"] = max(whole, activations(model, tokens, size, cfg.checkpointing, 1, late, keys))
         device["KV cache"] = 2 * model.num_layers * tokens * model.dim * size * self.distilling
-        if shards > 1:
+        if max(self.world.size, shards) > 1:
             block, rollout = (3 * size + 4) * max(n, m) * shards / model.num_layers, n * shards * size * self.distilling
             device["activations"] = max(device["activations"] + block, rollout)
         return {"device": device, "host": host} if self.device.type == "cuda" else {"device": device | host}

@@ -50,8 +50,7 @@ def relative_buckets(distance: Tensor, num_buckets: int = 32) -> Tensor:
     In a half, the first half is exact and the rest logarithmic up to MAX_DISTANCE. The logarithm is float32 and in
     this order of operations, as in training: 16, 32 and 64 lie on bucket borders.
     """
-    half, exact = num_buckets // 2, num_buckets // 4
-    size = distance.abs()
+    half, exact, size = num_buckets // 2, num_buckets // 4, distance.abs()
     octaves = torch.log(size.clamp(min=exact).float() / exact) / math.log(MAX_DISTANCE / exact)
     far = exact + (octaves * (half - exact)).long()
     return torch.where(size < exact, size, far.clamp(max=half - 1)) + half * (distance > 0)
