@@ -30,6 +30,7 @@ from test_train import (
     without_std,
 )
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import train
 from wan5b import fsdp, stages
@@ -292,11 +293,19 @@ def worker(path: str) -> None:
     first = jobs[0]["config"]
     with contextlib.closing(fsdp.World(first["device"], first.get("shard", 0))) as world:
         for each in jobs:
-            exits, kind = [], each["kind"]
+            exits, whole, kind = [], [], each["kind"]
 
-            def spied(self, step, phase, *rest, exits=exits):
+            def spied(self, step, phase, *rest, exits=exits, whole=whole):
+                weights = [block.ffn[0] for block in self.generator.blocks]
+
+                def look(*_):
+                    whole.append(not any(isinstance(layer.weight, DTensor) for layer in weights))
+
+                hook = self.generator.register_forward_hook(look)  # behind FSDP's, which shards again
                 result = generate(self, step, phase, *rest)
-                exits.append((phase, step, result[-1]))
+                hook.remove()
+                look()
+                exits.append((phase, step, result[-1], whole.pop(), all(whole)))
                 return result
 
             def disturbed(self, step, kind=kind):
@@ -364,10 +373,16 @@ def test_exit_levels_are_the_same_on_all_ranks(two):
     assert len({tuple(row) for row in first}) == 6, "micro-batches agree"
 
 
+def test_weights_stay_gathered_in_rollouts(two):
+    """After every forward of a rollout they are whole, after the rollout they are not."""
+    seen = [row[3:] for row in two[1][0][STAGES.index("dmd")]["exits"]]
+    assert seen == [[False, True]] * 12
+
+
 def test_two_processes_resume_bit_for_bit(two, place):
     folder, _, results = two
     assert [ranks[0]["returned"] for ranks in results] == [True, True]
-    assert [step for _, step, _ in results[0][0]["exits"]] == [2, 2, 2, 2, 3, 3]
+    assert [row[1] for row in results[0][0]["exits"]] == [2, 2, 2, 2, 3, 3]
     straight, again = folder / "dmd", folder / "again"
     assert equal(place, again / "dmd.safetensors", straight / "dmd.safetensors")
     state = checkpoint_state(straight / "step-0000004")
@@ -422,8 +437,8 @@ def test_nan_names_the_rank(two):
 def test_sigterm_of_one_process_stops_both(two, place):
     folder, first, second = two
     assert [ranks[-1]["returned"] for ranks in (*first, *second)] == [True] * 4
-    assert {step for _, step, _ in first[0][-1]["exits"]} == {0}
-    assert {step for _, step, _ in second[0][-1]["exits"]} == {1, 2, 3}
+    assert {row[1] for row in first[0][-1]["exits"]} == {0}
+    assert {row[1] for row in second[0][-1]["exits"]} == {1, 2, 3}
     assert equal(place, folder / "sigterm/dmd.safetensors", folder / "dmd/dmd.safetensors")
 
 
