@@ -88,7 +88,7 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
     checkpointing: bool = True
-    compile: bool = False  # dmd, sid: a tenth off a step: what runs without grad is compiled (a minute, once)
+    compile: bool = False  # dmd, sid: what runs without grad is compiled: a minute, then a tenth off a step (one GPU)
     offload: bool = False  # the optimizers' state in host memory: 60 GB of a 5B's dmd leave the GPU
     shard: int = 0  # processes that share one copy of the weights; 0: those of a node
     seed: int = 0

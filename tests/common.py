@@ -1,6 +1,7 @@
 """What the tests share: the reference's vectors, models built from them, relative error, where tests run."""
 
 import json
+import signal
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from wan5b.dit import DiTConfig, WanDiT
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# A job in the background ignores SIGINT, and so would the programs that tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 

@@ -275,7 +275,8 @@ X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
         ({"clean": X}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
         ({"clean": X[:, :, :2], "blocks": [2, 2]}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
         ({"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]}, ("repeat, with grad, what it holds: [2, 2], 0 frames",)),
-        ({"cache": KVCache(TINY, 1, 4, 4), "window": 2}, ("has its context and its window from the cache",)),
+        ({"cache": KVCache(TINY, 1, 4, 4), "window": 2}, ("clean frames and window from the cache: give neither",)),
+        ({"cache": KVCache(TINY, 1, 4, 4), "clean": X}, ("clean frames and window from the cache: give neither",)),
     ],
 )
 def test_errors_name_the_values(tiny, given, says):

@@ -379,7 +379,7 @@ def test_weights_stay_gathered_in_rollouts(two):
     assert seen == [[False, True]] * 12
 
 
-def test_two_processes_resume_bit_for_bit(two, place):
+def test_two_processes_go_on_as_if_not_stopped(two, place):
     folder, _, results = two
     assert [ranks[0]["returned"] for ranks in results] == [True, True]
     assert [row[1] for row in results[0][0]["exits"]] == [2, 2, 2, 2, 3, 3]

@@ -1,6 +1,6 @@
 """sample.py on a synthetic release: what it writes, what it repeats, its modes, its stops and its refusals.
 
-Also the two switches that only sample.py and bench.py use: --compile (fuse.py) and --fp8 (fp8.py).
+Also what --compile (fuse.py) and --fp8 (fp8.py) switch on.
 """
 
 import gc

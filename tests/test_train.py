@@ -369,34 +369,41 @@ def a_rollout(run: stages.Run, step: int):
 
 def rollout_with_grad(run: stages.Run, step: int) -> list[torch.Tensor]:
     """The same rollout in one graph, as algorithm 1 of Self Forcing has it."""
-    draws, _, context = next(iter(run.micro_batches(step, "generator")))
-    exit_step = a_rollout(run, step)[-1]
+    draws, items, context = next(iter(run.micro_batches(step, "generator")))
+    *_, trace, exit_step = a_rollout(run, step)
+    blocks, given = [x.shape[2] for x in trace], run.cache.written - sum(x.shape[2] for x in trace)
     run.cache.reset()
-    noise = draws.normal(*run.shape(6))
+    noise = draws.normal(*run.shape(sum(blocks)))
     common = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:])}
-    blocks = rollout(run.generator, noise, context, run.sigmas, run.blocks, run.cache, **common)
-    return [block for _, block in zip(run.blocks, blocks, strict=False)]
+    common["first"] = run.clips(items)[:, :, :given] if given else None
+    made = rollout(run.generator, noise, context, run.sigmas, blocks, run.cache, **common)
+    return [block for _, block in zip(blocks, made, strict=False)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("window", [0, 4])
-def test_replay_is_the_rollout_and_its_gradient(data, checkpointing, window):
-    run = make_run(data, "dmd", checkpointing=checkpointing, window=window, frames=9)
-    run.blocks, seen = [3, 3], set()
+@pytest.mark.parametrize("changes", [{}, {"first": 1}, {"context": "data"}], ids=["text", "first", "data"])
+def test_replay_is_the_rollout_and_its_gradient(data, monkeypatch, checkpointing, window, changes):
+    frames, seen = 9 + changes.get("first", 0), set()
+    monkeypatch.setattr(stages.Run, "check", lambda *_: None)  # the stores are for 6 frames
+    run = make_run(data, "dmd", checkpointing=checkpointing, window=window, frames=frames, **changes)
+    clips = torch.randn(8, 48, frames, 4, 4, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(run, "clips", lambda items: clips[items])
     optimizer = run.optimizers["generator"]
     for step in range(8):
         *_, context, x0, trace, exit_step = a_rollout(run, step)
-        if exit_step in seen:
+        case = exit_step, run.cache.written - x0.shape[2]
+        if case in seen:
             continue
-        seen.add(exit_step)
+        seen.add(case)
         w = torch.randn(x0.shape, generator=torch.Generator().manual_seed(step))
-        memory, frames = run.cache.memory[..., : 3 * 4, :, :].clone(), run.cache.frames
+        memory, frames = run.cache.memory[..., : run.cache.frames * 4, :, :].clone(), run.cache.frames
         replayed = stages.replay(run.generator, context, run.sigmas[exit_step], trace, run.cache)
         error = rel(replayed, x0)
         assert error < 1e-5
         replayed.backward(w)
         assert run.cache.frames == frames
-        assert torch.equal(run.cache.memory[..., : 3 * 4, :, :], memory), "committed keys are read-only"
+        assert torch.equal(run.cache.memory[..., : frames * 4, :, :], memory), "committed keys are read-only"
         by_replay = dict(optimizer.grads)
         optimizer.grads.clear()
 
@@ -407,7 +414,8 @@ def test_replay_is_the_rollout_and_its_gradient(data, checkpointing, window):
         error = furthest(by_replay, optimizer.grads)
         assert error < 1e-4
         optimizer.grads.clear()
-    assert len(seen) >= 3
+    assert len({exit_step for exit_step, _ in seen}) >= 3
+    assert {given for _, given in seen} == {"first": {1}, "context": {0, 3, 6}}.get("".join(changes), {0})
 
 
 def test_no_gradient_crosses_blocks(data):
@@ -574,7 +582,7 @@ def test_the_budget_s_parts_are_what_is_allocated(data, monkeypatch, stage, dtyp
     for group in ("first", "second", "ema") + ("low",) * (dtype == "bfloat16"):
         assert budget[f"optimizer: {group}"] == sum(groups[group].nbytes for groups in held if group in groups)
     assert sum(name.startswith("optimizer") for name in budget) == (4 if dtype == "bfloat16" else 3)
-    assert budget.get("KV cache", 0) == (run.cache.memory.nbytes if run.distilling else 0)
+    assert budget.get("KV cache", 0) == (run.cache.memory.nbytes + run.cache.text.nbytes if run.distilling else 0)
     states = [optimizer.state() for optimizer in run.optimizers.values()]
     parameters = {p.data_ptr() for network in networks for p in network.parameters()}
     masters = [v for state in states for k, v in state.items() if k.startswith("master") and v.dtype == torch.float32]
@@ -630,9 +638,9 @@ def test_the_budget_of_two_processes_is_the_measured_peak(data, shards, peak):
 
 
 def test_processes_share_what_is_sharded(data):
-    run = make_run(data, "dmd")
+    run = make_run(data, "dmd", batch=16)
     one = like_a_gpu(run, PRESETS["ti2v-5B"], False, **SIZE_5B)
-    run.world.shards = 8
+    run.world.size = run.world.shards = 8
     eight = run.expected(PRESETS["ti2v-5B"], PRESETS["ti2v-5B"])
     whole = {"KV cache", "activations"}
     for place in one:

@@ -1,6 +1,6 @@
 """The rollout, used alike by training and sampling, and the distillation losses. Models come as arguments.
 
-A generator (or critic, or teacher) is anything called as model(x, sigma, context, cache=...) -> v.
+A generator is anything called as model(x, sigma, context, cache=...) -> v (`replay`: and blocks=...).
 """
 
 from collections.abc import Callable, Iterator

@@ -304,10 +304,10 @@ class WanDiT(nn.Module):
             raise ValueError(f"blocks {list(blocks)} add up to {sum(blocks)} frames, x has {frames}")
         if blocks and window and window < max(blocks):
             raise ValueError(f"a block of {max(blocks)} frames does not fit in a window of {window}")
+        if cache is not None and (clean is not None or window):
+            raise ValueError("a cached forward has clean frames and window from the cache: give neither of them")
         if clean is not None and (not blocks or clean.shape != x.shape):
             raise ValueError(f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}")
-        if cache is not None and (clean is not None or window):
-            raise ValueError("a cached forward has its context and its window from the cache: give neither")
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""

@@ -21,7 +21,7 @@ def enable(on: bool = True, graphs: bool = True) -> None:
     """
     global _enabled, _graphs
     _enabled, _graphs = on, on and graphs
-    torch._dynamo.config.recompile_limit = 64  # shapes of one piece: the VAE has about 20
+    torch._dynamo.config.recompile_limit = 256  # shapes of one piece: the VAE has about 20
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 

@@ -35,7 +35,7 @@ def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[in
 class Span(NamedTuple):
     """Where a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
 
-    start: int  # committed frames at the time of the forward
+    start: int  # frames in front of these
     seen: list[slice]  # of the memory's tokens: the committed frames it sees, without grad the current ones too
     own: list[slice]  # the current frames, in order
 
@@ -100,8 +100,8 @@ class KVCache:
         """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
 
         Without grad the result is a view where the frames lie together (always, but for a sink with a memory longer
-        than the window). With grad the current keys carry the graph and the committed ones do not. A recomputation
-        during backward comes after the commit and writes nothing.
+        than the window). With grad the current keys carry the graph and the committed ones do not. What repeats a
+        forward writes nothing once its frames are committed, before that what is there already.
         """
         memory = self.memory[layer]
         if span.start == self.frames:

@@ -138,15 +138,15 @@ class Run:
         for place, groups in zip((device, host), places, strict=True):
             place |= {f"optimizer: {g}": fsdp.GROUPS[g].itemsize * (n + m * (g != "ema")) for g in groups}
         tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
-        doubled = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher"
+        doubled, texts = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher", cfg.micro_batch * model.text_len
         graphs = 2 + (cfg.guidance != 0) if cfg.stage == "sid" else 1
         late = device["gradients"] * (len(self.world.share(cfg.batch)) == cfg.micro_batch)
         seen = sum(min(end, cfg.window or end) for end in itertools.accumulate(self.layout))
         keys = self.distilling * (seen - cfg.frames) * tokens // cfg.frames
         whole = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs, late)
         device["activations"] = max(whole, activations(model, tokens, size, cfg.checkpointing, 1, late, keys))
-        device["KV cache"] = 2 * model.num_layers * tokens * model.dim * size * self.distilling
-        if max(self.world.size, shards) > 1:
+        device["KV cache"] = 2 * model.num_layers * (tokens + texts) * model.dim * size * self.distilling
+        if self.world.size > 1:
             block, rollout = (3 * size + 4) * max(n, m) * shards / model.num_layers, n * shards * size * self.distilling
             device["activations"] = max(device["activations"] + block, rollout)
         return {"device": device, "host": host} if self.device.type == "cuda" else {"device": device | host}
