@@ -30,6 +30,7 @@ from wan5b.data import write_shard
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.flow import ar_loss_weight, few_step_sigmas
+from wan5b.kvcache import KVCache
 from wan5b.vae22 import VAE22
 from wan5b.weights import load_dit, read_metadata, save_dit
 
@@ -663,13 +664,16 @@ class FusedNorm(torch.autograd.Function):
         return grad.clone()
 
 
-@pytest.mark.parametrize(("checkpointing", "graphs"), [(False, 1), (True, 1), (True, 3)])
-def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graphs):
+@pytest.mark.parametrize(
+    ("checkpointing", "graphs", "replayed"),
+    [(False, 1, False), (True, 1, False), (True, 3, False), (True, 1, True)],
+)
+def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graphs, replayed):
     """The peak of blocks as wide as the 5B's, at the size it is trained at, on tensors that hold no memory.
 
-    Several graphs: into their common input, as SiD's."""
+    Several graphs: into their common input, as SiD's. replayed: over a cache, seven blocks at once."""
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x))
-    dit = dataclasses.replace(PRESETS["ti2v-5B"], num_layers=6)
+    dit = dataclasses.replace(PRESETS["ti2v-5B"], num_layers=4)
     rope_table.cache_clear()
     with FakeTensorMode():
         torch.set_default_dtype(torch.bfloat16)
@@ -681,15 +685,19 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         context = torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
         x = torch.randn(1, 48, 21, 44, 80, requires_grad=graphs > 1)
+        cache = KVCache(dit, 1, 21, 880, dtype=torch.bfloat16)
+        cache.frames, cache.written = 18, 21  # as after a rollout
+        options = {"blocks": [3] * 7, "cache": cache} if replayed else {}
         tracker = MemTracker()
-        tracker.track_external(*models)
+        tracker.track_external(*models, cache.memory)
         with tracker:
-            loss = sum(model(x, 0.5, context).square().mean() for model in models)
+            loss = sum(model(x, 0.5, context, **options).square().mean() for model in models)
             loss.backward(inputs=[x] if graphs > 1 else None)
     rope_table.cache_clear()
-    weights = sum(p.nbytes for model in models for p in model.parameters())
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - weights
-    assert stages.activations(dit, 21 * 880, 2, checkpointing, graphs) == pytest.approx(peak, rel=0.1)
+    held = sum(p.nbytes for model in models for p in model.parameters()) + cache.memory.nbytes
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - held
+    keys = 63 * 880 if replayed else 0  # 3 + 6 + ... + 21 frames seen, 21 of them one's own
+    assert stages.activations(dit, 21 * 880, 2, checkpointing, graphs, keys=keys) == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
