@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from wan5b import fuse
 from wan5b.dit import DiTConfig, WanDiT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -51,6 +53,19 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 def frames_first(x: torch.Tensor) -> torch.Tensor:
     """[B, T, C, H, W] of the rollout and loss vectors <-> [B, C, T, H, W]."""
     return x.transpose(1, 2)
+
+
+@contextmanager
+def compiling():
+    """fuse.py may be switched on inside; afterwards it is off, and the compiler's limits are what they were."""
+    config, limits = torch._dynamo.config, ("recompile_limit", "fail_on_recompile_limit_hit")
+    before = {name: getattr(config, name) for name in limits}
+    try:
+        yield
+    finally:
+        fuse.enable(False)
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def gpu(test):

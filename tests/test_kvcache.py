@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from common import PLACES, golden, golden_dit, gpu, randn, rel
+from common import PLACES, compiling, golden, golden_dit, gpu, randn, rel
 
 from wan5b import dit, fuse
 from wan5b.attention import IntervalMask
@@ -442,14 +442,11 @@ def test_graphs_repeat_the_forwards(options):
         return torch.cat([*rollout(net, part, text(seed).cuda(), few_step_sigmas(), blocks, cache, **again)], 2)
 
     cache = new_cache(net, frames, **options)
-    try:
-        with torch.no_grad():
-            for seed in (0, 1, 2):
-                net.blocks[0].modulation.mul_(1.1)
-                fuse.enable(False)
-                plain = run(new_cache(net, frames, **options), seed)
-                fuse.enable()
-                assert rel(run(cache, seed), plain) < 1e-5
-            assert sum(graph is not None for graph in cache.graphs.graphs.values()) > 2
-    finally:
-        fuse.enable(False)
+    with compiling(), torch.no_grad():
+        for seed in (0, 1, 2):
+            net.blocks[0].modulation.mul_(1.1)
+            fuse.enable(False)
+            plain = run(new_cache(net, frames, **options), seed)
+            fuse.enable()
+            assert rel(run(cache, seed), plain) < 1e-5
+        assert sum(graph is not None for graph in cache.graphs.graphs.values()) > 2

@@ -17,7 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from common import gpu, randn, rel
+from common import compiling, gpu, randn, rel
 from PIL import Image
 from release import make_release
 from safetensors.torch import load_file
@@ -596,21 +596,16 @@ def test_pieces_are_not_compiled_unless_asked_for(monkeypatch):
 
 
 def test_compiled_piece_gives_the_same(monkeypatch):
-    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "fail_on_recompile_limit_hit")}
     calls, compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: calls.append(args) or compile(*args, **kwargs))
     piece = fuse.fused(lambda x, scale: torch.nn.functional.silu(x * scale) + x)
     x, scale = randn(64, 48), randn(48, seed=1)
-    try:
+    with compiling():
         fuse.enable()
         piece(x, scale)
         assert calls == [], "with grad nothing is compiled"
         with torch.no_grad():
             fused = piece(x, scale), piece(2 * x, scale)
-    finally:
-        fuse.enable(False)
-        for name, value in limits.items():
-            setattr(torch._dynamo.config, name, value)
     assert len(calls) == 1
     for y, like in zip(fused, (x, 2 * x), strict=True):
         assert rel(y, piece(like, scale)) < 1e-6

@@ -70,6 +70,10 @@ class KVCache:
             raise ValueError(f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones")
         self.frames += n_frames
 
+    def ends(self, frames: int, blocks: list[int] | None) -> list[int]:
+        """Where a forward starts in the video, and where each of its blocks ends: see `spans`."""
+        return list(accumulate(blocks or [frames], initial=self.written - frames if blocks else self.frames))
+
     def spans(self, frames: int, blocks: list[int] | None, *sizes: int) -> list[Span]:
         """Plan a forward on frames behind the committed ones; with blocks, one with grad over the last frames written,
         each block seeing what it saw then. sizes: layers, batch, tokens a frame. ValueError if something does not fit.
@@ -78,8 +82,7 @@ class KVCache:
             raise ValueError(f"the cache is for layers, batch, tokens a frame {self.made_for}, the forward has {sizes}")
         if blocks and not (torch.is_grad_enabled() and frames <= self.written <= self.capacity):
             raise ValueError(f"blocks over a cache repeat, with grad, what it holds: {blocks}, {self.written} frames")
-        ends = accumulate(blocks or [frames], initial=self.written - frames if blocks else self.frames)
-        return [self._span(start, end, sizes[-1]) for start, end in pairwise(ends)]
+        return [self._span(start, end, sizes[-1]) for start, end in pairwise(self.ends(frames, blocks))]
 
     def _span(self, start: int, end: int, tokens: int) -> Span:
         room, window = self.capacity - self.sink, self.window or max(end, self.capacity)

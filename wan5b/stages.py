@@ -44,10 +44,9 @@ def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=N
 
     Left out: what is done once a text, a frame or a forward.
     """
-    window, start = (cache.window, cache.written - x.shape[2] if blocks else cache.frames) if cache else (window, 0)
-    blocks = blocks or [x.shape[2]]
-    ends = (start + end for end in itertools.accumulate(blocks))
-    pairs = sum(size * min(end, window or end) for size, end in zip(blocks, ends, strict=True))  # of frames
+    window = cache.window if cache else window
+    ends = cache.ends(x.shape[2], blocks) if cache else [0, *itertools.accumulate(blocks or [x.shape[2]])]
+    pairs = sum((end - start) * min(end, window or end) for start, end in itertools.pairwise(ends))  # of frames
     sequences, per_frame = len(x) * (1 if clean is None else 2), cfg.tokens_per_frame(*x.shape[3:])
     tokens = sequences * x.shape[2] * per_frame
     linear = 2 * tokens * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
