@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from wan5b import fuse
 from wan5b.dit import DiTConfig, WanDiT
+from wan5b.kvcache import KVCache
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,6 +38,15 @@ def golden_dit(name: str, device="cpu", dtype=torch.float32) -> WanDiT:
     model = WanDiT(DiTConfig(**{key: value for key, value in config.items() if key in known}))
     model.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith("w.")})
     return model.to(device, dtype)
+
+
+def new_cache(model: WanDiT, frames: int, batch: int = 1, **options) -> KVCache:
+    """A cache for latents of 4 x 6 pixels, where the model is. It holds NaN, as new memory may: none may be read."""
+    weight = model.head.head.weight
+    cache = KVCache(model.cfg, batch, frames, 6, device=weight.device, dtype=weight.dtype, **options)
+    cache.memory.fill_(torch.nan)
+    cache.text.fill_(torch.nan)
+    return cache
 
 
 def rel(a: torch.Tensor, b: torch.Tensor) -> float:

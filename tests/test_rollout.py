@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from common import PLACES, frames_first, golden, golden_dit, randn, rel
+from common import PLACES, frames_first, golden, golden_dit, new_cache, randn, rel
 
 from wan5b.distill import guided, rollout
 from wan5b.flow import few_step_sigmas, sampling_sigmas, solve
-from wan5b.kvcache import KVCache
 
 SIGMAS = few_step_sigmas()
 
@@ -14,11 +13,6 @@ SIGMAS = few_step_sigmas()
 @pytest.fixture(scope="module")
 def model():
     return golden_dit("dit_causal_masks")
-
-
-def new_cache(model, frames, batch=1, **options):
-    weight = model.head.head.weight
-    return KVCache(model.cfg, batch, frames, 6, device=weight.device, dtype=weight.dtype, **options)
 
 
 def video(frames, seed=0):
