@@ -176,7 +176,7 @@ def main() -> None:
     bounds["both"] = sum(bounds.values())
     whole = forward_flop(cfg, noise)
     bounds["teacher"] = whole[0] / rates["ffn"] + whole[1] / rates["attention"]
-    for variant in args.variants:
+    for variant in sorted(set(args.variants), key=variants.index):  # float8 last: it replaces the weights
         fuse.enable(variant != "eager")
         if "fp8" in variant:
             quantize_blocks(model)

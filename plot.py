@@ -53,4 +53,6 @@ def curves(folders: list[Path]) -> Path | None:
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:] or not all(Path(name, "metrics.jsonl").exists() for name in sys.argv[1:]):
+        sys.exit("usage: python plot.py RUN [RUN ...], folders with a metrics.jsonl")
     print(curves([Path(name) for name in sys.argv[1:]]))

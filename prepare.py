@@ -49,7 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     def command(run: Callable, about: str, per_shard: int, batch: int, dtype: str | None = None) -> Callable:
         sub = commands.add_parser(run.__name__, help=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=torch.no_grad()(run))
         add = sub.add_argument
         add("--release", required=True, metavar="DIR", help="folder of Wan2.2-TI2V-5B")
         add("--out", required=True, metavar="DIR", help="folder of the shards")
@@ -227,10 +227,6 @@ def trajectories(args: argparse.Namespace) -> None:
     fill(args, todo, generate)
 
 
-@torch.no_grad()
-def main(args: argparse.Namespace) -> None:
-    args.run(args)
-
-
 if __name__ == "__main__":
-    script(lambda: main(parse()))
+    arguments = parse()
+    script(lambda: arguments.run(arguments))

@@ -19,7 +19,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from wan5b import fuse, media
@@ -31,7 +30,9 @@ from wan5b.fp8 import quantize_blocks
 from wan5b.kvcache import KVCache, block_sizes
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
 from wan5b.vae22 import VAE22, VAEConfig
-from wan5b.weights import load_dit, load_t5, load_vae, open_dit, read_metadata, tokenizer_path
+from wan5b.weights import load_dit, load_t5, load_vae, open_dit, read_metadata, tokenizer_path, write_tensors
+
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,11 +59,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shift", type=float, help="timestep shift (default: the checkpoint's, or 5)")
     add("--guidance", type=float, default=5.0, help="CFG scale: uncond + g (cond - uncond)")
     add("--solver", default="unipc", choices=["unipc", "euler"], help="of the modes with CFG")
-    add("--out", default="out/sample.mp4", help="with several clips, prompt number and seed are added to the name")
+    add("--out", default="out/sample.mp4", help="or a FOLDER/; with several clips, prompt and seed number are added")
     add("--sheet", action="store_true", help="also a PNG of 16 frames")
     add("--latents", action="store_true", help="also the latents (safetensors)")
     add("--overwrite", action="store_true", help="replace existing files")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=DEVICES[0], choices=DEVICES)
     add("--dtype", choices=["bfloat16", "float32"], help="default bfloat16 on a GPU, float32 on the CPU")
     add("--compile", action="store_true", help="fuse small operations: a minute at the start, 1.3x faster after")
     add("--fp8", action="store_true", help="linear layers of the DiT in float8 (Hopper or newer): faster, less exact")
@@ -155,10 +156,10 @@ def write(vae, latents, path: Path, record: dict | None = None, frames=None, she
         if writer.kept:
             media.write_sheet(path.with_suffix(".png"), writer.kept)
         if kept:
-            save_file({"latents": torch.cat(kept, 2).float().cpu().contiguous()}, path.with_suffix(".safetensors"))
+            write_tensors(path.with_suffix(".safetensors"), {"latents": torch.cat(kept, 2).float().cpu()})
         if record and writer.count:
             text = json.dumps(record | {"frames_written": writer.count}, indent=2, ensure_ascii=False)
-            path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+            path.with_suffix(".json").write_text(text + "\n", "utf-8", "backslashreplace")
 
 
 @torch.no_grad()
@@ -172,7 +173,7 @@ def main(args: argparse.Namespace) -> None:
     if args.fp8 and (device.type != "cuda" or dtype != torch.bfloat16):
         raise ValueError(f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {device}")
     for name in ("context", "block", "window", "steps", "shift"):
-        if vars(args)[name] is not None and vars(args)[name] <= 0:
+        if vars(args)[name] is not None and not vars(args)[name] > 0:  # NaN is not, either
             raise ValueError(f"--{name} {vars(args)[name]}: must be above 0")
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
@@ -199,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
         sigmas = few_step_sigmas(trained.get("levels", FEW_STEPS), shift)
 
     clips = [(i, seed) for i in range(len(prompts)) for seed in dict.fromkeys(args.seed)]
-    out = Path(args.out.removesuffix(".mp4") + ".mp4")
+    out = Path((args.out + "sample" * args.out.endswith("/")).removesuffix(".mp4") + ".mp4")
     paths = [out.with_stem(f"{out.stem}-{i:03d}-{seed}") if len(clips) > 1 else out for i, seed in clips]
     suffixes = [".mp4", ".json"] + [".png"] * args.sheet + [".safetensors"] * args.latents
     existing = [file for path in paths for s in suffixes if (file := path.with_suffix(s)).exists()]
@@ -208,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"cannot write to the folder {out.parent}; choose another --out")
-    if args.mode != "bidirectional" and not trained and not args.random_weights:
+    if args.mode != "bidirectional" and trained.get("stage", "teacher") == "teacher" and not args.random_weights:
         print("note: no record of causal training in these weights: expect noise in the causal modes", file=sys.stderr)
 
     # Text first: the encoder is gone before the DiT comes. The VAE encodes in float32: bfloat16 spoils an image.

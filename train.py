@@ -10,7 +10,6 @@ comes from (seed, step, sample).
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import resource
@@ -19,6 +18,7 @@ import sys
 import time
 import tomllib
 import typing
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -26,24 +26,26 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from plot import curves
-from sample import generate, write
+from sample import DEVICES, generate, write
 from wan5b import fsdp, fuse
 from wan5b.data import rng
-from wan5b.dit import PRESETS
+from wan5b.dit import PRESETS, DiTConfig
 from wan5b.flow import FEW_STEPS, sampling_sigmas
 from wan5b.media import script
-from wan5b.stages import GIB, Run
+from wan5b.stages import GIB, STAGES, Run
 from wan5b.t5 import NEGATIVE_PROMPT
-from wan5b.weights import load_vae, save_dit
+from wan5b.weights import load_vae, read_metadata, save_dit
 
-CHOICES = {"stage": "teacher ar ode dmd sid", "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
-CHOICES |= {"context": "self data", "first": "0 1", "device": "cuda cpu", "dtype": "bfloat16 float32"}
-AT_LEAST_1 = "frames height width block steps batch micro_batch ratio save_every keep sample_every"
+CHOICES = {"stage": " ".join(STAGES), "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
+CHOICES |= {"context": "self data", "first": "0 1", "dtype": "bfloat16 float32", "device": " ".join(DEVICES)}
+RANGES = {(1, math.inf): "frames height width block steps batch micro_batch ratio save_every keep sample_every"}
+RANGES |= {(0, math.inf): "window warmup shard lr critic_lr weight_decay", (0, 1): "beta1 beta2 ema dropout"}
+RANGES |= {(1e-6, math.inf): "clip shift"}
 # In the progress line; metrics.jsonl has everything.
 SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
 
@@ -85,7 +87,7 @@ class Config:
     bell: bool = True  # teacher, ar: weight the flow loss over levels
     forcing: str = "teacher"  # ar, ode: "teacher" (clean context) or "diffusion" (noisy context)
     context: str = "self"  # dmd: "self" rollouts, or "data": one block behind real frames (the paper's baseline)
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = DEVICES[0]
     dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
     checkpointing: bool = True
     compile: bool = False  # dmd, sid: what runs without grad is compiled: a minute, then a tenth off a step (one GPU)
@@ -102,9 +104,10 @@ class Config:
         for key, known in CHOICES.items():
             if str(getattr(self, key)) not in known.split():
                 raise ValueError(f"{key} must be one of {known}, got {getattr(self, key)!r}")
-        for key in AT_LEAST_1.split():
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for (low, high), keys in RANGES.items():
+            for key in keys.split():
+                if not low <= getattr(self, key) < high:  # NaN is not, either
+                    raise ValueError(f"{key} must be at least {low} and below {high}, got {getattr(self, key)}")
 
 
 def parse(arguments: list[str]) -> Config:
@@ -117,10 +120,10 @@ def parse(arguments: list[str]) -> Config:
             key, given, value = override.partition("=")
             if not given:
                 raise ValueError(f"overrides are key=value, got {override!r}")
-            values |= {key: value} if Config.__annotations__.get(key) is str else tomllib.loads(f"{key} = {value}")
+            values |= {key: value} if Config.__annotations__.get(key, str) is str else tomllib.loads(f"{key} = {value}")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    kinds = {field.name: field.type for field in fields(Config)}
     if unknown := values.keys() - kinds.keys():
         raise ValueError(f"unknown keys {sorted(unknown)}; known: {list(kinds)}")
     for name, value in values.items():
@@ -136,9 +139,9 @@ def parse(arguments: list[str]) -> Config:
 def check(cfg: Config, world: fsdp.World) -> None:
     """What can be known to be wrong before anything is loaded."""
     learns_from = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(cfg.stage, "latents")
-    for needed in ("out", "text", learns_from):
+    for needed in ("out", "text", learns_from, *["vae"] * bool(cfg.sample_prompts)):
         if not getattr(cfg, needed):
-            raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
+            raise ValueError(f"stage {cfg.stage}{', sampled,' * (needed == 'vae')} needs {needed}: the config lacks it")
     if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
         raise ValueError("first = 1 and context = 'data' take frames from real clips: name latents")
     if cfg.window and cfg.window < cfg.block:
@@ -161,20 +164,10 @@ def memory_gib(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else process
 
 
-def facts(cfg: Config, step: int) -> dict:
+def facts(cfg: Config, network: DiTConfig, step: int) -> dict:
     """What a checkpoint or export says of itself; sample.py reads levels, shift and block layout."""
     layout = {"levels": cfg.levels, "shift": cfg.shift, "block": cfg.block, "first": cfg.first or None}
-    return {"stage": cfg.stage, "step": step, **layout, "training": dataclasses.asdict(cfg)}
-
-
-def export(run: Run, path: Path, step: int) -> None:
-    """The trained network (its average, where one is kept) as safetensors. Every process takes part in gathering it."""
-    optimizer = run.optimizers["generator"]
-    if run.world.rank == 0:
-        save_dit(run.generator, path, facts(run.cfg, step), value=optimizer.result)
-    else:
-        for name in run.generator.state_dict():
-            optimizer.result(name)
+    return {"stage": cfg.stage, "step": step, **layout, "config": asdict(network), "training": asdict(cfg)}
 
 
 @torch.no_grad()
@@ -199,10 +192,10 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
 
 def check_unchanged(cfg: Config, checkpoint: Path) -> None:
     """ValueError if the checkpoint is of a run with other settings, but for those that training does not depend on."""
-    saved = json.loads((checkpoint / "facts.json").read_text())["training"]
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    free = {"out", "steps", "device", "micro_batch", "shard", "checkpointing", "compile", "offload", "save_every"}
-    free |= {"keep", "vae", "sample_every", "sample_prompts", "sample_guidance"}
+    saved = read_metadata(checkpoint)["training"]
+    now = json.loads(json.dumps(asdict(cfg)))
+    free = {"out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload", "save_every"}
+    free |= {"keep", "vae", "sample_every", "sample_prompts", "sample_guidance", "" if cfg.decay else "steps"}
     if changed := [key for key, value in now.items() if saved.get(key) != value and key not in free]:
         raise ValueError(f"{checkpoint} was made with another {', '.join(changed)}; choose another out")
 
@@ -215,27 +208,38 @@ def main(cfg: Config, world: fsdp.World) -> None:
         raise ValueError(f"{final} exists, so this run is finished; choose another out")
     if saved := fsdp.checkpoints(out):
         check_unchanged(cfg, saved[-1])
+    # a process that needs none opens it too: what is wrong with it ends all of them
+    vae = load_vae(cfg.vae, world.device if leading else "meta", getattr(torch, cfg.dtype)) if cfg.vae else None
     fuse.enable(cfg.compile, graphs=False)
     run = Run(cfg, world)
     start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
-    vae = load_vae(cfg.vae, world.device, run.dtype) if cfg.vae and leading else None
     log = out / "metrics.jsonl"
     if leading:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        record = {"commit": git.stdout.strip(), "processes": world.size, "config": dataclasses.asdict(cfg)}
+        record = {"commit": git.stdout.strip(), "processes": world.size, "config": asdict(cfg)}
         (out / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         lines = log.read_text().splitlines() if log.exists() else []
         log.write_text("".join(f"{line}\n" for line in lines[:start]))  # one a step
     ceiling = matmul_rate(world.device, run.dtype)
     tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)  # of latents
 
+    def checkpoint(done: int) -> None:
+        fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done), cfg.keep)
+        if leading:
+            curves([out])
+
     bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
     for step in bar:
         began, flop = time.perf_counter(), run.flop
-        values = run.iteration(step)
-        metrics = world.mean(values | {"stopping": torch.tensor(float(world.stopping))})
-        stop = metrics.pop("stopping") > 0  # any process has got SIGTERM: the same answer everywhere
+        try:
+            values = run.iteration(step)
+        except InterruptedError:
+            if step > start and step % cfg.save_every:  # else it is there
+                checkpoint(step)
+            tqdm.write(f"stopped by SIGTERM in step {step}, which the same command begins anew")
+            return
+        metrics = world.mean(values)
         if not torch.tensor(list(metrics.values())).isfinite().all():
             here = [name for name in values if not values[name].isfinite()]  # norms are the same on all ranks
             where = f"step {step}, rank {world.rank}: not finite here: {', '.join(here) or 'nothing'}"
@@ -250,20 +254,19 @@ def main(cfg: Config, world: fsdp.World) -> None:
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             bar.set_postfix({k: f"{metrics[k]:.3g}" for k in SHOWN if k in metrics})
-        if not stop and cfg.sample_prompts and cfg.vae and done % cfg.sample_every == 0:
+        if cfg.sample_prompts and done % cfg.sample_every == 0:
             sample_videos(run, vae, out / "samples", done)
-        if stop or done % cfg.save_every == 0 or done == cfg.steps:
-            network = {"config": dataclasses.asdict(run.generator.cfg)}  # its sizes, as an export has them
-            fsdp.save(world, out, run.optimizers, facts(cfg, done) | network, cfg.keep)
-            if leading:
-                curves([out])
-        if stop:
-            tqdm.write(f"stopped by SIGTERM after step {step}; the same command goes on")
-            return
-    export(run, final, cfg.steps)
+        if done % cfg.save_every == 0 or done == cfg.steps:
+            checkpoint(done)
+
+    result = run.optimizers["generator"].result  # every process takes part in gathering a weight
     if leading:
+        save_dit(run.generator, final, facts(cfg, run.generator.cfg, cfg.steps), value=result)
         expected = sum(run.budget["device"].values()) / GIB
         print(f"peak memory: {memory_gib(world.device):.2f} GiB (on a CPU the process's), expected {expected:.2f}")
+    else:
+        for name in run.generator.state_dict():
+            result(name)
 
 
 def run() -> None:

@@ -109,12 +109,14 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wan5b.data.save_file", full)
+    monkeypatch.setattr("wan5b.weights.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_shard(path, {"x": torch.zeros(1, 2)}, ["broken"])
     assert path.read_bytes() == before
-    assert Store(path.parent).prompts == ["whole"]  # what the failure left is no shard
+    assert list(path.parent.iterdir()) == [path]
     monkeypatch.undo()
+    path.with_name(path.name + ".partial").write_bytes(b"half")  # of a process that was killed
+    assert Store(path.parent).prompts == ["whole"]  # that is no shard
     write_shard(path, {"x": torch.zeros(1, 2)}, ["again"])  # nor in the way
     assert list(path.parent.iterdir()) == [path]
 
@@ -267,7 +269,7 @@ def test_clips_are_read_once_and_no_further_than_asked_for(tmp_path, monkeypatch
             decoded.append(i)
             yield np.full((256, 256, 3), i % 256, np.uint8)
 
-    monkeypatch.setattr("wan5b.data.iio.imiter", endless)
+    monkeypatch.setattr("wan5b.data.video_frames", endless)
     monkeypatch.setattr("wan5b.data.iio.immeta", lambda path, **_: {"fps": 48})
     first, second = islice(read_clips(tmp_path / "v.mp4", 5, 24), 2)
     assert [first[:, 0, 0, 0].tolist(), second[:, 0, 0, 0].tolist()] == [[0, 2, 4, 6, 8], [10, 12, 14, 16, 18]]
@@ -286,6 +288,9 @@ def test_unreadable_videos(tmp_path):
     with pytest.raises(OSError, match="can not handle"):
         next(read_clips(path, 5, 24))
     (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="has 0 frames"):
+        next(read_clips(tmp_path / "images", 5, 24))
+    (tmp_path / "images" / ".DS_Store").write_bytes(b"no frame")
     with pytest.raises(ValueError, match="has 0 frames"):
         next(read_clips(tmp_path / "images", 5, 24))
     (tmp_path / "images" / "0.png").write_bytes(b"no image")

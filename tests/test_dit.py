@@ -8,7 +8,7 @@ import torch
 from common import GOLDEN, ON_GPU, PLACES, golden, golden_dit, gpu, randn, rel
 
 from wan5b import attention as attention_module
-from wan5b.attention import IntervalMask, attention, causal_mask
+from wan5b.attention import attention, block_mask, causal_mask, dense_mask
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table, rotate
 from wan5b.kvcache import KVCache
 
@@ -179,11 +179,11 @@ def test_causal_masks_and_their_block_form(blocks, p, window, teacher):
     """The dense mask equals the definition; the BlockMask names every block that holds a key, and no other, rightly."""
     window = window and max(window, *blocks)
     expected = by_definition(blocks, p, window, teacher)
-    with mock.patch.object(attention_module, "IntervalMask", lambda intervals: intervals):
+    with mock.patch.object(attention_module, "interval_mask", lambda intervals: intervals):
         intervals = causal_mask.__wrapped__(blocks, p, window, teacher, torch.device("cpu"))
-    assert torch.equal(IntervalMask._dense(intervals), expected)
+    assert torch.equal(dense_mask(intervals), expected)
 
-    mask = IntervalMask._block_mask(intervals)
+    mask = block_mask(intervals)
     size, n = attention_module.FLEX_BLOCK, -(-len(expected) // attention_module.FLEX_BLOCK)
     pad = n * size - len(expected)
     expected = torch.block_diag(expected, torch.eye(pad, dtype=torch.bool)) if pad else expected
@@ -215,7 +215,7 @@ def test_flex_attention_forward_and_backward(window, head_dim, dtype, bar):
     """The compiled path with several blocks of 128, a padded tail and full blocks, against dense float32."""
     blocks, p = (3,) * 7, 23
     compare(
-        lambda *qkv: causal_mask(blocks, p, window, True, qkv[0].device).attention(*qkv),
+        lambda *qkv: attention(*qkv, causal_mask(blocks, p, window, True, qkv[0].device)),
         [randn(1, 2 * 21 * p, 2, head_dim, seed=i) for i in range(4)],
         dtype,
         bar,

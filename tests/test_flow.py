@@ -58,6 +58,7 @@ def test_conversions_are_float32_for_bfloat16_latents(sigma):
     ):
         assert result.dtype == torch.float32
         assert rel(result, expected) < 1e-6
+    assert add_noise(x, v, 1).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("n", "shift"), [(5, 5.0), (12, 3.0), (20, 5.0)])

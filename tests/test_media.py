@@ -1,5 +1,6 @@
 """Pixels in and out: what image files become, fitting, the mp4 writer and its thread, contact sheets."""
 
+import struct
 import threading
 import wave
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from wan5b import media
+from wan5b.data import read_clips
 
 
 def picture(height=30, width=50, seed=0):
@@ -88,6 +90,40 @@ def test_photographs_are_upright(tmp_path, orientation, mode):
     upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     assert not np.array_equal(upright, np.asarray(stored.convert("RGB")))
     assert np.array_equal(media.read_image(tmp_path / "a.jpg")[0], upright)
+
+
+@pytest.mark.parametrize(("degrees", "matrix"), [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))])
+def test_videos_are_upright(tmp_path, degrees, matrix):
+    """A phone's, which tells by a matrix in its header how to turn the pictures, clockwise."""
+    lying = np.zeros((2, 64, 96, 3), np.uint8)
+    lying[:, :32, :, 0] = lying[:, 32:, :48, 1] = 255  # above red, below green and black
+    iio.imwrite(tmp_path / "a.mp4", lying, plugin="pyav", codec="libx264")
+    content, (a, b, c, d) = (tmp_path / "a.mp4").read_bytes(), (65536 * x for x in matrix)
+    at = content.index(struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), content.index(b"tkhd"))
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content[:at] + turned + content[at + 36 :])
+    expected = np.rot90(lying, -degrees // 90, (1, 2))
+    for read in (media.read_video, lambda path: next(read_clips(path, 2, 24))):
+        assert read(tmp_path / "a.mp4").shape == expected.shape
+        assert np.abs(read(tmp_path / "a.mp4").astype(int) - expected).mean() < 20
+
+
+def test_damaged_pictures(tmp_path):
+    """What Pillow and PyAV raise there is neither an OSError nor a ValueError; then a photograph of 200 megapixels."""
+    picture().save(tmp_path / "whole.png")
+    content = bytearray((tmp_path / "whole.png").read_bytes())
+    content[content.index(b"IDAT") : content.index(b"IDAT") + 4] = b"ID\0T"
+    (tmp_path / "chunk.png").write_bytes(content)
+    Image.fromarray(np.zeros((10000, 20000), np.uint8)).save(tmp_path / "huge.png")
+    iio.imwrite(tmp_path / "a.mp4", np.zeros((2, 64, 96, 3), np.uint8), plugin="pyav", codec="libx264")
+    (tmp_path / "codec.mp4").write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"avc1", b"Shr9"))
+    for name in ("chunk.png", "huge.png", "codec.mp4"):
+        with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
+            media.read_image(tmp_path / name)
+    with pytest.raises(ValueError, match="cannot read the video .*codec.mp4"):
+        media.read_video(tmp_path / "codec.mp4")
+    with pytest.raises(media.UNREADABLE):
+        next(read_clips(tmp_path / "codec.mp4", 2, 24))
 
 
 def test_what_is_no_image_or_video(tmp_path):

@@ -60,7 +60,8 @@ def embeddings(release, prompts, tmp_path_factory):
 
 
 def run(*arguments) -> None:
-    prepare.main(prepare.parse([str(argument) for argument in arguments]))
+    args = prepare.parse([str(argument) for argument in arguments])
+    args.run(args)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

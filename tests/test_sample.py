@@ -523,6 +523,7 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--block 0", "--block 0: must be above 0"),
         ("--steps 0", "--steps 0: must be above 0"),
         ("--shift 0", "--shift 0.0: must be above 0"),
+        ("--shift nan", "--shift nan: must be above 0"),
         ("--fp8", "--fp8 needs bfloat16 on a GPU"),
         ("--release {dir}/none", "{dir}/none: no such file or folder"),
         ("--weights {dir}/none.pt", "{dir}/none.pt: no such file or folder"),
@@ -545,6 +546,32 @@ def test_refusals(run, tmp_path, no_networks, options, message, capsys):
         run(*options.format(**names).split())
     assert "\n" not in str(error.value)
     assert capsys.readouterr() == ("", "")
+
+
+def test_no_device_that_is_not_there(monkeypatch, capsys):
+    for device in ("tpu", *["cuda"] * (not torch.cuda.is_available())):
+        with pytest.raises(SystemExit, match="2"):
+            sample.parse(["--device", device])
+        assert f"argument --device: invalid choice: '{device}'" in capsys.readouterr().err
+
+
+def test_a_folder_as_output(run, tmp_path):
+    """An ending slash: sample.mp4 in there, which is not overwritten either."""
+    with pytest.raises(FileNotFoundError):  # what `run` reads afterwards has another name
+        run("--frames", 9, "--out", f"{tmp_path}/new/")
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
+        f"sample.{suffix}" for suffix in ("json", "mp4", "safetensors")
+    ]
+    with pytest.raises(ValueError, match="new/sample.mp4 exists"):
+        run("--frames", 9, "--out", f"{tmp_path}/new/")
+
+
+def test_a_prompt_of_any_bytes_is_recorded(run, tmp_path):
+    """As Python hands over what a terminal of another encoding sends; the record repeats it."""
+    first = run("--frames", 9, "--prompt", "caf\udce9")
+    sample.main(sample.parse(["--settings", str(tmp_path / "a.json"), "--out", str(tmp_path / "b")]))
+    assert read(tmp_path / "b").record["settings"]["prompt"] == ["caf\udce9"]
+    assert torch.equal(read(tmp_path / "b").latents, first.latents)
 
 
 def test_refusals_without_prompt_or_release(release, no_networks):

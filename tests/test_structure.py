@@ -16,10 +16,12 @@ ORDER = [  # a module imports only from groups above its own
     {"fuse", "fp8"},
     {"flow", "attention", "kvcache", "vae22", "t5", "fsdp", "media"},
     {"dit"},
-    {"distill", "weights", "data"},
+    {"distill", "weights"},
+    {"data"},
     {"stages"},
 ]
-RUN_TIME = {"torch", "safetensors", "sentencepiece", "numpy", "imageio", "ftfy", "tqdm", "PIL"}  # PIL: imageio's own
+# PIL and av come with imageio
+RUN_TIME = {"torch", "safetensors", "sentencepiece", "numpy", "imageio", "ftfy", "tqdm", "PIL", "av"}
 OPTIONAL = {"matplotlib", "wandb", "tensorboard"}  # imported inside functions only
 STANDARD = sys.stdlib_module_names
 

@@ -187,9 +187,9 @@ def test_errors(tmp_path, tokenizer):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4548313\n")
     with pytest.raises(ValueError, match="git lfs pull"):
         Tokenizer(path)
-    for content in (b"", b"{}", b"\n<!doctype html>"):
+    for content in (b"", b"{}", b"\n<!doctype html>", SPIECE.read_bytes()[:-1000]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="not a SentencePiece model"):
+        with pytest.raises(ValueError, match="no SentencePiece model"):
             Tokenizer(str(path))
     with pytest.raises(ValueError, match="list of prompts"):
         tokenizer("A cat walks.")

@@ -150,15 +150,15 @@ def apart(a: dict, b: dict, lr=1e-4) -> float:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """Run folders of dmd, with an average, and of ar, without; their last checkpoints name the networks' sizes."""
+    """Run folders of dmd, with an average, and of a teacher, without; the last checkpoints name the networks' sizes."""
     folder = tmp_path_factory.mktemp("trained")
-    for stage, ema in (("dmd", 0.5), ("ar", 0.0)):
+    for stage, ema in (("dmd", 0.5), ("teacher", 0.0)):
         finish(config(data, stage, folder / stage, steps=2, ema=ema))
         (folder / stage / "step-0000002/config.json").write_text(json.dumps(dataclasses.asdict(DIT)))
     return folder
 
 
-@pytest.mark.parametrize("stage", ["dmd", "ar"])
+@pytest.mark.parametrize("stage", ["dmd", "teacher"])
 def test_a_checkpoint_is_read_like_its_export(trained, stage):
     step, export = trained / stage / "step-0000002", trained / stage / f"{stage}.safetensors"
     model = load_dit(step, channels=48)
@@ -175,8 +175,8 @@ def test_training_goes_on_from_a_checkpoint(data, trained, tmp_path):
     def stage(out, source, teacher):
         return finish(config(data, "dmd", tmp_path / out, weights=str(source), teacher=str(teacher), steps=1))
 
-    export = stage("a", trained / "dmd/dmd.safetensors", trained / "ar/ar.safetensors")
-    assert same(stage("b", trained / "dmd/step-0000002", trained / "ar/step-0000002"), export)
+    export = stage("a", trained / "dmd/dmd.safetensors", trained / "teacher/teacher.safetensors")
+    assert same(stage("b", trained / "dmd/step-0000002", trained / "teacher/step-0000002"), export)
 
 
 @pytest.mark.usefixtures("fake_group")
@@ -374,8 +374,8 @@ def rollout_with_grad(run: stages.Run, step: int) -> list[torch.Tensor]:
     *_, trace, exit_step = a_rollout(run, step)
     blocks, given = [x.shape[2] for x in trace], run.cache.written - sum(x.shape[2] for x in trace)
     run.cache.reset()
-    noise = draws.normal(*run.shape(sum(blocks)))
-    common = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:])}
+    noise = draws(torch.randn, *run.shape(sum(blocks)))
+    common = {"exit_step": exit_step, "renoise": lambda b, s, like: draws(torch.randn, *like.shape[1:])}
     common["first"] = run.clips(items)[:, :, :given] if given else None
     made = rollout(run.generator, noise, context, run.sigmas, blocks, run.cache, **common)
     return [block for _, block in zip(blocks, made, strict=False)]
@@ -450,8 +450,8 @@ def test_gradient_by_hand(data, monkeypatch, stage):
     draws, context, x0, _, _ = a_rollout(run, 1)  # leaves the draws where the phase goes on
     negative = run.context(["neg"] * 4)
     x0.requires_grad_()
-    noise = draws.normal(*x0.shape[1:])
-    u = draws.uniform(1)
+    noise = draws(torch.randn, *x0.shape[1:])
+    u = draws(torch.rand, 1)
     sigma = (5 * u / (1 + 4 * u)).clamp(0.02, 0.98)[:, :, None, None, None]  # [B, 1, 1, 1, 1]
     xs = (1 - sigma) * x0 + sigma * noise
 
@@ -502,22 +502,22 @@ def test_context(data, monkeypatch, context):
 
     def second_block(clip=0.0, own=0.0):
         run = make_run(data, "dmd", context=context, latents=str(data / "latents"))
-        clips, normal = run.clips, stages.Draws.normal
+        clips, draws = run.clips, stages.Draws.__call__
 
         def changed_clips(items):
             x = clips(items)
             x[:, :, :3] += clip
             return x
 
-        def changed_noise(self, *shape):
-            x = normal(self, *shape)
-            if shape[1] == 6:  # of the rollout; re-noising is by block
+        def changed_noise(self, draw, *shape):
+            x = draws(self, draw, *shape)
+            if len(shape) > 1 and shape[1] == 6:  # of the rollout; re-noising is by block
                 x[:, :, :3] += own
             return x
 
         with monkeypatch.context() as patch:
             patch.setattr(run, "clips", changed_clips)
-            patch.setattr(stages.Draws, "normal", changed_noise)
+            patch.setattr(stages.Draws, "__call__", changed_noise)
             rollouts = (a_rollout(run, step) for step in range(20))
             x0 = next(x0 for _, _, x0, _, _ in rollouts if context == "self" or run.cache.written == 6)
         return x0[:, :, -3:]
@@ -861,10 +861,16 @@ BAD = [
     ("ar", {"forcing": "none"}, "forcing must be one of"),
     ("dmd", {"context": "other"}, "context must be one of"),
     ("ar", {"first": 2}, "first must be one of"),
-    ("ar", {"batch": 0}, "batch must be at least 1"),
+    ("ar", {"batch": 0}, "batch must be at least 1 and below inf, got 0"),
     ("ar", {"save_every": 0}, "save_every must be at least 1"),
     ("ar", {"keep": 0}, "keep must be at least 1"),
     ("dmd", {"ratio": 0}, "ratio must be at least 1"),
+    ("ar", {"warmup": -1}, "warmup must be at least 0 and below inf, got -1"),
+    ("ar", {"lr": -1.0}, "lr must be at least 0 and below inf, got -1.0"),
+    ("ar", {"clip": 0.0}, "clip must be at least 1e-06 and below inf, got 0.0"),
+    ("ar", {"shift": 0.0}, "shift must be at least 1e-06 and below inf, got 0.0"),
+    ("ar", {"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+    ("ar", {"ema": 1.5}, "ema must be at least 0 and below 1, got 1.5"),
     ("ar", {"batch": 5}, "batch 5 is 5 a process, not a multiple of micro_batch 2; micro_batch=1 would do"),
     ("ar", {"frames": 7}, "nearest valid: 6 or 9"),
     ("ar", {"frames": 6, "first": 1}, "nearest valid: 4 or 7"),
@@ -881,7 +887,8 @@ BAD = [
     ("ar", {"weights": "/no/such.safetensors"}, "/no/such.safetensors"),
     ("dmd", {"teacher": "/no/such.safetensors"}, "/no/such.safetensors"),
     ("ar", {"negative": "unheard of"}, "unheard of"),
-    ("ar", {"sample_prompts": ["unheard of"]}, "unheard of"),
+    ("ar", {"sample_prompts": ["unheard of"]}, "stage ar, sampled, needs vae"),
+    ("ar", {"vae": "/no/such"}, "/no/such: no such file or folder"),
     ("ar", {"height": 6}, "this run needs latent (48, 6, 6, 4)"),
     ("ar", {"frames": 9}, "this run needs latent (48, 9, 4, 4)"),
     ("ode", {"width": 6}, "this run needs x (5, 48, 6, 4, 6)"),
@@ -905,7 +912,9 @@ def test_bad_command_lines(data, tmp_path, command):
     assert str(tmp_path) in refused(command, tmp_path)
     assert "key=value, got 'steps'" in refused(command, good, "steps")
     assert "steps must be int" in refused(command, good, "steps=1.5")
-    assert "unknown keys ['a']" in refused(command, good, "a.b=1")
+    assert "unknown keys ['a.b']" in refused(command, good, "a.b=1")
+    assert "unknown keys ['latent']" in refused(command, good, "latent=data/latents")
+    assert "lr must be at least 0 and below inf, got nan" in refused(command, good, "lr=nan")
     assert "cannot read" in refused(command, good, "steps=[")
     (tmp_path / "bad.toml").write_text("stage = ar\n")
     assert "line 1" in refused(command, tmp_path / "bad.toml")
@@ -947,6 +956,31 @@ def test_networks_and_data_that_do_not_fit(data, tmp_path, command):
     assert "no text embeddings" in line("ar", text=str(data / "latents"))
     write_shard(tmp_path / "other/0.safetensors", {"latent": torch.zeros(1, *SIZES)}, ["unheard of"])
     assert "prepare.py text" in line("ar", latents=str(tmp_path / "other"))
+
+
+def test_networks_of_another_stage(data, trained, tmp_path, command):
+    """Of a checkpoint or of an export; a release, or a file without a record, may start any stage."""
+
+    def line(stage, **changes):
+        return refused(command, write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)))
+
+    teacher, causal = trained / "teacher/step-0000002", trained / "dmd/dmd.safetensors"
+    for stage in ("dmd", "sid"):
+        assert f"{teacher} is of stage teacher; {stage} takes" in line(stage, weights=str(teacher))
+        assert f"{causal} is of stage dmd; {stage} takes a release there, or one of ('teacher',)" in line(
+            stage, teacher=str(causal)
+        )
+    for stage in ("teacher", "ar", "ode"):
+        assert f"{causal} is of stage dmd; {stage} takes" in line(stage, weights=str(causal))
+    for stage in ("teacher", "ar", "ode"):
+        make_run(data, stage, weights=str(teacher))
+
+
+def test_no_negative_prompt_is_trained_on(data, tmp_path):
+    """Neither the config's nor the one that the embeddings were made with."""
+    rows, lengths = torch.randn(6, 16, dtype=torch.bfloat16), torch.tensor([2, 1, 1, 2])
+    write_shard(tmp_path / "0.safetensors", {"rows": rows, "lengths": lengths}, ["old", "", "a", "neg"], negative="old")
+    assert make_run(data, "dmd", text=str(tmp_path), negative="neg").prompts == ["a"]
 
 
 def test_only_the_stage_s_own_data_counts(data):
@@ -1035,6 +1069,28 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
     assert names(out) == [f"step-{done:07d}"]
     finish(config(data, "ar", out, steps=done + 2, save_every=100000))
     assert [row["step"] for row in read_metrics(out)] == list(range(done + 2))
+
+
+@pytest.mark.parametrize(("step", "phase", "saved"), [(0, "generator", 0), (0, "critic", 1), (1, "critic", 1)])
+def test_sigterm_within_an_iteration(data, tmp_path, monkeypatch, capfd, step, phase, saved):
+    """It ends after the micro-batch at work, if no network has moved; the step begins anew, and all comes out alike."""
+    cfg = config(data, "dmd", tmp_path / "out", micro_batch=1, save_every=3)
+    generate, world, calls = stages.Run.generate, fsdp.World("cpu"), []
+
+    def interrupted(self, *args):
+        calls.append(args[:2])
+        world.stopping = calls[-1] == (step, phase)
+        return generate(self, *args)
+
+    monkeypatch.setattr(stages.Run, "generate", interrupted)
+    train.main(cfg, world)
+    assert f"stopped by SIGTERM in step {saved}" in capfd.readouterr().out
+    assert calls.count((step, phase)) == (4 if (step, phase) == (0, "critic") else 1)  # after the generator's step
+    assert names(tmp_path / "out") == ["step-0000001"] * saved
+    assert len(read_metrics(tmp_path / "out")) == saved
+    monkeypatch.undo()
+    resumed = finish(cfg)
+    assert same(resumed, finish(config(data, "dmd", tmp_path / "straight", micro_batch=1)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -97,9 +97,9 @@ def test_manifest():
 
 
 def test_strides():
-    assert (VAEConfig().spatial_stride, VAEConfig().temporal_stride) == (16, 4)
+    assert VAEConfig().strides == (4, 16, 16)
     other = VAEConfig(dim_mult=[1, 2, 2], temperal_downsample=[False, True])
-    assert (other.spatial_stride, other.temporal_stride) == (8, 2)
+    assert other.strides == (2, 8, 8)
 
 
 @pytest.mark.parametrize("sizes", [[1] * 7, [3, 3, 1], [1, 2, 4], [2, 5], [7]], ids=str)

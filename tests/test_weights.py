@@ -157,7 +157,7 @@ def test_linear_codec_in_the_place_of_the_vae(tmp_path):
     save_file(state, tmp_path / "codec_VAE.safetensors")
     codec = load_vae(tmp_path)
     assert isinstance(codec, LinearCodec)
-    assert (codec.cfg.z_dim, codec.cfg.spatial_stride, codec.cfg.temporal_stride) == (48, 16, 4)
+    assert (codec.cfg.z_dim, codec.cfg.strides) == (48, (4, 16, 16))
     assert_holds(codec, state)
     assert_holds(load_vae(tmp_path / "codec_VAE.safetensors", "cpu", torch.bfloat16), state, torch.bfloat16)
     save_file({"basis": state["basis"]}, tmp_path / "codec_VAE.safetensors")
@@ -237,8 +237,16 @@ def test_corrupt_files(release):
     reject(load_dit, release, SHARD, "corrupt")
     for name in (INDEX, "config.json"):
         write_dit(release)
-        (release / name).write_bytes(b'{"weight_map": \xff')
-        reject(load_dit, release, name, "not JSON")
+        for content in (b'{"weight_map": \xff', b"null", b"[1]"):
+            (release / name).write_bytes(content)
+            reject(load_dit, release, name, "not JSON")
+    write_dit(release)
+    (release / INDEX).write_text("{}")
+    reject(load_dit, release, INDEX, "missing", "complete?")
+    torch.save([torch.zeros(2)], release / "list.pt")
+    reject(load_dit, release / "list.pt", "list.pt", "more than tensors")
+    torch.save(3, release / "list.pt")
+    reject(load_dit, release / "list.pt", "list.pt", "no zip of a state dict")
 
 
 @pytest.mark.parametrize("keep", [0, 200, -10])

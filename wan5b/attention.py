@@ -17,64 +17,58 @@ _compiled_flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)  #
 FLEX_BLOCK = 128
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention without a mask: q [B, S, N, K], k and v [B, S', N, K] -> [B, S, N, K]."""
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    """Softmax attention: q [B, S, N, K], k and v [B, S', N, K] -> [B, S, N, K]. mask: as `interval_mask` makes it."""
+    length, (q, k, v) = q.shape[1], (x.transpose(1, 2) for x in (q, k, v))
+    if isinstance(mask, BlockMask):
+        q, k, v = (F.pad(x, (0, 0, 0, -length % FLEX_BLOCK)) for x in (q, k, v))
+        return _compiled_flex(q, k, v, block_mask=mask)[:, :, :length].transpose(1, 2)
     with sdpa_kernel(_BACKENDS, set_priority=True):
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-class IntervalMask:
+def interval_mask(intervals: Tensor) -> Tensor | BlockMask:
     """A mask under which each query sees at most two intervals of keys: [lo0, hi0) and [lo1, hi1).
 
     intervals: [S, 4] int tensor (lo0, hi0, lo1, hi1) in tokens; an empty interval has lo = hi; they never overlap.
     On CUDA it is a flex_attention BlockMask, built from the intervals by counting (never from the S x S matrix); on
     the CPU, where flex_attention has no backward, a boolean matrix.
     """
+    return block_mask(intervals) if intervals.is_cuda else dense_mask(intervals)
 
-    def __init__(self, intervals: Tensor):
-        self.length = len(intervals)
-        self.mask = self._block_mask(intervals) if intervals.is_cuda else self._dense(intervals)
 
-    @staticmethod
-    def _dense(intervals: Tensor) -> Tensor:
-        kv = torch.arange(len(intervals), device=intervals.device)
-        lo0, hi0, lo1, hi1 = (x[:, None] for x in intervals.unbind(1))
-        return ((kv >= lo0) & (kv < hi0)) | ((kv >= lo1) & (kv < hi1))
+def dense_mask(intervals: Tensor) -> Tensor:
+    """Which key (column) a query (row) sees, [S, S]."""
+    kv = torch.arange(len(intervals), device=intervals.device)
+    lo0, hi0, lo1, hi1 = (x[:, None] for x in intervals.unbind(1))
+    return ((kv >= lo0) & (kv < hi0)) | ((kv >= lo1) & (kv < hi1))
 
-    @staticmethod
-    def _block_mask(intervals: Tensor) -> BlockMask:
-        pad = -len(intervals) % FLEX_BLOCK
-        rows = torch.arange(len(intervals), len(intervals) + pad, device=intervals.device)
-        itself = torch.stack([rows, rows + 1, rows, rows], 1)  # padded rows see themselves: no row without a key
-        table = torch.cat([intervals, itself]).int()
-        lo0, hi0, lo1, hi1 = (x.contiguous() for x in table.unbind(1))
 
-        edges = torch.arange(0, len(table), FLEX_BLOCK, device=table.device)
+def block_mask(intervals: Tensor) -> BlockMask:
+    """The same for flex_attention, S rounded up to whole blocks."""
+    pad = -len(intervals) % FLEX_BLOCK
+    rows = torch.arange(len(intervals), len(intervals) + pad, device=intervals.device)
+    itself = torch.stack([rows, rows + 1, rows, rows], 1)  # padded rows see themselves: no row without a key
+    table = torch.cat([intervals, itself]).int()
+    lo0, hi0, lo1, hi1 = (x.contiguous() for x in table.unbind(1))
 
-        def common(lo, hi):  # keys of each block that an interval holds, [S, S / 128]
-            return (hi[:, None].clamp(max=edges + FLEX_BLOCK) - lo[:, None].clamp(min=edges)).clamp(min=0)
+    edges = torch.arange(0, len(table), FLEX_BLOCK, device=table.device)
 
-        seen = (common(lo0, hi0) + common(lo1, hi1)).unflatten(0, (-1, FLEX_BLOCK)).sum(1)
-        full = seen == FLEX_BLOCK * FLEX_BLOCK
-        partial_ = (seen > 0) & ~full
+    def common(lo, hi):  # keys of each block that an interval holds, [S, S / 128]
+        return (hi[:, None].clamp(max=edges + FLEX_BLOCK) - lo[:, None].clamp(min=edges)).clamp(min=0)
 
-        def indices(flags):
-            order = flags.int().argsort(dim=1, descending=True, stable=True)
-            return flags.sum(1).int()[None, None], order.int()[None, None].contiguous()
+    seen = (common(lo0, hi0) + common(lo1, hi1)).unflatten(0, (-1, FLEX_BLOCK)).sum(1)
+    full = seen == FLEX_BLOCK * FLEX_BLOCK
+    partial_ = (seen > 0) & ~full
 
-        def mask_mod(b, h, q, kv):
-            return ((kv >= lo0[q]) & (kv < hi0[q])) | ((kv >= lo1[q]) & (kv < hi1[q]))
+    def indices(flags):
+        order = flags.int().argsort(dim=1, descending=True, stable=True)
+        return flags.sum(1).int()[None, None], order.int()[None, None].contiguous()
 
-        return BlockMask.from_kv_blocks(*indices(partial_), *indices(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
+    def mask_mod(b, h, q, kv):
+        return ((kv >= lo0[q]) & (kv < hi0[q])) | ((kv >= lo1[q]) & (kv < hi1[q]))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Masked self-attention, [B, S, N, K] each -> [B, S, N, K]."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if isinstance(self.mask, Tensor):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
-        pad = -self.length % FLEX_BLOCK
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v)) if pad else (q, k, v)
-        return _compiled_flex(q, k, v, block_mask=self.mask)[:, :, : self.length].transpose(1, 2)
+    return BlockMask.from_kv_blocks(*indices(partial_), *indices(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
 
 
 @lru_cache(maxsize=32)
@@ -92,4 +86,4 @@ def causal_mask(blocks: tuple[int, ...], p: int, window: int | None, teacher: bo
         clean += [(first * p, end * p, 0, 0)] * (size * p)
         noisy += [(min(first, start) * p, start * p, (frames + start) * p, (frames + end) * p)] * (size * p)
         start = end
-    return IntervalMask(torch.tensor(clean + noisy if teacher else clean, device=device))
+    return interval_mask(torch.tensor(clean + noisy if teacher else clean, device=device))

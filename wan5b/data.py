@@ -6,7 +6,6 @@ same in all shards of a store (sizes, levels, guidance, ...); made_from, by whic
 """
 
 import json
-import os
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from wan5b.media import read_image
+from wan5b.media import read_image, video_frames
+from wan5b.weights import write_tensors
 
 HEADER = "wan5b"  # the one key of a shard's metadata: with several, their order in the file would be left to chance
 
@@ -27,17 +26,13 @@ HEADER = "wan5b"  # the one key of a shard's metadata: with several, their order
 
 
 def write_shard(path: str | Path, tensors: dict[str, Tensor], prompts: list[str], *, made_from: str = "", **facts):
-    """Write a shard: beside path, then renamed, so path is whole or absent. Makes its folder.
+    """Write a shard, as `write_tensors` does.
 
     tensors: [len(prompts), ...] each; for a `TextStore`, rows [sum of lengths, D] and lengths [len(prompts)].
     """
     assert all(len(tensor) == len(prompts) for name, tensor in tensors.items() if name != "rows")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     header = json.dumps({"prompts": prompts, "facts": facts, "made_from": made_from}, ensure_ascii=False)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {HEADER: header})
-    os.replace(partial, path)
+    write_tensors(path, tensors, {HEADER: header})
 
 
 def open_shard(path: Path) -> tuple[safe_open, dict]:
@@ -141,13 +136,13 @@ def read_clips(path: str | Path, frames: int, fps: float) -> Iterator[np.ndarray
 
     path: a video file, of which the frames nearest to the times k / fps are taken (its rate must be constant); or a
     folder of images, sorted by length of name, then name, all taken. What is left over at the end is dropped.
-    OSError, ValueError or IndexError (`media.UNREADABLE`) if unreadable, ValueError if too short for one clip.
+    One of `media.UNREADABLE` if unreadable, ValueError if too short for one clip.
     """
     if Path(path).is_dir():
-        files = sorted(Path(path).iterdir(), key=lambda file: (len(file.name), file.name))
+        files = sorted(Path(path).glob("[!.]*"), key=lambda file: (len(file.name), file.name))
         source, ratio = (read_image(file)[0] for file in files), 1.0
     else:
-        source, ratio = iio.imiter(path, plugin="pyav", format="rgb24"), iio.immeta(path, plugin="pyav")["fps"] / fps
+        source, ratio = video_frames(path), iio.immeta(path, plugin="pyav")["fps"] / fps
     clip, k = [None] * frames, 0
     for i, frame in enumerate(source):
         while int(k * ratio + 0.5) == i:  # one frame may be nearest to several times, or to none

@@ -13,23 +13,13 @@ from wan5b.kvcache import KVCache, block_sizes
 
 
 def rollout(
-    generator: Callable,
-    noise: Tensor,
-    context: Tensor,
-    sigmas: list[float],
-    blocks: list[int],
-    cache: KVCache,
-    *,
-    exit_step: int | None = None,
-    renoise: Callable | None = None,
-    first: Tensor | None = None,
-    solver: str | None = None,
-    trace: list | None = None,
+    generator, noise, context, sigmas, blocks, cache, *, exit_step=None, renoise=None, first=None, solver="", trace=None
 ) -> Iterator[Tensor]:
     """Generate block by block over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
-    noise [B, C, T, H, W] covers the generated frames, cut into `blocks` (it may lie on the CPU: a long video's is moved
-    block by block); sigmas: the levels, falling, last 0.
+    noise (Tensor [B, C, T, H, W]) covers the generated frames, cut into blocks (list of int; it may lie on the CPU: a
+    long video's is moved block by block); context: Tensor [B, L, D]; sigmas (list of float): the levels, falling, last
+    0; cache: KVCache.
     Yields every finished block x0 [B, C, T_block, H, W]; the cache takes it in (one pass at sigma 0, without grad)
     when the next one is asked for, so it must not be changed in place.
 

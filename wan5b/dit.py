@@ -261,7 +261,7 @@ class WanDiT(nn.Module):
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if not cache:
-                return mask.attention(q, k, v) if mask else attention(q, k, v)
+                return attention(q, k, v, mask)
             parts = zip(spans, *(x.split([n * p for n in blocks or [frames]], 1) for x in (q, k, v)), strict=True)
             y = [attention(q, *cache.extend(layer, k, v, span)) for span, q, k, v in parts]
             return y[0] if len(y) == 1 else torch.cat(y, 1)
@@ -273,6 +273,7 @@ class WanDiT(nn.Module):
             key = (self, x.shape, sigma.shape, str(spans[0][1:]))
             v = cache.graphs.run(key, partial(run, None, cache.text), x, sigma, rope)
         else:
+            cache.context = None  # what is kept is a mixture, if this forward does not end
             v, cache.context = run(context, cache.text, x, sigma, rope), context
         return v.to(dtype)
 

@@ -34,7 +34,8 @@ def sampling_sigmas(n: int, shift: float = 5.0) -> list[float]:
 def _like(sigma, x: Tensor) -> Tensor:
     """sigma (float, [B] or [B, T]) as float32, of as many axes as x [B, C, T, H, W]: bfloat16 x promotes to float32."""
     if not isinstance(sigma, Tensor):
-        return torch.full((1,) * x.ndim, sigma, device=x.device)  # filled there: a copy would wait for the GPU
+        # filled there: a copy would wait for the GPU
+        return torch.full((1,) * x.ndim, sigma, dtype=torch.float32, device=x.device)
     sigma = sigma.to(x.device, torch.float32)
     if sigma.ndim == 2:
         return sigma[:, None, :, None, None]

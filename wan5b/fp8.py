@@ -39,7 +39,10 @@ class Fp8Linear(nn.Module):
 
 
 def quantize_blocks(model: nn.Module) -> nn.Module:
-    """Replace, in place, the linear layers of the transformer blocks; embeddings, modulation and head stay."""
+    """Replace, in place, the linear layers of the transformer blocks; embeddings, modulation and head stay.
+
+    For inference: what is replaced can neither be trained nor exported, nor replaced again.
+    """
     for block in model.blocks:
         for attention in (block.self_attn, block.cross_attn):
             for name in "qkvo":

@@ -95,10 +95,14 @@ class World:
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
         """Means of scalars over processes, which must name them in the same order."""
-        mine = torch.stack([value.detach().to(self.device, torch.float32) for value in values.values()])
+        mine = torch.stack([value.detach().float() for value in values.values()])
         if self.mesh is not None:
             dist.all_reduce(mine)
         return dict(zip(values, (mine / self.size).tolist(), strict=True))
+
+    def stops(self) -> bool:
+        """Whether any process has got SIGTERM: the same answer everywhere. The host alone is asked, and waits."""
+        return self.mean({"stopping": torch.tensor(float(self.stopping))})["stopping"] > 0
 
     def barrier(self) -> None:
         if self.mesh is not None:
@@ -193,7 +197,7 @@ class AdamW:
             held = {group: torch.zeros_like(mine, dtype=GROUPS[group]) for group in resident}
             self.held[name] = held | carve(self.segments[name], mine.shape, self.hosted)
             if mine.dtype != torch.float32:  # from the source, not from the rounded parameter
-                self._set_master(name, part_for(parameter, initial[name]))
+                split(part_for(parameter, initial[name]).to(mine.device, torch.float32), mine, self.held[name]["low"])
             if ema:
                 self.held[name]["ema"].copy_(self.master(name))
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._take(name, p))
@@ -203,11 +207,6 @@ class AdamW:
         grad = local(parameter.grad).float()
         self.grads[name] = self.grads[name].add_(grad) if name in self.grads else grad
         parameter.grad = None
-
-    def _set_master(self, name: str, value: Tensor) -> None:
-        """Of a bfloat16 parameter, which follows."""
-        mine = local(self.parameters[name])
-        split(value.to(mine.device, torch.float32), mine, self.held[name]["low"])
 
     def master(self, name: str) -> Tensor:
         """This process's part of a float32 master, on the device: the parameter itself or a new tensor."""
@@ -314,7 +313,7 @@ class AdamW:
         self.steps = steps
         for name, held in self.held.items():
             if "low" in held:
-                self._set_master(name, local(state[f"master.{name}"]))
+                split(local(state[f"master.{name}"]).to(self.world.device), local(self.parameters[name]), held["low"])
 
 
 def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, keep: int = 2) -> Path:

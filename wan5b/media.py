@@ -6,10 +6,11 @@ Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import torch
@@ -17,7 +18,16 @@ from imageio.plugins.pillow import PillowPlugin
 from PIL import Image, ImageOps
 from torch import Tensor
 
-UNREADABLE = (OSError, ValueError, IndexError)  # no such file, no backend reads it; PyAV: damaged, no picture in it
+# No such file; no picture in it, an unknown codec; damaged, as Pillow and PyAV say it; a picture of 180 megapixels.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    SyntaxError,
+    av.FFmpegError,
+    Image.DecompressionBombError,
+)
 
 
 def first_line(error: Exception) -> str:
@@ -38,10 +48,18 @@ def read_image(path: str | Path) -> np.ndarray:
         raise ValueError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
+def video_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, uint8 [H, W, 3] each, upright: a phone stores them as its sensor lies."""
+    with av.open(str(path)) as file:
+        file.streams.video[0].thread_type = "AUTO"
+        for frame in file.decode(video=0):
+            yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
 def read_video(path: str | Path, last: int | None = None) -> np.ndarray:
     """The frames of a video file, or its `last` ones, as uint8 [T, H, W, 3]. ValueError if unreadable or shorter."""
     try:
-        frames = deque(iio.imiter(path, plugin="pyav", format="rgb24"), maxlen=last)
+        frames = deque(video_frames(path), maxlen=last)
     except UNREADABLE as error:
         raise ValueError(f"cannot read the video {path}: {first_line(error)}") from error
     if len(frames) < (last or 1):

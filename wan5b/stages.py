@@ -6,7 +6,7 @@ number comes from (seed, phase, step, sample), so a run is the same on any numbe
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from wan5b.distill import critic_loss, dmd_gradient, dmd_loss, replay, rollout, 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, x0_from_v
 from wan5b.kvcache import KVCache, block_sizes
-from wan5b.weights import fill, open_dit
+from wan5b.weights import fill, open_dit, read_metadata
 
 GIB = 2**30
+STAGES = ("teacher", "ar", "ode", "dmd", "sid")  # in their order; the last two distil causal networks
 
 
 def activations(cfg, tokens: int, itemsize: int, checkpointing: bool, graphs=1, late: float = 0, keys=0) -> float:
@@ -60,11 +61,9 @@ class Draws:
     def __init__(self, device: torch.device, samples: range, *keys):
         self.generators = [rng(device, *keys, sample) for sample in samples]
 
-    def normal(self, *shape: int) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in self.generators])
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.stack([torch.rand(shape, generator=g, device=g.device) for g in self.generators])
+    def __call__(self, draw: Callable, *shape: int) -> Tensor:
+        """[samples, *shape] by torch.randn or torch.rand."""
+        return torch.stack([draw(shape, generator=g, device=g.device) for g in self.generators])
 
 
 class Run:
@@ -79,7 +78,8 @@ class Run:
         self.text = TextStore(cfg.text)
         folder = cfg.trajectories if cfg.stage == "ode" else cfg.latents
         self.store = Store(folder) if folder else None
-        self.prompts = self.store.prompts if folder else [p for p in self.text.prompts if p not in (cfg.negative, "")]
+        negative = cfg.negative, self.text.facts.get("negative"), ""
+        self.prompts = self.store.prompts if folder else [p for p in self.text.prompts if p not in negative]
         self.offload = cfg.offload and self.device.type == "cuda"  # a CPU's memory is the host's
         self.flop = 0.0  # done so far
         source = open_dit(cfg.weights) if cfg.weights else (PRESETS[cfg.preset], {})
@@ -105,6 +105,11 @@ class Run:
         cfg, shape = self.cfg, (model.in_dim, self.cfg.frames, self.cfg.height, self.cfg.width)
         model.tokens_per_frame(cfg.height, cfg.width)
         takes, other = (model.text_dim, model.text_len), (scores.text_dim, scores.text_len)
+        earlier = STAGES[self.distilling : STAGES.index(cfg.stage) + 1]
+        for path, stages in ((cfg.weights, earlier), (self.distilling and cfg.teacher, STAGES[:1])):
+            made = read_metadata(path).get("stage") if path else None
+            if made and made not in stages:
+                raise ValueError(f"{path} is of stage {made}; {cfg.stage} takes a release there, or one of {stages}")
         if takes != other:
             raise ValueError(f"weights and teacher take different texts (width, length): {takes} and {other}")
         if not self.prompts:
@@ -189,9 +194,15 @@ class Run:
             self.flop += linear * (1 if args[0].requires_grad else 2) + 2.5 * attention
 
     def micro_batches(self, step: int, phase: str) -> Iterator[tuple[Draws, list[int], Tensor]]:
-        """(draws, item indices, context) of each micro-batch of this process."""
+        """(draws, item indices, context) of each micro-batch of this process.
+
+        InterruptedError, on all processes at once, if one has got SIGTERM and no network is ahead of the others.
+        """
         share = self.world.share(self.cfg.batch)
         for start in range(share.start, share.stop, self.cfg.micro_batch):
+            # Up to the first update of a step nothing has changed: what is unfinished can be left.
+            if (phase != "critic" or step % self.cfg.ratio) and self.world.stops():
+                raise InterruptedError
             samples = range(start, start + self.cfg.micro_batch)
             keys = (self.cfg.seed, phase)
             items = [order(len(self.prompts), step * self.cfg.batch + sample, str(keys)) for sample in samples]
@@ -227,13 +238,13 @@ class Run:
     def flow_loss(self, draws: Draws, items: list[int], context: Tensor) -> Tensor:
         """teacher and ar: flow matching on real clips (Self Forcing's stage 1 is ar with teacher forcing)."""
         cfg = self.cfg
-        x0, noise = self.clips(items), draws.normal(*self.shape(cfg.frames))
-        dropped = draws.uniform() < cfg.dropout
+        x0, noise = self.clips(items), draws(torch.randn, *self.shape(cfg.frames))
+        dropped = draws(torch.rand) < cfg.dropout
         context = torch.where(dropped[:, None, None], self.context([cfg.negative]), context)
         options = {"blocks": self.layout, "window": cfg.window or None} if cfg.stage == "ar" else {}
         if cfg.stage == "ar" and cfg.forcing == "teacher":
             options["clean"] = x0
-        sigma = self.per_frame(shift_sigma(draws.uniform(len(self.layout) if cfg.stage == "ar" else 1), cfg.shift))
+        sigma = self.per_frame(shift_sigma(draws(torch.rand, len(self.layout) if cfg.stage == "ar" else 1), cfg.shift))
         v = self.generator(add_noise(x0, noise, sigma), sigma, context, **options)
         error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.first :]  # [B, T]
         return (error * ar_loss_weight(sigma[:, cfg.first :], cfg.shift) if cfg.bell else error).mean()
@@ -245,7 +256,7 @@ class Run:
         """
         cfg, sigmas = self.cfg, torch.tensor(self.store.facts["sigmas"], device=self.device)
         x = torch.stack([self.store[i]["x"] for i in items]).to(self.device, torch.float32)
-        chosen = (draws.uniform(len(self.layout)) * (len(sigmas) - (cfg.forcing == "teacher"))).long()
+        chosen = (draws(torch.rand, len(self.layout)) * (len(sigmas) - (cfg.forcing == "teacher"))).long()
         index = self.per_frame(chosen, clean=len(sigmas) - 1)
         end = x[:, -1]
         noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
@@ -269,8 +280,12 @@ class Run:
             given, blocks = given + sum(blocks[:chosen]), blocks[chosen : chosen + 1]
         first = self.clips(items)[:, :, :given] if given else None
         self.cache.reset()
-        noise, sources = draws.normal(*self.shape(sum(blocks))), (self.sigmas, blocks, self.cache)
-        options = {"exit_step": exit_step, "renoise": lambda b, s, like: draws.normal(*like.shape[1:]), "trace": trace}
+        noise, sources = draws(torch.randn, *self.shape(sum(blocks))), (self.sigmas, blocks, self.cache)
+        options = {
+            "exit_step": exit_step,
+            "renoise": lambda b, s, like: draws(torch.randn, *like.shape[1:]),
+            "trace": trace,
+        }
         with self.world.gathered(self.generator):
             steps = rollout(self.generator, noise, context, *sources, first=first, **options)
             x0 = torch.cat(list(itertools.islice(steps, len(blocks))), 2)  # no commit of the last
@@ -279,8 +294,8 @@ class Run:
     def noised(self, draws: Draws, first: Tensor | None, x0: Tensor):
         """x0 behind the given frames at one random level a sample (DMD2): (xs, level [B, T], noise)."""
         whole = x0 if first is None else torch.cat([first, x0], 2)
-        noise = draws.normal(*whole.shape[1:])
-        level = self.per_frame(shift_sigma(draws.uniform(1), self.cfg.shift).clamp(0.02, 0.98))[:, : whole.shape[2]]
+        noise = draws(torch.randn, *whole.shape[1:])
+        level = self.per_frame(shift_sigma(draws(torch.rand, 1), self.cfg.shift).clamp(0.02, 0.98))[:, : whole.shape[2]]
         return add_noise(whole, noise, level), level, noise
 
     def generator_phase(self, step: int) -> dict[str, Tensor]:

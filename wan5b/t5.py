@@ -145,12 +145,12 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path, length: int = 512):
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file; expected the spiece.model of google/umt5-xxl")
-        proto = Path(path).read_bytes()
-        if proto[0:1] + proto[2:3] != b"\n\n":  # protobuf tags: first vocabulary entry (one byte of length), its text
-            raise ValueError(f"{path} is not a SentencePiece model; if it is a Git LFS pointer, run `git lfs pull`")
-        self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        try:  # of no bytes the library would make an empty model
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes() or b"?")
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: no such file, or no SentencePiece model; for an LFS pointer: git lfs pull"
+            ) from error
         self.length = length
 
     def encode(self, text: str) -> list[int]:

@@ -48,19 +48,20 @@ class VAEConfig:
     temperal_downsample: tuple[bool, ...] = (False, True, True)
 
     @property
-    def spatial_stride(self) -> int:
-        """Pixels per latent in height and width: 2 by space-to-depth and 2 per stage but the last."""
-        return 2 ** len(self.dim_mult)
+    def strides(self) -> tuple[int, int, int]:
+        """Pixels per latent in time (after the first frame, which stands for one), height and width.
 
-    @property
-    def temporal_stride(self) -> int:
-        """Pixel frames per latent frame after the first, which stands for one."""
-        return 2 ** sum(self.temperal_downsample)
+        In space 2 by space-to-depth and 2 per stage but the last.
+        """
+        return 2 ** sum(self.temperal_downsample), 2 ** len(self.dim_mult), 2 ** len(self.dim_mult)
 
 
 @dataclass(eq=False)
 class Stream:
-    """What one causal pass remembers between its chunks; make one per video and direction with `VAE22.stream`."""
+    """What one causal pass remembers between its chunks; make one per video and direction with `VAE22.stream`.
+
+    A chunk that fails ends its stream. A deep copy remembers nothing: history goes by layer.
+    """
 
     first: bool = True  # whether the chunk being processed, or the next one, holds the first frame of the video
     history: dict[nn.Module, Tensor] = field(default_factory=dict)  # layer -> the last frames of its input
@@ -321,9 +322,8 @@ def _check(video: Tensor, cfg: VAEConfig) -> None:
     """ValueError, with the nearest valid sizes, for a video that does not come out even."""
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
-    time, space = cfg.temporal_stride, cfg.spatial_stride
-    rules = (("frame count", time, 1), ("height", space, 0), ("width", space, 0))
-    for value, (what, step, offset) in zip(video.shape[2:], rules, strict=True):
+    names = ("frame count", "height", "width")
+    for value, what, step, offset in zip(video.shape[2:], names, cfg.strides, (1, 0, 0), strict=True):
         below = (value - offset) // step * step + offset
         valid = [v for v in (below, below + step) if v > 0]
         if value not in valid:
@@ -365,7 +365,7 @@ class VAE22(nn.Module):
         Raises ValueError for other frame counts, channel counts, or H, W that are not multiples of 16.
         """
         _check(video, self.cfg)
-        stride, state = self.cfg.temporal_stride, self.stream()
+        stride, state = self.cfg.strides[0], self.stream()
         cuts = range(1 + (ENCODED - 1) * stride, video.shape[2], ENCODED * stride)  # latent frame 0 is a pixel frame
         chunks = (chunk.to(self.conv1.weight.dtype) for chunk in video.tensor_split(list(cuts), dim=2))
         encoded = [pointwise(self.conv1, self.encoder(space_to_depth(chunk), state)) for chunk in chunks]
@@ -404,17 +404,17 @@ class LinearCodec(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        self.cfg, self.stride = cfg, (cfg.temporal_stride, cfg.spatial_stride, cfg.spatial_stride)
-        self.basis = nn.Parameter(torch.empty(cfg.z_dim // 3, 1, *self.stride))  # encodes
+        self.cfg = cfg
+        self.basis = nn.Parameter(torch.empty(cfg.z_dim // 3, 1, *cfg.strides))  # encodes
         self.dual = nn.Parameter(torch.empty_like(self.basis))  # decodes
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """As VAE22's. The first latent frame is that of the first pixel frame repeated."""
         _check(video, self.cfg)
-        lead = video[:, :, :1].expand(-1, -1, self.cfg.temporal_stride - 1, -1, -1)
+        lead = video[:, :, :1].expand(-1, -1, self.cfg.strides[0] - 1, -1, -1)
         planes = torch.cat([lead, video], dim=2).flatten(0, 1)[:, None].to(self.basis.dtype)  # [B*3, 1, T, H, W]
-        return F.conv3d(planes, self.basis, stride=self.stride).unflatten(0, (-1, 3)).flatten(1, 2).float()
+        return F.conv3d(planes, self.basis, stride=self.cfg.strides).unflatten(0, (-1, 3)).flatten(1, 2).float()
 
     decode = VAE22.decode
 
@@ -422,9 +422,9 @@ class LinearCodec(nn.Module):
     def decode_chunk(self, latent: Tensor, state: Stream) -> Tensor:
         """As VAE22's. The video's first frame is the mean of those of its patch."""
         z = latent.unflatten(1, (3, -1)).flatten(0, 1).to(self.dual.dtype)  # [B*3, C/3, n, H, W]
-        video = F.conv_transpose3d(z, self.dual, stride=self.stride).unflatten(0, (-1, 3)).squeeze(2)
+        video = F.conv_transpose3d(z, self.dual, stride=self.cfg.strides).unflatten(0, (-1, 3)).squeeze(2)
         if state.first:
-            lead, rest = video.tensor_split([self.cfg.temporal_stride], dim=2)
+            lead, rest = video.tensor_split([self.cfg.strides[0]], dim=2)
             video = torch.cat([lead.mean(2, keepdim=True), rest], dim=2)
         state.first = False
         return video

@@ -73,16 +73,16 @@ def _read(path: Path) -> tuple[dict, dict]:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text(encoding="utf-8")), {}
+            return dict(json.loads(path.read_text(encoding="utf-8"))), {}
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
                 tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
             return tensors, {key: json.loads(metadata[key]) for key in metadata if "config" in metadata}
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
     except pickle.UnpicklingError as e:
         way_out = "save a plain state dict with torch.save where it was made"
         raise ValueError(f"{path} is a pickle that needs code execution, which is refused; {way_out}") from e
-    except (ValueError, SafetensorError, RuntimeError, OSError) as e:  # ValueError: bad JSON or bad UTF-8
+    except (ValueError, TypeError, SafetensorError, RuntimeError, OSError) as e:  # the first two: bad JSON, no dict
         kind = {".json": "not JSON", ".safetensors": "no safetensors file"}.get(path.suffix, "no zip of a state dict")
         raise ValueError(f"{path} is truncated, corrupt or {kind}; download it again or resave: {first_line(e)}") from e
 
@@ -104,7 +104,7 @@ def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path
         return file, fsdp.read_weights(file.parent), facts
     tensors, metadata = _read(file)
     if file.suffix == ".json":  # each key from the shard that the index names; others are kept, to be found unexpected
-        shard_of, tensors = tensors["weight_map"], {}
+        shard_of, tensors = dict(tensors.get("weight_map") or {}), {}
         for shard in sorted(set(shard_of.values())):
             found, _ = _read(file.parent / shard)
             tensors |= {key: tensor for key, tensor in found.items() if shard_of.get(key, shard) == shard}
@@ -112,7 +112,7 @@ def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path
         if part and part not in tensors:
             raise ValueError(f"{file} has no part {part!r}; it holds {', '.join(map(str, tensors))[:200]}")
         tensors = next((tensors[name] for name in (part, "generator_ema", "generator") if tensors.get(name)), tensors)
-        other = [str(key) for key, value in tensors.items() if not isinstance(value, Tensor)]
+        other = [str(k) for k, value in tensors.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
         if other:
             raise ValueError(f"{file} holds more than tensors ({', '.join(other[:3])}); name its part to load")
     cleaned = {_clean(key): tensor for key, tensor in tensors.items()}
@@ -238,15 +238,30 @@ def tokenizer_path(folder: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------ export
 
 
-def save_dit(
-    model: WanDiT, path: str | Path, metadata: dict, *, dtype: torch.dtype | None = None, value=None, overwrite=False
-) -> None:
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, written beside path, then renamed: path is the old file or the whole new one, and a failure
+    leaves nothing behind. Makes its folder.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.chmod(0o644)  # save_file makes it private
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_dit(model: WanDiT, path: str | Path, metadata: dict, *, dtype=None, value=None, overwrite=False) -> None:
     """Write model as safetensors under upstream's names, in dtype (float32 or bfloat16; default: the model's own).
 
-    metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it. Written beside path,
-    then renamed: path is the old file or the whole new one, and a failure leaves nothing behind. The host holds one
-    copy of the model, in dtype. value: name -> Tensor, called in the state dict's order, for what is not in the model
-    (gathered shards, an average). ValueError if path exists, unless overwrite.
+    metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it. path is the old file or
+    the whole new one (`write_tensors`). The host holds one copy of the model, in dtype. value: name -> Tensor, called
+    in the state dict's order, for what is not in the model (gathered shards, an average). ValueError if path exists,
+    unless overwrite.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -258,16 +273,7 @@ def save_dit(
         raise ValueError(f"can't export as {dtype}; choose from torch.float32 and torch.bfloat16")
     header = {key: json.dumps(entry) for key, entry in (metadata | {"config": asdict(model.cfg)}).items()}
     state = model.state_dict()
-    tensors = {_clean(name): (value or state.get)(name).to("cpu", dtype).contiguous() for name in state}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, header)
-        partial.chmod(0o644)  # save_file makes it private
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, {_clean(name): (value or state.get)(name).to("cpu", dtype) for name in state}, header)
 
 
 def read_metadata(path: str | Path) -> dict:
