@@ -76,11 +76,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--latents", metavar="STORE", help="image to video: behind the first frames of these clips, by their captions")
     add("--guidance", type=float, default=6.0, help="CFG scale: uncond + g (cond - uncond)")
     add("--steps", type=int, default=48, help=f"Euler steps; x is kept at {len(FEW_STEPS)} of them and at the end")
-    add("--shift", type=float, default=5.0, help="timestep shift")
+    add("--shift", type=float, help="timestep shift; without it the one of an export, or 5")
     add("--seed", type=int, default=0, help="of the noise")
     add("--repeats", type=int, default=1, help="trajectories of each prompt")
     add("--causal", action="store_true", help="block by block over the KV cache, as an AR model runs")
-    add("--block", type=int, default=3, help="latent frames a block, with --causal")
+    add("--block", type=int, help="latent frames a block, with --causal; without it those of an export, or 3")
     return parser.parse_args(argv)
 
 
@@ -200,6 +200,12 @@ def trajectories(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps {args.steps} must be a multiple of {len(FEW_STEPS)}, to meet the levels exactly")
     store, clips = TextStore(args.text), Store(args.latents) if args.latents else None
     negative, source, first = store.facts["negative"], args.weights or args.release, int(clips is not None)
+    trained = read_metadata(source)
+    if "stage" in trained and args.causal == (trained["stage"] == "teacher"):
+        raise ValueError(
+            f"{source} is of stage {trained['stage']}: {'no' if args.causal else 'give'} --causal for that"
+        )
+    args.block, args.shift = args.block or trained.get("block", 3), args.shift or trained.get("shift", 5.0)
     shape = (VAEConfig.z_dim, frames - first, *size)  # of the noise, behind the first frame if that is given
     held = clips.shapes.get("latent", ()) if first else shape
     if held[:1] + held[2:] != shape[:1] + shape[2:] or not shape[1]:
@@ -209,7 +215,7 @@ def trajectories(args: argparse.Namespace) -> None:
     store.check(prompts)
     sigmas = [shift_sigma(1 - i / args.steps, args.shift) for i in range(args.steps + 1)]
     kept = few_step_sigmas(FEW_STEPS, args.shift)
-    facts = {"trained": read_metadata(source), "negative": negative, "sigmas": kept, "blocks": blocks, "first": first}
+    facts = {"trained": trained, "negative": negative, "sigmas": kept, "blocks": blocks, "first": first}
     todo = pending(args, list(enumerate(prompts * args.repeats)), source, **facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)

@@ -371,22 +371,21 @@ def test_levels_are_exact():
 
 
 def test_trajectories_of_an_export(release, embeddings, tmp_path):
-    """The weights' own record goes with the trajectories, which may be stored as bfloat16."""
-    save_dit(load_dit(release), tmp_path / "ar.safetensors", {"stage": "ar", "step": 3})
-    common = ["--text", embeddings, *SMALL, "--steps", "4", "--release", release]
-    run(
-        "trajectories",
-        *common,
-        "--out",
-        tmp_path / "a",
-        "--dtype",
-        "bfloat16",
-        "--weights",
-        tmp_path / "ar.safetensors",
-    )
-    run("trajectories", *common, "--out", tmp_path / "b")
+    """The weights' own record goes with the trajectories, which may be stored as bfloat16; block and shift are its."""
+    record = {"stage": "ar", "step": 3, "block": 1, "shift": 3.0}
+    save_dit(load_dit(release), tmp_path / "ar.safetensors", record)
+    save_dit(load_dit(release), tmp_path / "teacher.safetensors", {"stage": "teacher"})
+    common = ["trajectories", "--text", embeddings, *SMALL, "--steps", "4", "--release", release]
+    weights = ["--weights", tmp_path / "ar.safetensors"]
+    run(*common, *weights, "--causal", "--dtype", "bfloat16", "--out", tmp_path / "a")
+    run(*common, "--causal", "--block", "1", "--shift", 3, "--out", tmp_path / "b")
+    with pytest.raises(ValueError, match=r"ar.safetensors is of stage ar: give --causal"):
+        run(*common, *weights, "--out", tmp_path / "c")
+    with pytest.raises(ValueError, match=r"teacher.safetensors is of stage teacher: no --causal"):
+        run(*common, "--weights", tmp_path / "teacher.safetensors", "--causal", "--out", tmp_path / "c")
     a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
-    assert a.facts["trained"] == {"stage": "ar", "step": 3}
+    assert a.facts["trained"] == record
+    assert (a.facts["blocks"], a.facts["shift"]) == ([1, 1, 1], 3.0)
     assert a.facts["model"] == "ar.safetensors"
     assert torch.equal(a[1]["x"], b[1]["x"].bfloat16())
 

@@ -281,11 +281,7 @@ class Run:
         first = self.clips(items)[:, :, :given] if given else None
         self.cache.reset()
         noise, sources = draws(torch.randn, *self.shape(sum(blocks))), (self.sigmas, blocks, self.cache)
-        options = {
-            "exit_step": exit_step,
-            "renoise": lambda b, s, like: draws(torch.randn, *like.shape[1:]),
-            "trace": trace,
-        }
+        options = {"exit_step": exit_step, "trace": trace, "renoise": lambda b, s, x: draws(torch.randn, *x.shape[1:])}
         with self.world.gathered(self.generator):
             steps = rollout(self.generator, noise, context, *sources, first=first, **options)
             x0 = torch.cat(list(itertools.islice(steps, len(blocks))), 2)  # no commit of the last

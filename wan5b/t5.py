@@ -148,9 +148,7 @@ class Tokenizer:
         try:  # of no bytes the library would make an empty model
             self.model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes() or b"?")
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: no such file, or no SentencePiece model; for an LFS pointer: git lfs pull"
-            ) from error
+            raise ValueError(f"{path}: no such file, or no SentencePiece model (LFS pointer? git lfs pull)") from error
         self.length = length
 
     def encode(self, text: str) -> list[int]:
