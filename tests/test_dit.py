@@ -203,6 +203,17 @@ def test_causal_masks_and_their_block_form(blocks, p, window, teacher):
     assert torch.equal(mask.mask_mod(0, 0, q[:, None], q), expected)  # inside the partial blocks
 
 
+@pytest.mark.parametrize(("blocks", "p", "window"), [((3,) * 3, 23, None), ((1, 2, 3), 64, 4), ((2, 2), 32, None)])
+def test_both_masks_give_the_same_attention(blocks, p, window):
+    """With a padded tail and without; flex_attention not compiled, forward, as the CPU has it."""
+    with mock.patch.object(attention_module, "interval_mask", lambda intervals: intervals):
+        intervals = causal_mask.__wrapped__(blocks, p, window, True, torch.device("cpu"))
+    q, k, v = (randn(1, len(intervals), 2, 32, seed=i) for i in range(3))
+    with mock.patch.object(attention_module, "_compiled_flex", attention_module.flex_attention):
+        flex = attention(q, k, v, block_mask(intervals))
+    assert rel(flex, attention(q, k, v, dense_mask(intervals))) < 1e-6
+
+
 # ------------------------------------------------------------------------------------------------------- the GPU
 
 
