@@ -76,12 +76,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--latents", metavar="STORE", help="image to video: behind the first frames of these clips, by their captions")
     add("--guidance", type=float, default=6.0, help="CFG scale: uncond + g (cond - uncond)")
     add("--steps", type=int, default=48, help=f"Euler steps; x is kept at {len(FEW_STEPS)} of them and at the end")
-    add("--shift", type=float, help="timestep shift; without it the one of an export, or 5")
+    add("--shift", type=float, default=argparse.SUPPRESS, help="timestep shift (default: the export's, or 5)")
     add("--seed", type=int, default=0, help="of the noise")
     add("--repeats", type=int, default=1, help="trajectories of each prompt")
     add("--causal", action="store_true", help="block by block over the KV cache, as an AR model runs")
-    add("--block", type=int, help="latent frames a block, with --causal; without it those of an export, or 3")
-    return parser.parse_args(argv)
+    add("--block", type=int, default=argparse.SUPPRESS, help="of --causal, in frames (default: the export's, or 3)")
+    args = parser.parse_args(argv)
+    for name in ("per_shard", "batch", "clips", "fps", "repeats", "shift", "block"):
+        if not vars(args).get(name, 1) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: must be above 0")
+    return args
 
 
 def latent_size(args: argparse.Namespace) -> tuple[int, ...]:
@@ -95,9 +99,6 @@ def pending(args: argparse.Namespace, inputs: list, source: str, **more) -> list
     header: made_from, a digest of the inputs, and the facts: the options that the items depend on, where the weights
     are from (source), and more. ValueError if args.out holds a shard of other inputs or facts.
     """
-    for name in ("per_shard", "batch", "clips", "fps", "repeats"):
-        if vars(args).get(name, 1) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: must be at least 1")
     facts = more | {name: vars(args)[name] for name in FACTS if name in args} | {"model": Path(source).resolve().name}
     shards = {}
     for i, start in enumerate(range(0, len(inputs), args.per_shard)):
@@ -202,10 +203,8 @@ def trajectories(args: argparse.Namespace) -> None:
     negative, source, first = store.facts["negative"], args.weights or args.release, int(clips is not None)
     trained = read_metadata(source)
     if "stage" in trained and args.causal == (trained["stage"] == "teacher"):
-        raise ValueError(
-            f"{source} is of stage {trained['stage']}: {'no' if args.causal else 'give'} --causal for that"
-        )
-    args.block, args.shift = args.block or trained.get("block", 3), args.shift or trained.get("shift", 5.0)
+        raise ValueError(f"{source} is of stage {trained['stage']}: {'no' if args.causal else 'give'} --causal")
+    vars(args).update({"block": trained.get("block", 3), "shift": trained.get("shift", 5.0)} | vars(args))
     shape = (VAEConfig.z_dim, frames - first, *size)  # of the noise, behind the first frame if that is given
     held = clips.shapes.get("latent", ()) if first else shape
     if held[:1] + held[2:] != shape[:1] + shape[2:] or not shape[1]:
@@ -234,5 +233,4 @@ def trajectories(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse()
-    script(lambda: arguments.run(arguments))
+    script(lambda: (args := parse()).run(args))

@@ -32,7 +32,7 @@ from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
 from wan5b.vae22 import VAE22, VAEConfig
 from wan5b.weights import load_dit, load_t5, load_vae, open_dit, read_metadata, tokenizer_path, write_tensors
 
-DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = [*["cuda"] * torch.cuda.is_available(), "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -37,7 +37,7 @@ from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.weights import load_vae, read_metadata, save_dit
 
 CHOICES = {"stage": " ".join(STAGES), "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
-CHOICES |= {"context": "self data", "first": "0 1", "dtype": "bfloat16 float32", "device": " ".join(DEVICES)}
+CHOICES |= {"context": "self data", "first": "0 1", "dtype": "bfloat16 float32", "device": " ".join(DEVICES[:2])}
 RANGES = {(1, math.inf): "frames height width block steps batch micro_batch ratio save_every keep sample_every"}
 RANGES |= {(0, math.inf): "window warmup shard lr critic_lr weight_decay", (0, 1): "beta1 beta2 ema dropout"}
 RANGES |= {(1e-6, math.inf): "clip shift"}
@@ -192,7 +192,7 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
 
 def check_unchanged(cfg: Config, checkpoint: Path) -> None:
     """ValueError if the checkpoint is of a run with other settings, but for those that training does not depend on."""
-    saved = read_metadata(checkpoint)["training"]
+    saved = read_metadata(checkpoint).get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))
     free = {"out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload", "save_every"}
     free |= {"keep", "vae", "sample_every", "sample_prompts", "sample_guidance", "" if cfg.decay else "steps"}
@@ -254,7 +254,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             bar.set_postfix({k: f"{metrics[k]:.3g}" for k in SHOWN if k in metrics})
-        if cfg.sample_prompts and done % cfg.sample_every == 0:
+        if cfg.sample_prompts and done % cfg.sample_every == 0 and not world.stops():
             sample_videos(run, vae, out / "samples", done)
         if done % cfg.save_every == 0 or done == cfg.steps:
             checkpoint(done)

@@ -203,6 +203,19 @@ def test_causal_masks_and_their_block_form(blocks, p, window, teacher):
     assert torch.equal(mask.mask_mod(0, 0, q[:, None], q), expected)  # inside the partial blocks
 
 
+def test_training_after_inference_mode():
+    """Tables and masks of a shape that inference mode was the first to ask for."""
+    model, (x, context) = (
+        WanDiT(TINY).init_weights(),
+        (randn(1, TINY.in_dim, 5, 6, 10), randn(1, TINY.text_len, TINY.text_dim)),
+    )
+    with torch.inference_mode():
+        expected = model(x, 0.5, context, blocks=[2, 3], clean=x).clone()
+    out = model(x, 0.5, context, blocks=[2, 3], clean=x)
+    out.mean().backward()
+    assert rel(out, expected) < 1e-6
+
+
 @pytest.mark.parametrize(("blocks", "p", "window"), [((3,) * 3, 23, None), ((1, 2, 3), 64, 4), ((2, 2), 32, None)])
 def test_both_masks_give_the_same_attention(blocks, p, window):
     """With a padded tail and without; flex_attention not compiled, forward, as the CPU has it."""

@@ -516,9 +516,11 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
     refused("--steps 0 must", *ode, "--steps", 0)
     refused("3 latent frames do not divide into blocks of 2; nearest valid: 2 or 4", *ode, "--causal", "--block", 2)
-    refused("--per-shard 0: must be at least 1", *ode, "--per-shard", 0)
-    refused("--batch -1: must be at least 1", "text", "--prompts", prompts, "--batch", -1)
-    refused("--repeats 0: must be at least 1", *ode, "--repeats", 0)
+    refused("--per-shard 0: must be above 0", *ode, "--per-shard", 0)
+    refused("--batch -1: must be above 0", "text", "--prompts", prompts, "--batch", -1)
+    refused("--repeats 0: must be above 0", *ode, "--repeats", 0)
+    refused("--block 0: must be above 0", *ode, "--causal", "--block", 0)
+    refused("--shift 0.0: must be above 0", *ode, "--shift", 0)
     refused("nowhere is no folder", "trajectories", "--text", tmp_path / "nowhere")
     refused("cannot read .*nowhere", "text", "--prompts", tmp_path / "nowhere")
     refused("nowhere.safetensors: no such file", *ode, "--weights", tmp_path / "nowhere.safetensors")
@@ -559,7 +561,7 @@ def test_errors_of_video_lists(release, tmp_path):
         refused("every line of .*list.jsonl must be", listing)
     listing.write_text('{"video": "clips/a.mp4", "caption": "x"}')
     for option in ("--clips", "--fps"):
-        with pytest.raises(ValueError, match=rf"{option} 0(.0)?: must be at least 1"):
+        with pytest.raises(ValueError, match=rf"{option} 0(.0)?: must be above 0"):
             run("latents", "--release", release, "--videos", listing, *SMALL, option, 0, "--out", tmp_path / "out")
     listing.write_text('{"video": "clips/a.mp4", "caption": "x"}\n{"video": "clips/b.mp4", "caption": "x"}')
     refused("names 2 videos, 1 of them missing: .*b.mp4", listing)

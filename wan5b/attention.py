@@ -72,6 +72,7 @@ def block_mask(intervals: Tensor) -> BlockMask:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept is for forwards with grad too
 def causal_mask(blocks: tuple[int, ...], p: int, window: int | None, teacher: bool, device: torch.device):
     """The mask of a whole block-causal sequence (blocks in frames, p tokens a frame), built once per shape.
 

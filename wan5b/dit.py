@@ -73,6 +73,7 @@ def frequencies(n: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept is for forwards with grad too
 def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
     """Rotations of frames start .. start + frames (RoFormer): (cos, cos) and (-sin, sin) of each channel pair's angle.
 

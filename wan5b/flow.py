@@ -37,9 +37,7 @@ def _like(sigma, x: Tensor) -> Tensor:
         # filled there: a copy would wait for the GPU
         return torch.full((1,) * x.ndim, sigma, dtype=torch.float32, device=x.device)
     sigma = sigma.to(x.device, torch.float32)
-    if sigma.ndim == 2:
-        return sigma[:, None, :, None, None]
-    return sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return sigma[:, None, :, None, None] if sigma.ndim == 2 else sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma) -> Tensor:

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ class World:
     def close(self) -> None:
         if self.mesh is not None:
             dist.destroy_process_group()
+            time.sleep(0.2)  # gloo's threads need the interpreter to drop their last works, and abort if it is gone
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Shard a model that still lies on the meta device, block by block, then the rest; then give it memory."""

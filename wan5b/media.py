@@ -50,7 +50,7 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def video_frames(path: str | Path) -> Iterator[np.ndarray]:
     """The frames of a video file, uint8 [H, W, 3] each, upright: a phone stores them as its sensor lies."""
-    with av.open(str(path)) as file:
+    with av.open(str(Path(path).absolute())) as file:  # a bare a:b.mp4 would be a URL
         file.streams.video[0].thread_type = "AUTO"
         for frame in file.decode(video=0):
             yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
