@@ -204,6 +204,7 @@ def trajectories(args: argparse.Namespace) -> None:
     trained = read_metadata(source)
     if "stage" in trained and args.causal == (trained["stage"] == "teacher"):
         raise ValueError(f"{source} is of stage {trained['stage']}: {'no' if args.causal else 'give'} --causal")
+    # Recorded with the other options.
     vars(args).update({"block": trained.get("block", 3), "shift": trained.get("shift", 5.0)} | vars(args))
     shape = (VAEConfig.z_dim, frames - first, *size)  # of the noise, behind the first frame if that is given
     held = clips.shapes.get("latent", ()) if first else shape
@@ -232,5 +233,10 @@ def trajectories(args: argparse.Namespace) -> None:
     fill(args, todo, generate)
 
 
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    args.run(args)
+
+
 if __name__ == "__main__":
-    script(lambda: (args := parse()).run(args))
+    script(main)

@@ -209,6 +209,7 @@ def main(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise ValueError(f"cannot write to the folder {out.parent}; choose another --out")
+    # a release says nothing of itself
     if args.mode != "bidirectional" and trained.get("stage", "teacher") == "teacher" and not args.random_weights:
         print("note: no record of causal training in these weights: expect noise in the causal modes", file=sys.stderr)
 

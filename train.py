@@ -139,9 +139,11 @@ def parse(arguments: list[str]) -> Config:
 def check(cfg: Config, world: fsdp.World) -> None:
     """What can be known to be wrong before anything is loaded."""
     learns_from = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(cfg.stage, "latents")
-    for needed in ("out", "text", learns_from, *["vae"] * bool(cfg.sample_prompts)):
+    for needed in ("out", "text", learns_from):
         if not getattr(cfg, needed):
-            raise ValueError(f"stage {cfg.stage}{', sampled,' * (needed == 'vae')} needs {needed}: the config lacks it")
+            raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
+    if cfg.sample_prompts and not cfg.vae:
+        raise ValueError("sample_prompts need the release of their VAE: name vae")
     if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
         raise ValueError("first = 1 and context = 'data' take frames from real clips: name latents")
     if cfg.window and cfg.window < cfg.block:
@@ -195,7 +197,8 @@ def check_unchanged(cfg: Config, checkpoint: Path) -> None:
     saved = read_metadata(checkpoint).get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))
     free = {"out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload", "save_every"}
-    free |= {"keep", "vae", "sample_every", "sample_prompts", "sample_guidance", "" if cfg.decay else "steps"}
+    free |= {"keep", "vae", "sample_every", "sample_prompts", "sample_guidance"}
+    free |= set() if cfg.decay else {"steps"}  # the decay's length
     if changed := [key for key, value in now.items() if saved.get(key) != value and key not in free]:
         raise ValueError(f"{checkpoint} was made with another {', '.join(changed)}; choose another out")
 

@@ -206,9 +206,10 @@ def test_causal_masks_and_their_block_form(blocks, p, window, teacher):
 @pytest.mark.parametrize("options", [{}, {"blocks": [2, 3]}])
 def test_training_after_inference_mode(options):
     """Tables and masks of a shape that inference mode was the first to ask for."""
-    model, (x, context) = (
+    model, x, context = (
         WanDiT(TINY).init_weights(),
-        (randn(1, TINY.in_dim, 5, 6, 10), randn(1, TINY.text_len, TINY.text_dim)),
+        randn(1, TINY.in_dim, 5, 6, 10),
+        randn(1, TINY.text_len, TINY.text_dim),
     )
     with torch.inference_mode():
         expected = model(x, 0.5, context, **options).clone()

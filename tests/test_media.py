@@ -106,6 +106,7 @@ def test_videos_are_upright(tmp_path, degrees, matrix):
     for read in (media.read_video, lambda path: next(read_clips(path, 2, 24))):
         assert read(tmp_path / "a.mp4").shape == expected.shape
         assert np.abs(read(tmp_path / "a.mp4").astype(int) - expected).mean() < 20
+    assert np.array_equal(media.read_image(tmp_path / "a.mp4"), media.read_video(tmp_path / "a.mp4")[:1])
 
 
 def test_damaged_pictures(tmp_path):

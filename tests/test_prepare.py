@@ -60,8 +60,7 @@ def embeddings(release, prompts, tmp_path_factory):
 
 
 def run(*arguments) -> None:
-    args = prepare.parse([str(argument) for argument in arguments])
-    args.run(args)
+    prepare.main([str(argument) for argument in arguments])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

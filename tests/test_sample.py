@@ -548,7 +548,7 @@ def test_refusals(run, tmp_path, no_networks, options, message, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_no_device_that_is_not_there(monkeypatch, capsys):
+def test_no_device_that_is_not_there(capsys):
     for device in ("tpu", *["cuda"] * (not torch.cuda.is_available())):
         with pytest.raises(SystemExit, match="2"):
             sample.parse(["--device", device])

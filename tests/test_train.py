@@ -887,7 +887,7 @@ BAD = [
     ("ar", {"weights": "/no/such.safetensors"}, "/no/such.safetensors"),
     ("dmd", {"teacher": "/no/such.safetensors"}, "/no/such.safetensors"),
     ("ar", {"negative": "unheard of"}, "unheard of"),
-    ("ar", {"sample_prompts": ["unheard of"]}, "stage ar, sampled, needs vae"),
+    ("ar", {"sample_prompts": ["unheard of"]}, "name vae"),
     ("ar", {"vae": "/no/such"}, "/no/such: no such file or folder"),
     ("ar", {"height": 6}, "this run needs latent (48, 6, 6, 4)"),
     ("ar", {"frames": 9}, "this run needs latent (48, 9, 4, 4)"),
@@ -956,6 +956,8 @@ def test_networks_and_data_that_do_not_fit(data, tmp_path, command):
     assert "no text embeddings" in line("ar", text=str(data / "latents"))
     write_shard(tmp_path / "other/0.safetensors", {"latent": torch.zeros(1, *SIZES)}, ["unheard of"])
     assert "prepare.py text" in line("ar", latents=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="unheard of"):
+        make_run(data, "ar", sample_prompts=("unheard of",))
 
 
 def test_networks_of_another_stage(data, trained, tmp_path, command):
@@ -1131,6 +1133,8 @@ def test_a_changed_config_does_not_resume(data, tmp_path, command, capsys):
     line = refused(command, write_toml(tmp_path / "a.toml", values(data, "ar", out, **changes)))
     assert "step-0000002 was made with another lr, seed; choose another out" in line
     assert "another stage" in refused(command, write_toml(tmp_path / "a.toml", values(data, "dmd", out)))
+    longer = write_toml(tmp_path / "a.toml", values(data, "ar", out, decay=True, steps=9))
+    assert "with another steps, decay; choose" in refused(command, longer)
 
 
 def test_a_failed_save_keeps_the_last_one(data, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -18,16 +19,9 @@ from imageio.plugins.pillow import PillowPlugin
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# No such file; no picture in it, an unknown codec; damaged, as Pillow and PyAV say it; a picture of 180 megapixels.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    IndexError,
-    AttributeError,
-    SyntaxError,
-    av.FFmpegError,
-    Image.DecompressionBombError,
-)
+UNREADABLE = (OSError, ValueError, IndexError)  # no such file, no backend reads it; PyAV: damaged, no picture in it
+# PyAV: damaged otherwise, an unknown codec; Pillow: damaged, 180 megapixels or more.
+UNREADABLE += (av.FFmpegError, AttributeError, SyntaxError, Image.DecompressionBombError)
 
 
 def first_line(error: Exception) -> str:
@@ -39,7 +33,7 @@ def read_image(path: str | Path) -> np.ndarray:
     try:
         with iio.imopen(path, "r") as file:
             if not isinstance(file, PillowPlugin):
-                return iio.imread(path, index=0, plugin="pyav", format="rgb24")[None]
+                return np.stack([*islice(video_frames(path), 1)])
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits gray, which Pillow would clip
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))

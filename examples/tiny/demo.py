@@ -63,8 +63,7 @@ def make_data(out: Path, clips: int) -> None:
     captions = out / "captions.txt"
     captions.write_text("".join(f"{label}\n" for label in LABELS))
     arguments = ["text", "--release", out / "release", "--prompts", captions, "--negative", "", "--out", out / "text"]
-    args = prepare.parse([str(x) for x in arguments])
-    args.run(args)
+    prepare.main([str(x) for x in arguments])
     codec = load_vae(out / "release")
     for shard in range(clips // 96):
         labels = [LABELS[i % len(LABELS)] for i in range(96)]
@@ -147,8 +146,7 @@ def main(args: argparse.Namespace) -> None:
     arguments = ["trajectories", "--release", out / "release", "--weights", trained("ar"), "--text", out / "text"]
     arguments += ["--out", out / "trajectories", "--size", "64x64", "--frames", 4 * TRAINED - 3, "--causal"]
     arguments += ["--guidance", 2, "--steps", 12, "--batch", 48, "--per-shard", 48, "--seed", args.seed]
-    args = prepare.parse([str(x) for x in [*arguments, "--repeats", 6]])
-    args.run(args)
+    prepare.main([str(x) for x in [*arguments, "--repeats", 6]])
     paths = f"trajectories={out / 'trajectories'}"
     run_stage(out, "ode", "ode.toml", f"weights={trained('ar')}", paths, seed, *steps)
     minutes["ode"] = time.time() - began_ode
