@@ -53,7 +53,10 @@ def ceilings(cfg, rows: int) -> dict[str, float]:
     n = 8192
     a, b = rand(n, n), rand(n, n)
     x, w = rand(rows, cfg.dim), rand(cfg.ffn_dim, cfg.dim)
-    q, k = rand(1, rows, cfg.num_heads, cfg.head_dim), rand(1, 4 * rows, cfg.num_heads, cfg.head_dim)
+    q, k = (
+        rand(1, rows, cfg.num_heads, cfg.head_dim),
+        rand(1, 4 * rows, cfg.num_heads, cfg.head_dim),
+    )
     frames = rand(1, 512, 6, 176, 320).to(memory_format=torch.channels_last_3d)
     conv = torch.nn.Conv3d(512, 512, 3, padding=(0, 1, 1), device="cuda", dtype=torch.bfloat16)
     conv = conv.to(memory_format=torch.channels_last_3d)
@@ -107,7 +110,9 @@ def rate_of(marks: list[float], blocks: list[int], picked: slice) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometry", default="704x1280")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--block", type=int, default=3)
@@ -116,7 +121,12 @@ def main() -> None:
     variants = ["eager", "compiled", "compiled fp8"]
     parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--long", type=int, metavar="FRAMES", help="then a long video, window 21, sink 3, last variant")
+    parser.add_argument(
+        "--long",
+        type=int,
+        metavar="FRAMES",
+        help="then a long video, window 21, sink 3, last variant",
+    )
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     device, dtype, cfg = torch.device("cuda"), torch.bfloat16, PRESETS["ti2v-5B"]
@@ -128,10 +138,18 @@ def main() -> None:
     rates = ceilings(cfg, args.block * tokens)
     model, vae = random_networks("ti2v-5B", device, dtype)
     vae = vae.to(dtype)
-    context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim).to(device, dtype)
+    context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim).to(
+        device, dtype
+    )
     noise = torch.randn(1, 48, latents, height, width, device=device)
     size = tokens, latents, args.window, args.sink
-    exact = copy.deepcopy(model).float(), noise, context.float(), blocks, new_cache(cfg, *size, torch.float32)
+    exact = (
+        copy.deepcopy(model).float(),
+        noise,
+        context.float(),
+        blocks,
+        new_cache(cfg, *size, torch.float32),
+    )
     clips = {"float32": latents_of(*exact)}
     del exact
     shown = noise[:, :, :6]
@@ -144,19 +162,26 @@ def main() -> None:
     def clip(cache, noise, blocks, decode: bool = True, generate: bool = True) -> list[float]:
         """One clip; the seconds at which each block was finished, its frames in host memory if they are decoded."""
         cache.reset()
-        state, events = vae.stream(), [torch.cuda.Event(enable_timing=True) for _ in range(len(blocks) + 1)]
+        state, events = (
+            vae.stream(),
+            [torch.cuda.Event(enable_timing=True) for _ in range(len(blocks) + 1)],
+        )
         torch.cuda.synchronize()
         events[0].record()
         source = noise.split(blocks, 2)
         if generate:
             source = rollout(model, noise, context, sigmas, blocks, cache)
-        for event, x0 in zip(events[1:], source, strict=False):  # in this order: no commit of the last
+        for event, x0 in zip(
+            events[1:], source, strict=False
+        ):  # in this order: no commit of the last
             if decode:
                 beside.wait_stream(torch.cuda.current_stream())
                 x0.record_stream(beside)
                 with torch.cuda.stream(beside):
                     frames = to_frames(vae.decode_chunk(x0, state)[0])
-                    torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(frames, non_blocking=True)
+                    torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(
+                        frames, non_blocking=True
+                    )
                     event.record()
             else:
                 event.record()
@@ -164,7 +189,9 @@ def main() -> None:
         return [events[0].elapsed_time(event) / 1000 for event in events[1:]]
 
     lines = []
-    passes = forward_flop(cfg, noise, blocks=blocks, window=args.window)  # each level's, and the clean one
+    passes = forward_flop(
+        cfg, noise, blocks=blocks, window=args.window
+    )  # each level's, and the clean one
     linear, attn = (len(sigmas) * flop for flop in passes)
     with FlopCounterMode(display=False) as counted:  # as it runs, upsampling folded
         state = vae.stream()
@@ -172,11 +199,16 @@ def main() -> None:
         first = counted.get_total_flops()
         vae.decode_chunk(noise[:, :, :2], state)
     conv = first + (latents - 1) / 2 * (counted.get_total_flops() - first)
-    bounds = {"DiT": linear / rates["ffn"] + attn / rates["attention"], "VAE": conv / rates["conv3d"]}
+    bounds = {
+        "DiT": linear / rates["ffn"] + attn / rates["attention"],
+        "VAE": conv / rates["conv3d"],
+    }
     bounds["both"] = sum(bounds.values())
     whole = forward_flop(cfg, noise)
     bounds["teacher"] = whole[0] / rates["ffn"] + whole[1] / rates["attention"]
-    for variant in sorted(set(args.variants), key=variants.index):  # float8 last: it replaces the weights
+    for variant in sorted(
+        set(args.variants), key=variants.index
+    ):  # float8 last: it replaces the weights
         fuse.enable(variant != "eager")
         if "fp8" in variant:
             quantize_blocks(model)
@@ -185,36 +217,63 @@ def main() -> None:
         clip(cache, noise, blocks)
         warmup = time.perf_counter() - start
         clip(cache, noise, blocks)
-        for name, options in (("DiT", (False, True)), ("VAE", (True, False)), ("both", (True, True))):
+        for name, options in (
+            ("DiT", (False, True)),
+            ("VAE", (True, False)),
+            ("both", (True, True)),
+        ):
             torch.cuda.reset_peak_memory_stats()
             runs = [clip(cache, noise, blocks, *options) for _ in range(args.repeats)]
             peak = torch.cuda.max_memory_allocated()
             best = sorted(runs, key=lambda marks: marks[-1])[len(runs) // 2]
             steps = [b - a for a, b in zip([0.0, *best], best, strict=False)]
-            row = (best[-1], bounds[name] / best[-1], args.frames / best[-1], best[0], min(steps), max(steps))
+            row = (
+                best[-1],
+                bounds[name] / best[-1],
+                args.frames / best[-1],
+                best[0],
+                min(steps),
+                max(steps),
+            )
             lines.append(LINE.format(f"{variant} {name}", *row, peak / 2**30))
             print(lines[-1], flush=True)
         forward = seconds(lambda: model(noise, 0.5, context), 3, 1)
-        lines.append(LINE.format(f"{variant} teacher", forward, bounds["teacher"] / forward, *[math.nan] * 5))
+        lines.append(
+            LINE.format(f"{variant} teacher", forward, bounds["teacher"] / forward, *[math.nan] * 5)
+        )
         clips[variant] = latents_of(model, noise, context, blocks, cache)
         lines.append(f"  warm-up {warmup:.0f} s; against float32: {seams(vae, shown, decoded)}")
         kept = [name for name in ("float32", "compiled") if name in clips and name != variant]
-        lines += [f"  latents against {name}: {apart(clips[variant], clips[name], args.block)}" for name in kept]
+        lines += [
+            f"  latents against {name}: {apart(clips[variant], clips[name], args.block)}"
+            for name in kept
+        ]
         print(*lines[-1 - len(kept) :], sep="\n", flush=True)
     if args.long:
-        cache, blocks = new_cache(cfg, tokens, 21, 21, 3), block_sizes((args.long + 3) // 4, args.block)
+        cache, blocks = (
+            new_cache(cfg, tokens, 21, 21, 3),
+            block_sizes((args.long + 3) // 4, args.block),
+        )
         marks = clip(cache, torch.randn(1, 48, sum(blocks), height, width, device=device), blocks)
         part = 120 // 4 // args.block  # blocks of 5 seconds
         peaks = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         ends = [rate_of(marks, blocks, picked) for picked in (slice(part), slice(-part, None))]
-        lines.append(f"{args.long} frames in {marks[-1]:.1f} s, window 21, sink 3: {ends[0]:.1f} fps in the first 5 s,")
+        lines.append(
+            f"{args.long} frames in {marks[-1]:.1f} s, window 21, sink 3: {ends[0]:.1f} fps in the first 5 s,"
+        )
         lines[-1] += f" {ends[1]:.1f} fps in the last 5 s of the video, peak {peaks}"
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
     print("ceilings, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()))
-    print(f"DiT {(linear + attn) / 1e12:.0f} TFLOP, VAE {conv / 1e12:.0f}; weights {weights / 2**30:.1f} GiB")
+    print(
+        f"DiT {(linear + attn) / 1e12:.0f} TFLOP, VAE {conv / 1e12:.0f}; weights {weights / 2**30:.1f} GiB"
+    )
     print("bounds, s: " + ", ".join(f"{k} {v:.2f}" for k, v in bounds.items()))
-    print(f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'block':>16}{'GiB':>8}", *lines, sep="\n")
+    print(
+        f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'block':>16}{'GiB':>8}",
+        *lines,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -30,11 +30,14 @@ def curves(folders: list[Path]) -> Path | None:
     from matplotlib import pyplot
 
     runs = {
-        folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders
+        folder: [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in folders
     }
     names = sorted({name for rows in runs.values() for row in rows for name in row} - {"step"})
     columns = 4
-    figure, panels = pyplot.subplots(-(-len(names) // columns), columns, figsize=(16, 3 * -(-len(names) // columns)))
+    figure, panels = pyplot.subplots(
+        -(-len(names) // columns), columns, figsize=(16, 3 * -(-len(names) // columns))
+    )
     for panel, name in zip(panels.flat, names, strict=False):
         for folder, rows in runs.items():
             points = [(row["step"], row[name]) for row in rows if name in row]

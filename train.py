@@ -37,9 +37,22 @@ from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.weights import load_vae, read_metadata, save_dit
 
 CHOICES = {"stage": " ".join(STAGES), "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
-CHOICES |= {"context": "self data", "first": "0 1", "dtype": "bfloat16 float32", "device": " ".join(DEVICES[:2])}
-RANGES = {(1, math.inf): "frames height width block steps batch micro_batch ratio save_every keep sample_every"}
-RANGES |= {(0, math.inf): "window warmup shard lr critic_lr weight_decay", (0, 1): "beta1 beta2 ema dropout"}
+CHOICES |= {
+    "context": "self data",
+    "first": "0 1",
+    "dtype": "bfloat16 float32",
+    "device": " ".join(DEVICES[:2]),
+}
+RANGES = {
+    (
+        1,
+        math.inf,
+    ): "frames height width block steps batch micro_batch ratio save_every keep sample_every"
+}
+RANGES |= {
+    (0, math.inf): "window warmup shard lr critic_lr weight_decay",
+    (0, 1): "beta1 beta2 ema dropout",
+}
 RANGES |= {(1e-6, math.inf): "clip shift"}
 # In the progress line; metrics.jsonl has everything.
 SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
@@ -107,7 +120,9 @@ class Config:
         for (low, high), keys in RANGES.items():
             for key in keys.split():
                 if not low <= getattr(self, key) < high:  # NaN is not, either
-                    raise ValueError(f"{key} must be at least {low} and below {high}, got {getattr(self, key)}")
+                    raise ValueError(
+                        f"{key} must be at least {low} and below {high}, got {getattr(self, key)}"
+                    )
 
 
 def parse(arguments: list[str]) -> Config:
@@ -120,7 +135,11 @@ def parse(arguments: list[str]) -> Config:
             key, given, value = override.partition("=")
             if not given:
                 raise ValueError(f"overrides are key=value, got {override!r}")
-            values |= {key: value} if Config.__annotations__.get(key, str) is str else tomllib.loads(f"{key} = {value}")
+            values |= (
+                {key: value}
+                if Config.__annotations__.get(key, str) is str
+                else tomllib.loads(f"{key} = {value}")
+            )
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
     kinds = {field.name: field.type for field in fields(Config)}
@@ -131,14 +150,18 @@ def parse(arguments: list[str]) -> Config:
         items = value if many and isinstance(value, list) else [value]
         items = [float(item) if kind is float and type(item) is int else item for item in items]
         if bool(many) != isinstance(value, list) or any(type(item) is not kind for item in items):
-            raise ValueError(f"{name} must be {'a list of ' if many else ''}{kind.__name__}, got {value!r}")
+            raise ValueError(
+                f"{name} must be {'a list of ' if many else ''}{kind.__name__}, got {value!r}"
+            )
         values[name] = tuple(items) if many else items[0]
     return Config(**values)
 
 
 def check(cfg: Config, world: fsdp.World) -> None:
     """What can be known to be wrong before anything is loaded."""
-    learns_from = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(cfg.stage, "latents")
+    learns_from = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}.get(
+        cfg.stage, "latents"
+    )
     for needed in ("out", "text", learns_from):
         if not getattr(cfg, needed):
             raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
@@ -168,8 +191,19 @@ def memory_gib(device: torch.device) -> float:
 
 def facts(cfg: Config, network: DiTConfig, step: int) -> dict:
     """What a checkpoint or export says of itself; sample.py reads levels, shift and block layout."""
-    layout = {"levels": cfg.levels, "shift": cfg.shift, "block": cfg.block, "first": cfg.first or None}
-    return {"stage": cfg.stage, "step": step, **layout, "config": asdict(network), "training": asdict(cfg)}
+    layout = {
+        "levels": cfg.levels,
+        "shift": cfg.shift,
+        "block": cfg.block,
+        "first": cfg.first or None,
+    }
+    return {
+        "stage": cfg.stage,
+        "step": step,
+        **layout,
+        "config": asdict(network),
+        "training": asdict(cfg),
+    }
 
 
 @torch.no_grad()
@@ -181,13 +215,19 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
     sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
-    how = argparse.Namespace(mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0)
+    how = argparse.Namespace(
+        mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0
+    )
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
-            noise = torch.randn((1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i))
+            noise = torch.randn(
+                (1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i)
+            )
             first = run.clips([i % len(run.store)])[:, :, : cfg.first] if cfg.first else None
             context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
-            pieces = list(generate(how, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed))
+            pieces = list(
+                generate(how, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed)
+            )
             if run.world.rank == 0:
                 write(vae, pieces, folder / f"step-{step:07d}-{i}.mp4")
 
@@ -196,11 +236,24 @@ def check_unchanged(cfg: Config, checkpoint: Path) -> None:
     """ValueError if the checkpoint is of a run with other settings, but for those that training does not depend on."""
     saved = read_metadata(checkpoint).get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))
-    free = {"out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload", "save_every"}
+    free = {
+        "out",
+        "device",
+        "micro_batch",
+        "shard",
+        "checkpointing",
+        "compile",
+        "offload",
+        "save_every",
+    }
     free |= {"keep", "vae", "sample_every", "sample_prompts", "sample_guidance"}
     free |= set() if cfg.decay else {"steps"}  # the decay's length
-    if changed := [key for key, value in now.items() if saved.get(key) != value and key not in free]:
-        raise ValueError(f"{checkpoint} was made with another {', '.join(changed)}; choose another out")
+    if changed := [
+        key for key, value in now.items() if saved.get(key) != value and key not in free
+    ]:
+        raise ValueError(
+            f"{checkpoint} was made with another {', '.join(changed)}; choose another out"
+        )
 
 
 def main(cfg: Config, world: fsdp.World) -> None:
@@ -212,27 +265,37 @@ def main(cfg: Config, world: fsdp.World) -> None:
     if saved := fsdp.checkpoints(out):
         check_unchanged(cfg, saved[-1])
     # a process that needs none opens it too: what is wrong with it ends all of them
-    vae = load_vae(cfg.vae, world.device if leading else "meta", getattr(torch, cfg.dtype)) if cfg.vae else None
+    vae = (
+        load_vae(cfg.vae, world.device if leading else "meta", getattr(torch, cfg.dtype))
+        if cfg.vae
+        else None
+    )
     fuse.enable(cfg.compile, graphs=False)
     run = Run(cfg, world)
     start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
     log = out / "metrics.jsonl"
     if leading:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
         record = {"commit": git.stdout.strip(), "processes": world.size, "config": asdict(cfg)}
         (out / "config.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         lines = log.read_text().splitlines() if log.exists() else []
         log.write_text("".join(f"{line}\n" for line in lines[:start]))  # one a step
     ceiling = matmul_rate(world.device, run.dtype)
-    tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)  # of latents
+    tokens = (
+        cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+    )  # of latents
 
     def checkpoint(done: int) -> None:
         fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done), cfg.keep)
         if leading:
             curves([out])
 
-    bar = tqdm(range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
+    bar = tqdm(
+        range(start, cfg.steps), initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage
+    )
     for step in bar:
         began, flop = time.perf_counter(), run.flop
         try:
@@ -244,15 +307,24 @@ def main(cfg: Config, world: fsdp.World) -> None:
             return
         metrics = world.mean(values)
         if not torch.tensor(list(metrics.values())).isfinite().all():
-            here = [name for name in values if not values[name].isfinite()]  # norms are the same on all ranks
-            where = f"step {step}, rank {world.rank}: not finite here: {', '.join(here) or 'nothing'}"
+            here = [
+                name for name in values if not values[name].isfinite()
+            ]  # norms are the same on all ranks
+            where = (
+                f"step {step}, rank {world.rank}: not finite here: {', '.join(here) or 'nothing'}"
+            )
             last = (fsdp.checkpoints(out) or ["none"])[-1]
-            raise FloatingPointError(f"{where}; means over ranks: {metrics}; last checkpoint: {last}")
+            raise FloatingPointError(
+                f"{where}; means over ranks: {metrics}; last checkpoint: {last}"
+            )
 
         seconds, done = time.perf_counter() - began, step + 1
         metrics |= {"step": step, "seconds": seconds, "gib": memory_gib(world.device)}
         # of one global batch, whatever its phases; recomputation is work
-        metrics |= {"tokens_per_second": tokens / seconds, "mfu": (run.flop - flop) / seconds / ceiling}
+        metrics |= {
+            "tokens_per_second": tokens / seconds,
+            "mfu": (run.flop - flop) / seconds / ceiling,
+        }
         if leading:
             with log.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -266,7 +338,9 @@ def main(cfg: Config, world: fsdp.World) -> None:
     if leading:
         save_dit(run.generator, final, facts(cfg, run.generator.cfg, cfg.steps), value=result)
         expected = sum(run.budget["device"].values()) / GIB
-        print(f"peak memory: {memory_gib(world.device):.2f} GiB (on a CPU the process's), expected {expected:.2f}")
+        print(
+            f"peak memory: {memory_gib(world.device):.2f} GiB (on a CPU the process's), expected {expected:.2f}"
+        )
     else:
         for name in run.generator.state_dict():
             result(name)

@@ -68,26 +68,36 @@ def main() -> None:
         torch.cuda.synchronize()
         built = time.perf_counter() - start
         ends = itertools.accumulate(blocks)
-        pairs = halves * sum(size * end for size, end in zip(blocks, ends, strict=True)) * TOKENS**2  # noisy as clean
+        pairs = (
+            halves * sum(size * end for size, end in zip(blocks, ends, strict=True)) * TOKENS**2
+        )  # noisy as clean
         flex = rates(partial(attention, mask=mask), sequence, sequence, pairs)
         cudnn = rates(attention, sequence, round(pairs / sequence), pairs)
         ratio = [a / b for a, b in zip(flex, cudnn, strict=True)]
         rows.append(f"{name:16}{sequence:8}{pairs / sequence**2:8.1%}{built:10.2f}")
-        rows[-1] += "".join(f"{rate / 1e12:9.0f}" for rate in flex + cudnn) + "{:9.0%}{:6.0%}".format(*ratio)
-    small, dense = (causal_mask((3, 3, 3), 100, None, True, place) for place in (device, torch.device("cpu")))
+        rows[-1] += "".join(
+            f"{rate / 1e12:9.0f}" for rate in flex + cudnn
+        ) + "{:9.0%}{:6.0%}".format(*ratio)
+    small, dense = (
+        causal_mask((3, 3, 3), 100, None, True, place) for place in (device, torch.device("cpu"))
+    )
     errors = {
         "flex, teacher forcing": error(partial(attention, mask=small), dense.to(device), 1800),
         "cuDNN, no mask": error(attention, None, 1800),
     }
 
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}; TFLOP/s forward and backward")
+    print(
+        f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}; TFLOP/s forward and backward"
+    )
     print(
         f"{'':16}{'tokens':>8}{'visited':>8}{'built, s':>10}{'flex':>9}{'':9}{'cuDNN':>9}{'':9}{'flex / cuDNN':>15}",
         *rows,
         sep="\n",
     )
     for name, values in errors.items():
-        print(f"{name}: relative error of output, dq, dk, dv: {' '.join(f'{value:.1e}' for value in values)}")
+        print(
+            f"{name}: relative error of output, dq, dk, dv: {' '.join(f'{value:.1e}' for value in values)}"
+        )
 
 
 if __name__ == "__main__":

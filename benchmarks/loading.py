@@ -70,7 +70,12 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     stop.set()
     sampler.join()
     model = sum(p.nbytes for p in kept.parameters()) if way == "load_dit" else 0
-    return {"seconds": seconds, "before": before, "peak": max(peak[0], private_memory()), "model": model}
+    return {
+        "seconds": seconds,
+        "before": before,
+        "peak": max(peak[0], private_memory()),
+        "model": model,
+    }
 
 
 def main() -> None:
@@ -81,17 +86,25 @@ def main() -> None:
         for _ in range(3):
             for way in WAYS:
                 command = [sys.executable, __file__, way, folder]
-                runs[way].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
+                runs[way].append(
+                    json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+                )
     best = {way: min(run["seconds"] for run in runs[way]) for way in WAYS}
     peak, before = (max(run[key] for run in runs["load_dit"]) for key in ("peak", "before"))
     model = runs["load_dit"][0]["model"]
     print(
         f"release {size / 1e9:.2f} GB float32, model {model / 1e9:.2f} GB bfloat16, {torch.get_num_threads()} threads"
     )
-    print(f"private memory at the peak {peak / 1e9:.2f} GB, {peak / model:.3f} of the model (bar 1.15)")
-    print(f"  of which before loading {before / 1e9:.2f} GB; without it {(peak - before) / model:.3f}")
+    print(
+        f"private memory at the peak {peak / 1e9:.2f} GB, {peak / model:.3f} of the model (bar 1.15)"
+    )
+    print(
+        f"  of which before loading {before / 1e9:.2f} GB; without it {(peak - before) / model:.3f}"
+    )
     for way in WAYS:
-        print(f"{way:12} {best[way]:6.2f} s; load_dit takes {best['load_dit'] / best[way]:.2f} of it (bar 1.3)")
+        print(
+            f"{way:12} {best[way]:6.2f} s; load_dit takes {best['load_dit'] / best[way]:.2f} of it (bar 1.3)"
+        )
 
 
 if __name__ == "__main__":

@@ -36,14 +36,18 @@ def golden_dit(name: str, device="cpu", dtype=torch.float32) -> WanDiT:
         tensors, _ = golden(config["weights"])
     known = {field.name for field in fields(DiTConfig)}
     model = WanDiT(DiTConfig(**{key: value for key, value in config.items() if key in known}))
-    model.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith("w.")})
+    model.load_state_dict(
+        {key[2:]: value for key, value in tensors.items() if key.startswith("w.")}
+    )
     return model.to(device, dtype)
 
 
 def new_cache(model: WanDiT, frames: int, batch: int = 1, **options) -> KVCache:
     """A cache for latents of 4 x 6 pixels, where the model is. It holds NaN, as new memory may: none may be read."""
     weight = model.head.head.weight
-    cache = KVCache(model.cfg, batch, frames, 6, device=weight.device, dtype=weight.dtype, **options)
+    cache = KVCache(
+        model.cfg, batch, frames, 6, device=weight.device, dtype=weight.dtype, **options
+    )
     cache.memory.fill_(torch.nan)
     cache.text.fill_(torch.nan)
     return cache

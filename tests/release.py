@@ -18,7 +18,9 @@ from wan5b.vae22 import VAE22, VAEConfig
 SPIECE = Path(__file__).parent / "golden" / "tokenizer" / "spiece.model"
 DIT = DiTConfig(128, 256, 2, 3, text_dim=64, freq_dim=64)
 VAE = VAEConfig(dim=4, dec_dim=8)
-T5 = T5Config(vocab=520, dim=64, dim_attn=64, dim_ffn=96, num_heads=4, num_layers=2)  # the golden spiece.model's ids
+T5 = T5Config(
+    vocab=520, dim=64, dim_attn=64, dim_ffn=96, num_heads=4, num_layers=2
+)  # the golden spiece.model's ids
 # Spelled as in Wan-AI/Wan2.2-TI2V-5B: no text_dim, no patch_size, and two keys that are not sizes.
 CONFIG_KEYS = (
     "dim",
@@ -40,7 +42,9 @@ def random_weights(model, seed):
     with torch.no_grad():
         for name, w in model.named_parameters():
             around = 1.0 if w.ndim == 1 and "norm" in name or name.endswith("gamma") else 0.0
-            w.normal_(around, 0.5 * w[0].numel() ** -0.5 if w.ndim > 1 else 0.1, generator=generator)
+            w.normal_(
+                around, 0.5 * w[0].numel() ** -0.5 if w.ndim > 1 else 0.1, generator=generator
+            )
     return model
 
 
@@ -60,8 +64,15 @@ def write_dit(folder, cfg=DIT, shards=3, single=False, seed=0, weights=None):
     files = [f"{name}-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     weight_map = {key: files[i * shards // len(weights)] for i, key in enumerate(weights)}
     for file in files:
-        save_file({key: weights[key] for key in weights if weight_map[key] == file}, folder / file, {"format": "pt"})
-    index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": weight_map}
+        save_file(
+            {key: weights[key] for key in weights if weight_map[key] == file},
+            folder / file,
+            {"format": "pt"},
+        )
+    index = {
+        "metadata": {"total_size": sum(w.nbytes for w in weights.values())},
+        "weight_map": weight_map,
+    }
     (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return weights
 
@@ -74,7 +85,10 @@ def make_release(folder, shards=3, single=False, dit=DIT, vae=VAE, t5=T5):
     shutil.copy(SPIECE, tokenizer / SPIECE.name)
     write_dit(folder, dit, shards, single)
     torch.save(random_weights(VAE22(vae), 1).state_dict(), folder / "Wan2.2_VAE.pth")
-    torch.save(random_weights(T5Encoder(t5).bfloat16(), 2).state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(
+        random_weights(T5Encoder(t5).bfloat16(), 2).state_dict(),
+        folder / "models_t5_umt5-xxl-enc-bf16.pth",
+    )
     return folder
 
 

@@ -32,7 +32,9 @@ def two_shards(folder, **facts):
     x, index = randn(5, 2, 3).bfloat16(), torch.arange(5)
     for i, part in enumerate((slice(0, 3), slice(0, 0), slice(3, 5))):
         prompts = [f"prompt {k}" for k in range(5)[part]]
-        write_shard(folder / f"0000{i}.safetensors", {"x": x[part], "index": index[part]}, prompts, **facts)
+        write_shard(
+            folder / f"0000{i}.safetensors", {"x": x[part], "index": index[part]}, prompts, **facts
+        )
     return x, index
 
 
@@ -95,7 +97,9 @@ def test_reading_an_item_does_not_read_its_shard(tmp_path):
     item = store[7]
     assert private_memory() - before < 2 * size < 16 * size
     assert item["x"].untyped_storage().nbytes() == size
-    with open("/proc/self/smaps") as f:  # of the mapped file, too, only the pages of the item (and some read ahead)
+    with open(
+        "/proc/self/smaps"
+    ) as f:  # of the mapped file, too, only the pages of the item (and some read ahead)
         mapped = f.read().split("0.safetensors")[1:]
     assert sum(int(part.split("Rss:")[1].split()[0]) for part in mapped) * 1024 < 4 * size
 
@@ -149,7 +153,9 @@ def test_store_errors(tmp_path):
     first.write_bytes(whole)
     other = tmp_path / "00003.safetensors"
     write_shard(other, {"x": torch.ones(1, 2, 3).bfloat16(), "index": torch.ones(1)}, ["p"], seed=1)
-    with pytest.raises(ValueError, match="00003.safetensors does not belong with 00000.safetensors: seed 0 and 1"):
+    with pytest.raises(
+        ValueError, match="00003.safetensors does not belong with 00000.safetensors: seed 0 and 1"
+    ):
         Store(tmp_path)
     write_shard(other, {"x": torch.ones(1, 2, 4).bfloat16(), "index": torch.ones(1)}, ["p"], seed=0)
     with pytest.raises(ValueError, match=r"x \(2, 3\) and \(2, 4\)"):
@@ -175,7 +181,9 @@ def test_text_store(tmp_path):
         assert torch.equal(row[:n], rows[prompt].float())
         assert not row[n:].any()
     assert text.batch([""], 1, torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match=r"width 8 and up to 4 tokens, the network takes \(8, 3\): shorten"):
+    with pytest.raises(
+        ValueError, match=r"width 8 and up to 4 tokens, the network takes \(8, 3\): shorten"
+    ):
         text.batch(["", "a fox"], 3)
     with pytest.raises(ValueError, match=r"lacks 4 prompts \('b'\); see prepare.py text"):
         text.check(["a fox", "b", "c", "d", "e", "b"])
@@ -206,7 +214,11 @@ def test_read_prompts(tmp_path):
 
 def numbered(count, size=32):
     """Frames whose gray tells their index."""
-    return np.arange(count, dtype=np.uint8)[:, None, None, None] * 6 * np.ones((1, size, size, 3), np.uint8)
+    return (
+        np.arange(count, dtype=np.uint8)[:, None, None, None]
+        * 6
+        * np.ones((1, size, size, 3), np.uint8)
+    )
 
 
 def indices(clip):
@@ -272,7 +284,10 @@ def test_clips_are_read_once_and_no_further_than_asked_for(tmp_path, monkeypatch
     monkeypatch.setattr("wan5b.data.video_frames", endless)
     monkeypatch.setattr("wan5b.data.iio.immeta", lambda path, **_: {"fps": 48})
     first, second = islice(read_clips(tmp_path / "v.mp4", 5, 24), 2)
-    assert [first[:, 0, 0, 0].tolist(), second[:, 0, 0, 0].tolist()] == [[0, 2, 4, 6, 8], [10, 12, 14, 16, 18]]
+    assert [first[:, 0, 0, 0].tolist(), second[:, 0, 0, 0].tolist()] == [
+        [0, 2, 4, 6, 8],
+        [10, 12, 14, 16, 18],
+    ]
     assert decoded == list(range(19))
     tracemalloc.start()
     for clip in islice(read_clips(tmp_path / "v.mp4", 10, 24), 20):
@@ -302,10 +317,18 @@ def test_unreadable_videos(tmp_path):
 
 
 def test_order_is_a_new_permutation_in_every_epoch():
-    epochs = [[order(10, 10 * epoch + i, seed) for i in range(10)] for seed in (0, 1) for epoch in range(3)]
+    epochs = [
+        [order(10, 10 * epoch + i, seed) for i in range(10)]
+        for seed in (0, 1)
+        for epoch in range(3)
+    ]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert [order(10, p, 0) for p in (25, 3, 14)] == [epochs[2][5], epochs[0][3], epochs[1][4]]  # no state
+    assert [order(10, p, 0) for p in (25, 3, 14)] == [
+        epochs[2][5],
+        epochs[0][3],
+        epochs[1][4],
+    ]  # no state
     assert order(1, 7, 0) == 0
 
 
@@ -315,7 +338,13 @@ def test_rng_is_a_function_of_its_keys():
 
     known = [1.2326147556304932, -0.48139655590057373, 0.4628756046295166, 1.065154790878296]
     assert draw(0, 12, 3, "noise") == pytest.approx(known)  # on any machine, in any process
-    others = [(0, 12, 3, "level"), (0, 12, 4, "noise"), (0, 13, 3, "noise"), (1, 12, 3, "noise"), (0, 123, "noise")]
+    others = [
+        (0, 12, 3, "level"),
+        (0, 12, 4, "noise"),
+        (0, 13, 3, "noise"),
+        (1, 12, 3, "noise"),
+        (0, 123, "noise"),
+    ]
     assert len({tuple(draw(*keys)) for keys in [*others, (0, 12, 3, "noise")]}) == 6
     code = "import torch; from wan5b.data import rng; g = rng('cpu', 0, 12, 3, 'noise')\n"
     code += "print(torch.randn(4, generator=g).tolist())"
@@ -328,5 +357,9 @@ def test_rng_is_a_function_of_its_keys():
 def test_header_is_one_key(tmp_path):
     write_shard(tmp_path / "0.safetensors", {"x": torch.ones(1)}, ["p"], made_from="abc", seed=1)
     with safe_open(tmp_path / "0.safetensors", "pt") as f:
-        assert json.loads(f.metadata()[HEADER]) == {"prompts": ["p"], "facts": {"seed": 1}, "made_from": "abc"}
+        assert json.loads(f.metadata()[HEADER]) == {
+            "prompts": ["p"],
+            "facts": {"seed": 1},
+            "made_from": "abc",
+        }
         assert len(f.metadata()) == 1

@@ -27,14 +27,23 @@ def inputs(name, device="cpu", dtype=torch.float32):
     """Model and inputs of a file of vectors; levels stay float32."""
     g, _ = golden(name)
     x = {key[3:]: value.to(device) for key, value in g.items() if key.startswith("in.")}
-    return golden_dit(name, device, dtype), {k: v if k.startswith("t") else v.to(dtype) for k, v in x.items()}
+    return golden_dit(name, device, dtype), {
+        k: v if k.startswith("t") else v.to(dtype) for k, v in x.items()
+    }
 
 
 def masked(model, g, name):
     levels, blocks, options = MASKED[name]
     t, frames = g[levels] / 1000, sum(blocks)
     clean = g["clean"] if "teacher" in options else None
-    return model(g["x"][:, :, :frames], t, g["context"], blocks=blocks, window=options.get("window"), clean=clean)
+    return model(
+        g["x"][:, :, :frames],
+        t,
+        g["context"],
+        blocks=blocks,
+        window=options.get("window"),
+        clean=clean,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,8 @@ def test_causal_mask_vectors(name, device, dtype, bar):
 
 
 @pytest.mark.parametrize(
-    ("preset", "parameters"), [("ti2v-5B", 4_999_787_712), ("t2v-1.3B", 1_418_996_800), ("t2v-14B", 14_288_491_584)]
+    ("preset", "parameters"),
+    [("ti2v-5B", 4_999_787_712), ("t2v-1.3B", 1_418_996_800), ("t2v-14B", 14_288_491_584)],
 )
 def test_keys_and_shapes_of_releases(preset, parameters):
     with torch.device("meta"):
@@ -95,7 +105,12 @@ def test_init_weights_fills_everything_and_repeats(tiny):
 def test_sigma_as_number_per_sample_and_per_frame(tiny):
     x, context = randn(2, 8, 3, 4, 4), randn(2, 12, 24, seed=1)
     v = tiny(x, 0.625, context)
-    for sigma in (torch.tensor(0.625), torch.full((2,), 0.625), torch.full((2, 3), 0.625), torch.full((1, 3), 0.625)):
+    for sigma in (
+        torch.tensor(0.625),
+        torch.full((2,), 0.625),
+        torch.full((2, 3), 0.625),
+        torch.full((1, 3), 0.625),
+    ):
         assert rel(tiny(x, sigma, context), v) < 1e-6
     assert rel(tiny(x, torch.tensor([0.625, 0.2]), context)[:1], v[:1]) < 1e-6
     assert rel(tiny(x, 0.2, context), v) > 1e-2
@@ -138,7 +153,10 @@ def test_rotation_is_a_product_of_complex_numbers():
             for p in ((5 + i, j, k) for i in range(t) for j in range(h) for k in range(w))
         ]
     )
-    turned = torch.view_as_complex(x.view(1, -1, 1, 4, 2)) * torch.polar(torch.ones(()), angles)[None, :, None]
+    turned = (
+        torch.view_as_complex(x.view(1, -1, 1, 4, 2))
+        * torch.polar(torch.ones(()), angles)[None, :, None]
+    )
     out = rotate(x, rope_table(8, 5, t, h, w, torch.device("cpu")))
     assert rel(out, torch.view_as_real(turned).flatten(-2)) < 1e-6
 
@@ -158,8 +176,14 @@ LAYOUTS = [
 
 def by_definition(blocks, p, window, teacher):
     """The mask, frame by frame from model.md's words, as a boolean matrix over tokens."""
-    end = [e for size, e in zip(blocks, torch.tensor(blocks).cumsum(0).tolist(), strict=True) for _ in range(size)]
-    start = [e - size for size, e in zip(blocks, sorted(set(end)), strict=True) for _ in range(size)]
+    end = [
+        e
+        for size, e in zip(blocks, torch.tensor(blocks).cumsum(0).tolist(), strict=True)
+        for _ in range(size)
+    ]
+    start = [
+        e - size for size, e in zip(blocks, sorted(set(end)), strict=True) for _ in range(size)
+    ]
     t = len(end)
     sees = torch.zeros(2 * t, 2 * t, dtype=torch.bool)
     for q in range(t):
@@ -187,7 +211,9 @@ def test_causal_masks_and_their_block_form(blocks, p, window, teacher):
     size, n = attention_module.FLEX_BLOCK, -(-len(expected) // attention_module.FLEX_BLOCK)
     pad = n * size - len(expected)
     expected = torch.block_diag(expected, torch.eye(pad, dtype=torch.bool)) if pad else expected
-    tiles = expected.unflatten(1, (n, size)).unflatten(0, (n, size)).transpose(1, 2)  # [n, n, 128, 128]
+    tiles = (
+        expected.unflatten(1, (n, size)).unflatten(0, (n, size)).transpose(1, 2)
+    )  # [n, n, 128, 128]
     full, some = tiles.all(-1).all(-1), tiles.any(-1).any(-1)
     assert (mask.shape[-2:], mask.BLOCK_SIZE) == ((n * size, n * size), (size, size))
     lists = {  # forward reads rows of key blocks, backward also columns of query blocks
@@ -218,7 +244,9 @@ def test_training_after_inference_mode(options):
     assert rel(out, expected) < 1e-6
 
 
-@pytest.mark.parametrize(("blocks", "p", "window"), [((3,) * 3, 23, None), ((1, 2, 3), 64, 4), ((2, 2), 32, None)])
+@pytest.mark.parametrize(
+    ("blocks", "p", "window"), [((3,) * 3, 23, None), ((1, 2, 3), 64, 4), ((2, 2), 32, None)]
+)
 def test_both_masks_give_the_same_attention(blocks, p, window):
     """With a padded tail and without; flex_attention not compiled, forward, as the CPU has it."""
     with mock.patch.object(attention_module, "interval_mask", lambda intervals: intervals):
@@ -234,7 +262,10 @@ def test_both_masks_give_the_same_attention(blocks, p, window):
 
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "bar"),
-    [pytest.param(32, torch.float32, 1e-3, marks=ON_GPU), pytest.param(128, torch.bfloat16, 3e-2, marks=ON_GPU)],
+    [
+        pytest.param(32, torch.float32, 1e-3, marks=ON_GPU),
+        pytest.param(128, torch.bfloat16, 3e-2, marks=ON_GPU),
+    ],
 )
 @pytest.mark.parametrize("window", [None, 6])
 def test_flex_attention_forward_and_backward(window, head_dim, dtype, bar):
@@ -251,7 +282,9 @@ def test_flex_attention_forward_and_backward(window, head_dim, dtype, bar):
 @gpu
 @pytest.mark.parametrize(("queries", "keys"), [(264, 264), (264, 1056), (880, 1760)])
 def test_cudnn_attention_forward_and_backward(queries, keys):
-    q, k, v, grad = (randn(1, s, 2, 128, seed=i) for i, s in enumerate((queries, keys, keys, queries)))
+    q, k, v, grad = (
+        randn(1, s, 2, 128, seed=i) for i, s in enumerate((queries, keys, keys, queries))
+    )
     out = compare(attention, [q, k, v, grad], torch.bfloat16, 3e-2)
     assert "Cudnn" in out.grad_fn.next_functions[0][0].name()
 
@@ -260,7 +293,9 @@ def compare(function, tensors, dtype, bar):
     """Output and the three gradients of function(q, k, v) on CUDA in dtype against float32 on the CPU."""
     results = []
     for place in ({"device": "cpu", "dtype": torch.float32}, {"device": "cuda", "dtype": dtype}):
-        *qkv, grad = (x.to(dtype).to(**place) for x in tensors)  # the same rounded values in both places
+        *qkv, grad = (
+            x.to(dtype).to(**place) for x in tensors
+        )  # the same rounded values in both places
         qkv = [x.detach().requires_grad_() for x in qkv]
         out = function(*qkv)
         out.backward(grad)
@@ -300,9 +335,18 @@ X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
         ({"blocks": [3, 3]}, ("[3, 3]", "6 frames", "x has 4")),
         ({"clean": X}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
         ({"clean": X[:, :, :2], "blocks": [2, 2]}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
-        ({"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]}, ("repeat, with grad, what it holds: [2, 2], 0 frames",)),
-        ({"cache": KVCache(TINY, 1, 4, 4), "window": 2}, ("clean frames and window from the cache: give neither",)),
-        ({"cache": KVCache(TINY, 1, 4, 4), "clean": X}, ("clean frames and window from the cache: give neither",)),
+        (
+            {"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]},
+            ("repeat, with grad, what it holds: [2, 2], 0 frames",),
+        ),
+        (
+            {"cache": KVCache(TINY, 1, 4, 4), "window": 2},
+            ("clean frames and window from the cache: give neither",),
+        ),
+        (
+            {"cache": KVCache(TINY, 1, 4, 4), "clean": X},
+            ("clean frames and window from the cache: give neither",),
+        ),
     ],
 )
 def test_errors_name_the_values(tiny, given, says):
@@ -313,7 +357,8 @@ def test_errors_name_the_values(tiny, given, says):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"), [({"dim": 100, "num_heads": 3}, "100"), ({"patch_size": [2, 2, 2]}, r"\(2, 2, 2\)")]
+    ("given", "says"),
+    [({"dim": 100, "num_heads": 3}, "100"), ({"patch_size": [2, 2, 2]}, r"\(2, 2, 2\)")],
 )
 def test_config_errors(given, says):
     with pytest.raises(ValueError, match=says):

@@ -24,11 +24,16 @@ def test_schedule_vectors():
     sigmas = shift_sigma(torch.arange(n, 0, -1, dtype=torch.float64) / n, shift)
     assert rel(sigmas, g["out.sigmas"]) < 1e-6
     assert rel(1000 * sigmas, g["out.timesteps"]) < 1e-6
-    assert rel(1000 * torch.tensor(few_step_sigmas()[:-1]), g["out.warped_steps_1000_750_500_250"]) < 1e-6
+    assert (
+        rel(1000 * torch.tensor(few_step_sigmas()[:-1]), g["out.warped_steps_1000_750_500_250"])
+        < 1e-6
+    )
     assert rel(add_noise(g["in.x0"], g["in.noise"], g["in.t"] / 1000), g["out.noisy"]) < 1e-6
     assert rel(ar_loss_weight(sigmas, shift), g["out.training_weights"]) < 1e-5
     assert rel(ar_loss_weight(g["in.t"] / 1000, shift), g["out.weight"]) < 1e-5
-    assert float(ar_loss_weight(g["in.t"][5].item() / 1000)) == pytest.approx(g["out.weight"][5].item(), rel=1e-5)
+    assert float(ar_loss_weight(g["in.t"][5].item() / 1000)) == pytest.approx(
+        g["out.weight"][5].item(), rel=1e-5
+    )
 
 
 def test_few_step_levels():
@@ -36,7 +41,9 @@ def test_few_step_levels():
     assert few_step_sigmas((1000, 500), shift=1.0) == [1.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("sigma", [0.3, torch.tensor([0.25, 0.75]), torch.tensor([[0.1, 0.2, 1.0], [0.4, 0.9, 0.6]])])
+@pytest.mark.parametrize(
+    "sigma", [0.3, torch.tensor([0.25, 0.75]), torch.tensor([[0.1, 0.2, 1.0], [0.4, 0.9, 0.6]])]
+)
 def test_conversions_for_every_shape_of_sigma(sigma):
     x0, noise = randn(2, 4, 3, 2, 2), randn(2, 4, 3, 2, 2, seed=1)
     x = add_noise(x0, noise, sigma)
@@ -49,7 +56,9 @@ def test_conversions_for_every_shape_of_sigma(sigma):
     torch.testing.assert_close(x0_from_v(x, noise - x0, sigma), x0, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sigma", [0.3, torch.tensor(0.3), torch.tensor([0.3]), torch.full((1, 3), 0.3)])
+@pytest.mark.parametrize(
+    "sigma", [0.3, torch.tensor(0.3), torch.tensor([0.3]), torch.full((1, 3), 0.3)]
+)
 def test_conversions_are_float32_for_bfloat16_latents(sigma):
     x, v = randn(1, 4, 3, 2, 2).bfloat16(), randn(1, 4, 3, 2, 2, seed=1).bfloat16()
     for result, expected in (
@@ -74,7 +83,9 @@ def test_unipc_vectors(n, shift):
     sigmas = sampling_sigmas(n, shift)
     points.append(solve(field, g["in.x"], sigmas))
     assert torch.tensor(sigmas).allclose(g[f"out.sigmas_{name}"], atol=1e-6, rtol=0)
-    assert [round(t, 6) for t in timesteps] == g[f"out.timesteps_{name}"].tolist()  # whole numbers, one call a step
+    assert [round(t, 6) for t in timesteps] == g[
+        f"out.timesteps_{name}"
+    ].tolist()  # whole numbers, one call a step
     trajectory = g[f"out.trajectory_{name}"]
     assert len(points) == len(trajectory) + 1  # the first is in.x
     for ours, reference in zip(points[1:], trajectory, strict=True):
@@ -87,7 +98,12 @@ def test_solver_converges_to_the_exact_solution(solver, order):
     a, c, x = 1.3, 0.4, randn(1, 4, 2, 2, 2).double()
     exact = (x + c / a) * math.exp(-a) - c / a
     errors = [
-        rel(solve(lambda x, _: a * x + c, x, few_step_sigmas(range(1000, 0, -1000 // n), 1.0), solver), exact)
+        rel(
+            solve(
+                lambda x, _: a * x + c, x, few_step_sigmas(range(1000, 0, -1000 // n), 1.0), solver
+            ),
+            exact,
+        )
         for n in (20, 40)
     ]
     assert errors[0] < 0.1**order
@@ -96,7 +112,10 @@ def test_solver_converges_to_the_exact_solution(solver, order):
 
 def test_euler_is_exact_on_straight_paths():
     x0, noise = randn(1, 4, 2, 2, 2), randn(1, 4, 2, 2, 2, seed=1)
-    assert rel(solve(lambda x, sigma: v_from_x0(x, x0, sigma), noise, few_step_sigmas(), "euler"), x0) < 1e-6
+    assert (
+        rel(solve(lambda x, sigma: v_from_x0(x, x0, sigma), noise, few_step_sigmas(), "euler"), x0)
+        < 1e-6
+    )
 
 
 def test_unipc_from_pure_noise():

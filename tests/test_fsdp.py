@@ -66,10 +66,16 @@ def make_mlp(dtype=torch.float32) -> tuple[nn.Module, dict]:
 
 def loss_of(mlp, seed) -> torch.Tensor:
     g, dtype = torch.Generator().manual_seed(seed), mlp[0].weight.dtype
-    return (mlp(torch.randn(8, 6, generator=g).to(dtype)).float() - torch.randn(8, 3, generator=g)).square().mean()
+    return (
+        (mlp(torch.randn(8, 6, generator=g).to(dtype)).float() - torch.randn(8, 3, generator=g))
+        .square()
+        .mean()
+    )
 
 
-def make_optimizer(mlp, initial, lr=1e-2, betas=(0.0, 0.999), weight_decay=0.01, **options) -> fsdp.AdamW:
+def make_optimizer(
+    mlp, initial, lr=1e-2, betas=(0.0, 0.999), weight_decay=0.01, **options
+) -> fsdp.AdamW:
     return fsdp.AdamW(mlp, fsdp.World("cpu"), initial, lr, betas, weight_decay, **options)
 
 
@@ -79,7 +85,9 @@ def make_optimizer(mlp, initial, lr=1e-2, betas=(0.0, 0.999), weight_decay=0.01,
 def test_adamw_is_torch_s(beta1, weight_decay, clip):
     (ours, initial), (theirs, _) = make_mlp(), make_mlp()
     optimizer = make_optimizer(ours, initial, 1e-2, (beta1, 0.95), weight_decay)
-    reference = torch.optim.AdamW(theirs.parameters(), 1e-2, (beta1, 0.95), weight_decay=weight_decay)
+    reference = torch.optim.AdamW(
+        theirs.parameters(), 1e-2, (beta1, 0.95), weight_decay=weight_decay
+    )
     for step in range(6):
         for part in range(2):
             loss_of(ours, 2 * step + part).backward()
@@ -105,7 +113,10 @@ def test_a_master_is_its_bfloat16_and_16_bits():
     edges = torch.tensor([0, -(2**31), 1, 0x7FFF, 0x8000, 0x8001, 0x3F7FFFFF, 0x7F7F7FFF]).int()
     value = torch.cat([bits, ties, edges]).view(torch.float32)
     value = value[value.isfinite() & value.bfloat16().isfinite()].view(-1, 2)
-    high, low = torch.empty_like(value, dtype=torch.bfloat16), torch.empty_like(value, dtype=torch.int16)
+    high, low = (
+        torch.empty_like(value, dtype=torch.bfloat16),
+        torch.empty_like(value, dtype=torch.int16),
+    )
     fsdp.split(value, high, low)
     numbers = value.numpy().view("uint32").astype("int64")
     upper = (numbers + 0x8000) >> 16
@@ -125,27 +136,40 @@ def test_streamed_state_gives_the_same_bits(tmp_path, monkeypatch, dtype, beta1)
     def train_one(offload, resume=None):
         mlp, initial = make_mlp(dtype)
         optimizer = make_optimizer(mlp, initial, betas=(beta1, 0.99), ema=True, offload=offload)
-        start = fsdp.load(fsdp.World("cpu"), resume, {"generator": optimizer})["step"] if resume else 0
+        start = (
+            fsdp.load(fsdp.World("cpu"), resume, {"generator": optimizer})["step"] if resume else 0
+        )
         for step in range(start, 6):
             loss_of(mlp, step).backward()
             if step == 2:
                 optimizer.grads["2.bias"][0] = torch.nan
             optimizer.step(0.5, 0.3, 0.9)
             if step == 3 and not resume:
-                saved = fsdp.save(fsdp.World("cpu"), tmp_path / str(offload), {"generator": optimizer}, {"step": 4})
+                saved = fsdp.save(
+                    fsdp.World("cpu"),
+                    tmp_path / str(offload),
+                    {"generator": optimizer},
+                    {"step": 4},
+                )
         return optimizer, mlp.state_dict(), None if resume else saved
 
     (resident, weights, _), (hosted, other, saved) = train_one(False), train_one(True)
     assert (resident.hosted, len(resident.host)) == ([], 0)
-    assert hosted.hosted == ["second"] + ["first"] * (beta1 > 0) + ["ema"] + ["low"] * (dtype == torch.bfloat16)
+    assert hosted.hosted == ["second"] + ["first"] * (beta1 > 0) + ["ema"] + ["low"] * (
+        dtype == torch.bfloat16
+    )
     low, high = hosted.host.data_ptr(), hosted.host.data_ptr() + len(hosted.host)
-    assert all(low <= value.data_ptr() < high for held in hosted.held.values() for value in held.values())
+    assert all(
+        low <= value.data_ptr() < high for held in hosted.held.values() for value in held.values()
+    )
     assert same(hosted.state(), resident.state())
     assert same(other, weights)
     resumed, third, _ = train_one(False, saved)
     assert same(resumed.state(), resident.state())
     assert same(third, weights)
-    monkeypatch.setattr(fsdp, "placed", lambda *_: ([g for g in hosted.hosted if g != "ema"], ["ema"]))  # as on a GPU
+    monkeypatch.setattr(
+        fsdp, "placed", lambda *_: ([g for g in hosted.hosted if g != "ema"], ["ema"])
+    )  # as on a GPU
     average, fourth, _ = train_one(None, saved)
     assert len(average.host) > 0
     assert same(average.state(), resident.state())
@@ -162,13 +186,17 @@ def test_what_the_state_costs():
     mlp, initial = make_mlp(half)
     weights = sum(p.numel() for p in mlp.parameters())
     held = make_optimizer(mlp, initial, ema=True).held.values()
-    assert sum(value.nbytes for groups in held for value in groups.values()) == weights * (4 + 4 + 2)
+    assert sum(value.nbytes for groups in held for value in groups.values()) == weights * (
+        4 + 4 + 2
+    )
 
 
 def test_bfloat16_weights_follow_masters_that_move_by_little():
     mlp, initial = make_mlp(torch.bfloat16)
     optimizer = make_optimizer(mlp, initial, lr=2e-6, weight_decay=0.0)
-    assert all(torch.equal(optimizer.master(name), initial[name]) for name in initial), "not from rounded weights"
+    assert all(torch.equal(optimizer.master(name), initial[name]) for name in initial), (
+        "not from rounded weights"
+    )
     before = {name: p.detach().clone() for name, p in mlp.named_parameters()}
     for step in range(3):
         loss_of(mlp, step).backward()
@@ -192,7 +220,9 @@ def test_gradients_add_up_in_float32():
     for seed in range(300):
         loss = loss_of(mlp, seed)
         for name, grad in zip(
-            initial, torch.autograd.grad(loss, list(mlp.parameters()), retain_graph=True), strict=True
+            initial,
+            torch.autograd.grad(loss, list(mlp.parameters()), retain_graph=True),
+            strict=True,
         ):
             added[name] = added.get(name, 0) + grad.double()
         loss.backward()
@@ -222,7 +252,9 @@ def test_averaged_swaps_and_restores(dtype):
     for seed in range(2):
         loss_of(mlp, seed).backward()
         optimizer.step(1.0, 1e9, 0.5)
-    held = {name: value.clone() for name, value in {**optimizer.state(), **mlp.state_dict()}.items()}
+    held = {
+        name: value.clone() for name, value in {**optimizer.state(), **mlp.state_dict()}.items()
+    }
     with optimizer.averaged():
         for name, p in mlp.named_parameters():
             assert torch.equal(p.detach(), held[f"ema.{name}"].to(dtype))
@@ -233,7 +265,10 @@ def test_averaged_swaps_and_restores(dtype):
 def test_checkpoints(tmp_path):
     """keep; half-written ones are no checkpoints and go with the next save; what is read back is what was saved."""
     mlp, initial = make_mlp()
-    optimizers, world = {"generator": make_optimizer(mlp, initial, betas=(0.9, 0.99), ema=True)}, fsdp.World("cpu")
+    optimizers, world = (
+        {"generator": make_optimizer(mlp, initial, betas=(0.9, 0.99), ema=True)},
+        fsdp.World("cpu"),
+    )
     (tmp_path / "step-0000099.partial").mkdir()
     (tmp_path / "samples").mkdir()
     assert fsdp.checkpoints(tmp_path) == []
@@ -247,7 +282,10 @@ def test_checkpoints(tmp_path):
     facts = fsdp.load(world, fsdp.checkpoints(tmp_path)[-1], loaded)
     assert (facts["step"], facts["stage"], loaded["generator"].steps) == (5, "ar", 5)
     assert same(loaded["generator"].state(), optimizers["generator"].state())
-    assert all(torch.equal(p.detach(), mlp.get_parameter(n).bfloat16()) for n, p in other.named_parameters())
+    assert all(
+        torch.equal(p.detach(), mlp.get_parameter(n).bfloat16())
+        for n, p in other.named_parameters()
+    )
 
 
 def test_world_refuses(monkeypatch):
@@ -264,7 +302,9 @@ def test_world_refuses(monkeypatch):
 # --------------------------------------------------------------------------------------------- several processes
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+@pytest.fixture(
+    scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])]
+)
 def place(request) -> str:
     return request.param
 
@@ -272,10 +312,20 @@ def place(request) -> str:
 def torchrun(processes: int, folder: Path, jobs: list[dict]) -> list[list]:
     """Do the jobs in new processes -> for every process the results of all jobs."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, __file__, str(folder / "jobs.json")], env=environment, capture_output=True, text=True, timeout=300
+        [*launch, __file__, str(folder / "jobs.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"jobs.json.{rank}").read_text()) for rank in range(processes)]
@@ -301,7 +351,9 @@ def worker(path: str) -> None:
                 def look(*_):
                     whole.append(not any(isinstance(layer.weight, DTensor) for layer in weights))
 
-                hook = self.generator.register_forward_hook(look)  # behind FSDP's, which shards again
+                hook = self.generator.register_forward_hook(
+                    look
+                )  # behind FSDP's, which shards again
                 result = generate(self, step, phase, *rest)
                 hook.remove()
                 look()
@@ -317,7 +369,10 @@ def worker(path: str) -> None:
                 return metrics
 
             stages.Run.generate, stages.Run.iteration = spied, disturbed
-            keys = {key: tuple(value) if isinstance(value, list) else value for key, value in each["config"].items()}
+            keys = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in each["config"].items()
+            }
             try:
                 world.stopping = False
                 train.main(train.Config(**keys), world)
@@ -332,15 +387,24 @@ def two(data, place, tmp_path_factory):
     """Two launches of two processes; the second goes on with what the first left."""
     folder = tmp_path_factory.mktemp("two")
     common = {"micro_batch": 1, "beta1": 0.5, "device": place}
-    jobs = [job("train", values(data, stage, folder / stage, steps=STEPS[stage], **common)) for stage in STAGES]
+    jobs = [
+        job("train", values(data, stage, folder / stage, steps=STEPS[stage], **common))
+        for stage in STAGES
+    ]
     jobs.append(job("nan", values(data, "ar", folder / "nan", **common)))
     half = common | {"dtype": "bfloat16", "steps": 2, "offload": True}
     jobs.append(job("train", values(data, "ar", folder / "half", **half)))
     jobs.append(job("sigterm", values(data, "dmd", folder / "sigterm", **common)))
     results = torchrun(2, folder, jobs)
     for name in ("again", "alone"):  # as if stopped after two iterations
-        shutil.copytree(folder / "dmd", folder / name, ignore=shutil.ignore_patterns("step-0000004", "*.safetensors"))
-    more = [job("train", values(data, "dmd", folder / name, **common)) for name in ("again", "sigterm")]
+        shutil.copytree(
+            folder / "dmd",
+            folder / name,
+            ignore=shutil.ignore_patterns("step-0000004", "*.safetensors"),
+        )
+    more = [
+        job("train", values(data, "dmd", folder / name, **common)) for name in ("again", "sigterm")
+    ]
     return folder, results, torchrun(2, folder, more)
 
 
@@ -348,12 +412,18 @@ def two(data, place, tmp_path_factory):
 def one(data, place, tmp_path_factory):
     """The same runs in this process."""
     folder, common = tmp_path_factory.mktemp("one"), {"beta1": 0.5, "device": place}
-    return folder, {s: finish(config(data, s, folder / s, steps=STEPS[s], **common)) for s in STAGES}
+    return folder, {
+        s: finish(config(data, s, folder / s, steps=STEPS[s], **common)) for s in STAGES
+    }
 
 
 def equal(place: str, a: Path, b: Path) -> bool:
     """The same bits, or on GPUs, whose sums have no fixed order, the same but for rounding."""
-    return same(load_file(a), load_file(b)) if place == "cpu" else apart(load_file(a), load_file(b)) < 1e-2
+    return (
+        same(load_file(a), load_file(b))
+        if place == "cpu"
+        else apart(load_file(a), load_file(b)) < 1e-2
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -402,9 +472,15 @@ def test_one_process_resumes_what_two_saved(data, place, two):
     run = stages.Run(cfg, world)
     saved = checkpoint_state(folder / "step-0000002")
     assert fsdp.load(world, folder / "step-0000002", run.optimizers)["step"] == 2
-    state = {f"{who}.{k}": v.cpu() for who, optimizer in run.optimizers.items() for k, v in optimizer.state().items()}
+    state = {
+        f"{who}.{k}": v.cpu()
+        for who, optimizer in run.optimizers.items()
+        for k, v in optimizer.state().items()
+    }
     assert same(state, saved)
-    assert torch.equal(run.generator.head.head.weight.cpu(), saved["generator.master.head.head.weight"])
+    assert torch.equal(
+        run.generator.head.head.weight.cpu(), saved["generator.master.head.head.weight"]
+    )
     distance = apart(finish(cfg), load_file(two[0] / "dmd/dmd.safetensors"))
     assert distance < 1e-2
     assert len(read_metrics(folder)) == 4
@@ -420,10 +496,14 @@ def test_one_process_joins_the_halves_that_two_saved(data, two):
     assert same({f"generator.{name}": value for name, value in state.items()}, saved)
     for name, parameter in run.generator.named_parameters():
         master = saved[f"generator.master.{name}"]
-        assert torch.equal(parameter.detach().view(torch.int16).int(), (master.view(torch.int32) + 0x8000) >> 16)
+        assert torch.equal(
+            parameter.detach().view(torch.int16).int(), (master.view(torch.int32) + 0x8000) >> 16
+        )
     assert any((master.bfloat16() != master).any() for master in saved.values())
     exported = load_file(two[0] / "half/ar.safetensors")
-    assert all(torch.equal(exported[name], saved[f"generator.ema.{name}"].bfloat16()) for name in exported)
+    assert all(
+        torch.equal(exported[name], saved[f"generator.ema.{name}"].bfloat16()) for name in exported
+    )
 
 
 def test_nan_names_the_rank(two):
@@ -447,7 +527,9 @@ def test_hybrid_sharding_is_one_process(data, tmp_path):
     """2 x 2: each pair shares a copy of the weights."""
     expected = finish(config(data, "dmd", tmp_path / "one", beta1=0.5))
     keys = values(data, "dmd", tmp_path / "four", micro_batch=1, beta1=0.5, shard=2)
-    assert [ranks[0]["returned"] for ranks in torchrun(4, tmp_path, [job("train", keys)])] == [True] * 4
+    assert [ranks[0]["returned"] for ranks in torchrun(4, tmp_path, [job("train", keys)])] == [
+        True
+    ] * 4
     distance = apart(load_file(tmp_path / "four/dmd.safetensors"), expected)
     assert distance < 1e-2
 

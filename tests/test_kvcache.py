@@ -43,7 +43,9 @@ def cached(model, x, sigma, context, blocks, cache, clean=None):
 
 def levels(blocks):
     """[1, T], another level for every block."""
-    return torch.cat([torch.full((1, size), 1 - 0.8 * i / len(blocks)) for i, size in enumerate(blocks)], 1)
+    return torch.cat(
+        [torch.full((1, size), 1 - 0.8 * i / len(blocks)) for i, size in enumerate(blocks)], 1
+    )
 
 
 # ----------------------------------------------------------------------------------------- against the reference
@@ -62,7 +64,11 @@ def levels(blocks):
             ("block1_local3_sink1", [1] * 6, {"window": 3, "sink": 1}),
         )
         # the whole video in memory, or the window alone, which a rollout with grad does not allow
-        for frames, grad in ((sum(blocks), False), (sum(blocks), True), (options.get("window"), False))
+        for frames, grad in (
+            (sum(blocks), False),
+            (sum(blocks), True),
+            (options.get("window"), False),
+        )
         if frames
     ],
 )
@@ -75,7 +81,9 @@ def test_vectors(name, blocks, options, frames, grad, device, dtype, bar):
         for size in blocks:
             part = slice(start, start + size)
             model(x[:, :, part], 1.0, context, cache=cache)
-            out.append(model(0.5 * x[:, :, part] + 0.5 * clean[:, :, part], 0.625, context, cache=cache))
+            out.append(
+                model(0.5 * x[:, :, part] + 0.5 * clean[:, :, part], 0.625, context, cache=cache)
+            )
             model(clean[:, :, part], 0.0, context, cache=cache)
             cache.commit(size)
             start += size
@@ -84,7 +92,14 @@ def test_vectors(name, blocks, options, frames, grad, device, dtype, bar):
 
 # ------------------------------------------------------------------------------- against masked forwards, no memory
 
-LAYOUTS = [([3, 3], None), ([1] * 6, 2), ([1, 2, 3], None), ([1, 2, 3], 4), ([4, 1, 2], 5), ([3, 3, 3], 4)]
+LAYOUTS = [
+    ([3, 3], None),
+    ([1] * 6, 2),
+    ([1, 2, 3], None),
+    ([1, 2, 3], 4),
+    ([4, 1, 2], 5),
+    ([3, 3, 3], 4),
+]
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -92,7 +107,12 @@ LAYOUTS = [([3, 3], None), ([1] * 6, 2), ([1, 2, 3], None), ([1, 2, 3], 4), ([4,
 def test_equals_teacher_forcing(model, blocks, window, grad):
     """Clean blocks committed at sigma 0, then a noisy one: what teacher forcing does for all blocks at once."""
     t = sum(blocks)
-    x, clean, context, sigma = video(t, batch=2), video(t, 1, batch=2), text(batch=2), levels(blocks)
+    x, clean, context, sigma = (
+        video(t, batch=2),
+        video(t, 1, batch=2),
+        text(batch=2),
+        levels(blocks),
+    )
     with torch.set_grad_enabled(grad):
         v = cached(model, x, sigma, context, blocks, new_cache(model, t, 2, window=window), clean)
     with torch.no_grad():
@@ -134,9 +154,13 @@ def test_ring_equals_long_memory_and_sink_mask(model, blocks, window, sink):
     for frames in sorted({window, window + 1, window + 4, t}):
         cache = new_cache(model, frames, window=window, sink=sink)
         memory = cache.memory
-        cached(model, x[:, :, : max(sink, blocks[0])], sigma, context, [max(sink, blocks[0])], cache)
+        cached(
+            model, x[:, :, : max(sink, blocks[0])], sigma, context, [max(sink, blocks[0])], cache
+        )
         cache.reset()
-        assert rel(cached(model, x, sigma, context, blocks, cache), expected) < 2e-6, f"memory of {frames} frames"
+        assert rel(cached(model, x, sigma, context, blocks, cache), expected) < 2e-6, (
+            f"memory of {frames} frames"
+        )
         assert cache.frames == t
         assert cache.memory is memory
 
@@ -145,7 +169,9 @@ def test_ring_equals_long_memory_and_sink_mask(model, blocks, window, sink):
 def test_committed_memory_is_read_only(model):
     """A forward changes its own slots alone; sink frames keep their bits to the end."""
     cache, x, context = new_cache(model, 6, window=6, sink=2), video(15), text()
-    slots = cache.memory.view(torch.int32).unflatten(3, (6, P))  # bits: a NaN of unused memory equals itself
+    slots = cache.memory.view(torch.int32).unflatten(
+        3, (6, P)
+    )  # bits: a NaN of unused memory equals itself
     for index, part in enumerate(x.split(3, dim=2)):
         before = slots.clone()
         model(part, 0.5, context, cache=cache)
@@ -176,8 +202,14 @@ def play(model, blocks, exit_step, noise, context, checkpointing=False, **option
     renoise = lambda index, step, like: randn(*like.shape, seed=100 + 10 * index + step)  # noqa: E731
     sigmas, model.checkpointing = few_step_sigmas(), checkpointing
     try:
-        out = list(rollout(model, noise, context, sigmas, blocks, cache, exit_step=exit_step, renoise=renoise))
-        return out, gradients(model, weighted(torch.cat(out, 2))) if torch.is_grad_enabled() else None
+        out = list(
+            rollout(
+                model, noise, context, sigmas, blocks, cache, exit_step=exit_step, renoise=renoise
+            )
+        )
+        return out, gradients(
+            model, weighted(torch.cat(out, 2))
+        ) if torch.is_grad_enabled() else None
     finally:
         model.checkpointing = False
 
@@ -192,7 +224,9 @@ def test_checkpointing_changes_no_gradient(model, exit_step, options):
     try:
         _, plain = play(model, [1, 3, 3], exit_step, noise, context, **options)
         once, calls[:] = len(calls), []
-        _, recomputed = play(model, [1, 3, 3], exit_step, noise, context, checkpointing=True, **options)
+        _, recomputed = play(
+            model, [1, 3, 3], exit_step, noise, context, checkpointing=True, **options
+        )
     finally:
         handle.remove()
     assert rel(recomputed, plain) < 1e-6
@@ -206,7 +240,9 @@ def test_recomputation_leaves_committed_memory_alone(model):
     model.checkpointing = True
     try:
         renoise = lambda index, step, like: randn(*like.shape, seed=100 + 10 * index + step)  # noqa: E731
-        out = list(rollout(model, noise, context, sigmas, [3, 3, 3], cache, exit_step=1, renoise=renoise))
+        out = list(
+            rollout(model, noise, context, sigmas, [3, 3, 3], cache, exit_step=1, renoise=renoise)
+        )
         memory, written = cache.memory.clone(), cache.written
         weights = randn(1, 48, 9, 4, 6, seed=7).split(3, dim=2)
         ours = sum(gradients(model, (x * w).sum()) for x, w in zip(out, weights, strict=True))
@@ -241,7 +277,12 @@ def test_gradients_equal_teacher_forcing(model, blocks, window, exit_step):
     noise, context, sigma = video(6), text(), few_step_sigmas()[exit_step]
     cache = new_cache(model, 6, window=window)
     out = torch.cat(
-        list(rollout(generator, noise, context, few_step_sigmas(), blocks, cache, exit_step=exit_step)), dim=2
+        list(
+            rollout(
+                generator, noise, context, few_step_sigmas(), blocks, cache, exit_step=exit_step
+            )
+        ),
+        dim=2,
     )
     ours = gradients(model, weighted(out))
     x = torch.cat(inputs, 2).detach()
@@ -260,13 +301,22 @@ def test_no_gradient_crosses_blocks(model):
     assert noise.grad[:, :, 3:].count_nonzero() > 0
     given = first.detach().clone()
     (alone,) = rollout(
-        model, noise[:, :, 3:].detach(), context, sigmas, [3], new_cache(model, 6), exit_step=0, first=given
+        model,
+        noise[:, :, 3:].detach(),
+        context,
+        sigmas,
+        [3],
+        new_cache(model, 6),
+        exit_step=0,
+        first=given,
     )
     assert rel(alone, second) < 1e-6
     assert rel(gradients(model, weighted(alone)), ours) < 1e-6
 
 
-@pytest.mark.parametrize(("device", "dtype", "bar"), [place for place in PLACES if place.id != "cpu"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "bar"), [place for place in PLACES if place.id != "cpu"]
+)
 def test_rollout_gradients_in_other_places(model, device, dtype, bar):
     """A checkpointed rollout with grad on the GPU and in bf16 against float32 on the CPU."""
     noise, context = video(6), text()
@@ -289,7 +339,10 @@ def test_text_is_embedded_once_per_context_and_reset(model):
         v = [model(x, 0.5, context, cache=cache) for _ in range(3)]
         assert len(calls) == 1
         assert torch.equal(v[0], v[2])
-        assert rel(model(x, 0.5, other, cache=cache), model(x, 0.5, other, cache=new_cache(model, 3))) < 1e-6
+        assert (
+            rel(model(x, 0.5, other, cache=cache), model(x, 0.5, other, cache=new_cache(model, 3)))
+            < 1e-6
+        )
         assert rel(model(x, 0.5, context, cache=cache), v[0]) < 1e-6
         before, calls[:] = len(calls), []
         assert before == 4
@@ -344,7 +397,8 @@ def test_block_size_errors_name_the_nearest_valid_counts(arguments, says):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"window": 3, "sink": 3}, "sink 3, window 3"), ({"sink": 1}, "sink 1, window None")]
+    ("options", "says"),
+    [({"window": 3, "sink": 3}, "sink 3, window 3"), ({"sink": 1}, "sink 1, window None")],
 )
 def test_cache_configuration_errors(model, options, says):
     with pytest.raises(ValueError, match=says):
@@ -355,7 +409,13 @@ def test_cache_configuration_errors(model, options, says):
     ("frames", "options", "grad", "sizes", "says"),
     [
         (4, {}, False, [3, 3], ("holds 4 frames", "3 + 3", "no window is set")),
-        (4, {"window": 6}, False, [3, 3], ("holds 4 frames", "3 + 3")),  # the memory is smaller than the window
+        (
+            4,
+            {"window": 6},
+            False,
+            [3, 3],
+            ("holds 4 frames", "3 + 3"),
+        ),  # the memory is smaller than the window
         (4, {"window": 4}, True, [3, 3], ("holds 4 frames", "3 + 3", "with grad")),
         (6, {"window": 2}, False, [3], ("block of 3", "window 2", "sink 0")),
         (6, {"window": 4, "sink": 2}, False, [1, 3], ("block of 3", "window 4", "sink 2")),
@@ -418,17 +478,25 @@ def test_a_cache_made_for_other_latents_is_refused(model, batch, tokens):
 def test_an_interrupted_forward_leaves_the_cache_usable(model):
     """Ctrl-C or out of memory between two layers, then the same call again."""
     cache, x, context = new_cache(model, 3), video(3), text()
-    with mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         model(x, 0.5, context, cache=cache)
     expected = model(x, 0.5, context, cache=new_cache(model, 3))
     assert rel(model(x, 0.5, context, cache=cache), expected) < 1e-6
-    with mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         model(x, 0.5, text(1), cache=cache)  # the first block's keys are another text's now
     assert rel(model(x, 0.5, context, cache=cache), expected) < 1e-6
 
 
 @gpu
-@pytest.mark.parametrize("options", [{"frames": 9}, {"frames": 6, "window": 6, "sink": 2}], ids=["whole", "ring"])
+@pytest.mark.parametrize(
+    "options", [{"frames": 9}, {"frames": 6, "window": 6, "sink": 2}], ids=["whole", "ring"]
+)
 def test_graphs_repeat_the_forwards(options):
     """Replayed forwards equal plain ones: for another text, another start of the video, other weights in place."""
     net = golden_dit("dit_causal_masks").cuda()
@@ -437,10 +505,14 @@ def test_graphs_repeat_the_forwards(options):
     def run(cache, seed):
         cache.reset()
         draws = torch.Generator("cuda").manual_seed(seed)
-        again = {"renoise": lambda b, s, like: torch.randn(like.shape, generator=draws, device="cuda")}
+        again = {
+            "renoise": lambda b, s, like: torch.randn(like.shape, generator=draws, device="cuda")
+        }
         part = noise[:, :, seed : seed + (18 if options else 9)][:, :, : 16 if options else 9]
         blocks = [2] * 8 if options else [3] * 3
-        return torch.cat([*rollout(net, part, text(seed).cuda(), few_step_sigmas(), blocks, cache, **again)], 2)
+        return torch.cat(
+            [*rollout(net, part, text(seed).cuda(), few_step_sigmas(), blocks, cache, **again)], 2
+        )
 
     cache = new_cache(net, frames, **options)
     with compiling(), torch.no_grad():

@@ -11,7 +11,9 @@ from wan5b.flow import add_noise, v_from_x0
 @pytest.fixture
 def g():
     tensors, config = golden("losses")
-    tensors = {key: frames_first(value) if value.ndim == 5 else value for key, value in tensors.items()}
+    tensors = {
+        key: frames_first(value) if value.ndim == 5 else value for key, value in tensors.items()
+    }
     return {**{key.split(".")[1]: value for key, value in tensors.items()}, **config}
 
 
@@ -45,8 +47,16 @@ def test_dmd_gradient_is_normalised_per_sample_and_free_of_nan(g):
     x0, fake, cond, uncond = estimates(g)
     grad = dmd_gradient(x0, fake, cond, uncond, 3.0)
     for b in range(2):
-        assert rel(dmd_gradient(*(x[b : b + 1] for x in (x0, fake, cond, uncond)), 3.0), grad[b : b + 1]) < 1e-6
-    same = [torch.cat([x0[:1], x[1:]]) for x in (fake, cond, uncond)]  # sample 0: everybody agrees, 0 / 0
+        assert (
+            rel(
+                dmd_gradient(*(x[b : b + 1] for x in (x0, fake, cond, uncond)), 3.0),
+                grad[b : b + 1],
+            )
+            < 1e-6
+        )
+    same = [
+        torch.cat([x0[:1], x[1:]]) for x in (fake, cond, uncond)
+    ]  # sample 0: everybody agrees, 0 / 0
     grad = dmd_gradient(x0, *same, 3.0)
     assert torch.equal(grad[0], torch.zeros_like(grad[0]))
     assert grad[1].count_nonzero() > 0
@@ -55,7 +65,9 @@ def test_dmd_gradient_is_normalised_per_sample_and_free_of_nan(g):
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
 def test_sid_gradient_runs_through_both_networks(g, alpha):
     """The derivative by hand in x0, fake and real, with the normaliser as a constant."""
-    inputs = x0, fake, cond, uncond = estimates(g, "x0", "x0_fake", "x0_real_cond", "x0_real_uncond")
+    inputs = x0, fake, cond, uncond = estimates(
+        g, "x0", "x0_fake", "x0_real_cond", "x0_real_uncond"
+    )
     sid_loss(*inputs, 3.0, alpha).backward()
     with torch.no_grad():
         real = cond + 3.0 * (cond - uncond)

@@ -92,21 +92,27 @@ def test_photographs_are_upright(tmp_path, orientation, mode):
     assert np.array_equal(media.read_image(tmp_path / "a.jpg")[0], upright)
 
 
-@pytest.mark.parametrize(("degrees", "matrix"), [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))])
+@pytest.mark.parametrize(
+    ("degrees", "matrix"), [(90, (0, 1, -1, 0)), (180, (-1, 0, 0, -1)), (270, (0, -1, 1, 0))]
+)
 def test_videos_are_upright(tmp_path, degrees, matrix):
     """A phone's, which tells by a matrix in its header how to turn the pictures, clockwise."""
     lying = np.zeros((2, 64, 96, 3), np.uint8)
     lying[:, :32, :, 0] = lying[:, 32:, :48, 1] = 255  # above red, below green and black
     iio.imwrite(tmp_path / "a.mp4", lying, plugin="pyav", codec="libx264")
     content, (a, b, c, d) = (tmp_path / "a.mp4").read_bytes(), (65536 * x for x in matrix)
-    at = content.index(struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), content.index(b"tkhd"))
+    at = content.index(
+        struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), content.index(b"tkhd")
+    )
     turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (tmp_path / "a.mp4").write_bytes(content[:at] + turned + content[at + 36 :])
     expected = np.rot90(lying, -degrees // 90, (1, 2))
     for read in (media.read_video, lambda path: next(read_clips(path, 2, 24))):
         assert read(tmp_path / "a.mp4").shape == expected.shape
         assert np.abs(read(tmp_path / "a.mp4").astype(int) - expected).mean() < 20
-    assert np.array_equal(media.read_image(tmp_path / "a.mp4"), media.read_video(tmp_path / "a.mp4")[:1])
+    assert np.array_equal(
+        media.read_image(tmp_path / "a.mp4"), media.read_video(tmp_path / "a.mp4")[:1]
+    )
 
 
 def test_damaged_pictures(tmp_path):
@@ -116,8 +122,12 @@ def test_damaged_pictures(tmp_path):
     content[content.index(b"IDAT") : content.index(b"IDAT") + 4] = b"ID\0T"
     (tmp_path / "chunk.png").write_bytes(content)
     Image.fromarray(np.zeros((10000, 20000), np.uint8)).save(tmp_path / "huge.png")
-    iio.imwrite(tmp_path / "a.mp4", np.zeros((2, 64, 96, 3), np.uint8), plugin="pyav", codec="libx264")
-    (tmp_path / "codec.mp4").write_bytes((tmp_path / "a.mp4").read_bytes().replace(b"avc1", b"Shr9"))
+    iio.imwrite(
+        tmp_path / "a.mp4", np.zeros((2, 64, 96, 3), np.uint8), plugin="pyav", codec="libx264"
+    )
+    (tmp_path / "codec.mp4").write_bytes(
+        (tmp_path / "a.mp4").read_bytes().replace(b"avc1", b"Shr9")
+    )
     for name in ("chunk.png", "huge.png", "codec.mp4"):
         with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
             media.read_image(tmp_path / name)
@@ -153,7 +163,9 @@ def test_parse_size():
     assert media.parse_size("704x1280") == (704, 1280)
     assert media.parse_size("32X64") == (32, 64)
     for text, valid in {"70x96": "64 or 96 by 96 or 128", "0x96": "32 or 64 by 96 or 128"}.items():
-        with pytest.raises(ValueError, match=f"size {text} is not HEIGHTxWIDTH .* of 32; nearest valid: {valid}"):
+        with pytest.raises(
+            ValueError, match=f"size {text} is not HEIGHTxWIDTH .* of 32; nearest valid: {valid}"
+        ):
             media.parse_size(text)
     for text in ("64", "64x-96", "axb", "32x32x32", ""):
         with pytest.raises(ValueError, match=f"size {text} is not HEIGHTxWIDTH in multiples of 32"):
@@ -174,8 +186,14 @@ def test_latent_frames():
     ("shape", "expected"),
     [  # (height, width) both; by hand from area 901120
         ((704, 1280), (704, 1280)),
-        ((720, 1280), (704, 1248)),  # width first: 1265.7 -> 1248 x 704, 1.773; height first: 1280 x 704, 1.818
-        ((1280, 720), (1248, 704)),  # height first: 704 x 1248, 0.564; width first: 704 x 1280, 0.55
+        (
+            (720, 1280),
+            (704, 1248),
+        ),  # width first: 1265.7 -> 1248 x 704, 1.773; height first: 1280 x 704, 1.818
+        (
+            (1280, 720),
+            (1248, 704),
+        ),  # height first: 704 x 1248, 0.564; width first: 704 x 1280, 0.55
         ((1000, 1500), (768, 1152)),
         ((500, 500), (928, 960)),  # 928 x 960 or 960 x 928, equally near: height first
         ((1, 100000), (32, 28160)),  # a step high at least, and still not above the area
@@ -238,7 +256,9 @@ def test_writer_writes_what_it_was_given(tmp_path):
     assert np.abs(frames.mean((1, 2, 3)) - levels).max() < 3
     assert iio.immeta(tmp_path / "a.b.mp4", plugin="pyav")["fps"] == 24
     assert [frame[0, 0, 0] for frame in writer.kept] == [0, 120, 240]
-    assert all(frame.base is None for frame in writer.kept), "a view keeps its whole chunk in memory"
+    assert all(frame.base is None for frame in writer.kept), (
+        "a view keeps its whole chunk in memory"
+    )
     assert np.array_equal(media.read_video(tmp_path / "a.b.mp4", last=7), frames[-7:])
     assert np.array_equal(media.read_video(tmp_path / "a.b.mp4"), frames)
     with pytest.raises(ValueError, match="25 frames, 26 are needed"):

@@ -70,7 +70,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def video(path, count, fps=24, size=(48, 96), seed=0):
     """A file (or a folder of PNGs) of smooth moving colours. Returns the frames of the folder."""
     t, y, x = np.mgrid[:count, : size[0], : size[1]]
-    wave = np.stack([np.sin(0.1 * (x + seed) + 0.3 * t), np.cos(0.1 * y - 0.2 * t), np.sin(0.05 * (x + y))], -1)
+    wave = np.stack(
+        [np.sin(0.1 * (x + seed) + 0.3 * t), np.cos(0.1 * y - 0.2 * t), np.sin(0.05 * (x + y))], -1
+    )
     frames = (127.5 * (1 + wave)).astype(np.uint8)
     if path.suffix:
         iio.imwrite(path, frames, plugin="pyav", fps=fps, codec="libx264")
@@ -99,9 +101,19 @@ def test_text(release, embeddings):
 
 
 def test_text_of_a_stores_captions(release, tmp_path):
-    write_shard(tmp_path / "latents" / "0.safetensors", {"latent": torch.zeros(2, 1)}, ["a cat", "a cat"])
+    write_shard(
+        tmp_path / "latents" / "0.safetensors", {"latent": torch.zeros(2, 1)}, ["a cat", "a cat"]
+    )
     run(
-        "text", "--release", release, "--prompts", tmp_path / "latents", "--negative", "bad", "--out", tmp_path / "text"
+        "text",
+        "--release",
+        release,
+        "--prompts",
+        tmp_path / "latents",
+        "--negative",
+        "bad",
+        "--out",
+        tmp_path / "text",
     )
     assert TextStore(tmp_path / "text").prompts == ["bad", "", "a cat"]
 
@@ -123,14 +135,26 @@ def test_latents(release, tmp_path, capsys):
     assert "zz.mp4" in printed
     store = Store(tmp_path / "out")
     assert store.prompts == ["a fast clip", "a still clip"]
-    facts = {"frames": 9, "fps": 24.0, "clips": 1, "dtype": "float32", "model": "tiny", "size": "32x64"}
+    facts = {
+        "frames": 9,
+        "fps": 24.0,
+        "clips": 1,
+        "dtype": "float32",
+        "model": "tiny",
+        "size": "32x64",
+    }
     assert store.facts == facts
     assert store.shapes == {"latent": (48, 3, 2, 4)}
     vae = load_vae(release)
-    for item, frames in zip(store, [next(read_clips(clips / "fast.mp4", 9, 24)), images], strict=True):
+    for item, frames in zip(
+        store, [next(read_clips(clips / "fast.mp4", 9, 24)), images], strict=True
+    ):
         assert torch.equal(item["latent"], vae.encode(fit(frames, 32, 64)[None])[0])
 
-    lines = [{"video": "clips/still", "caption": "stands "}, {"video": str(clips / "fast.mp4"), "caption": "红"}]
+    lines = [
+        {"video": "clips/still", "caption": "stands "},
+        {"video": str(clips / "fast.mp4"), "caption": "红"},
+    ]
     listing = tmp_path / "list.jsonl"
     listing.write_text("\n".join(map(json.dumps, lines)))
     run("latents", "--release", release, "--videos", listing, *SMALL, "--out", tmp_path / "listed")
@@ -151,9 +175,22 @@ def test_several_clips_of_a_video(release, tmp_path, capsys, monkeypatch):
     (clips / "d" / "12.png").write_bytes(b"damaged")
     for name in "abcd":
         (clips / f"{name}.txt").write_text(f"caption {name}")
-    command = ["latents", "--release", release, "--videos", clips, *SMALL, "--dtype", "float32", "--per-shard", 3]
+    command = [
+        "latents",
+        "--release",
+        release,
+        "--videos",
+        clips,
+        *SMALL,
+        "--dtype",
+        "float32",
+        "--per-shard",
+        3,
+    ]
     run(*command, "--clips", 2, "--out", tmp_path / "two")
-    assert "skipped 2 videos" in (printed := capsys.readouterr().out)  # c is shorter than two clips, and no failure
+    assert "skipped 2 videos" in (
+        printed := capsys.readouterr().out
+    )  # c is shorter than two clips, and no failure
     assert "b.mp4 has 8 frames" in printed
     assert "d: cannot read the image" in printed
     store = Store(tmp_path / "two")
@@ -161,12 +198,16 @@ def test_several_clips_of_a_video(release, tmp_path, capsys, monkeypatch):
     assert store.prompts == ["caption a", "caption a", "caption c", "caption d"]
     assert len(Store(tmp_path / "two").files) == 2  # --per-shard counts videos
     vae = load_vae(release)
-    for item, frames in zip(store, [images[:9], images[9:18], images_of_c[:9], images_of_d[:9]], strict=True):
+    for item, frames in zip(
+        store, [images[:9], images[9:18], images_of_c[:9], images_of_d[:9]], strict=True
+    ):
         assert torch.equal(item["latent"], vae.encode(fit(frames, 32, 64)[None])[0])
 
     run(*command, "--clips", 100, "--batch", 4, "--out", tmp_path / "all")
     assert Store(tmp_path / "all").prompts == [f"caption {name}" for name in "aaacd"]
-    with pytest.raises(ValueError, match="00000.safetensors is of another run: clips 2 and 1; delete it"):
+    with pytest.raises(
+        ValueError, match="00000.safetensors is of another run: clips 2 and 1; delete it"
+    ):
         run(*command, "--out", tmp_path / "two")
 
 
@@ -180,7 +221,16 @@ def test_a_video_without_a_picture_does_not_end_the_work(release, tmp_path, caps
         yield
 
     monkeypatch.setattr(prepare, "read_clips", no_picture)
-    run("latents", "--release", release, "--videos", tmp_path / "clips", *SMALL, "--out", tmp_path / "out")
+    run(
+        "latents",
+        "--release",
+        release,
+        "--videos",
+        tmp_path / "clips",
+        *SMALL,
+        "--out",
+        tmp_path / "out",
+    )
     assert "skipped 1 videos" in capsys.readouterr().out
     assert len(Store(tmp_path / "out")) == 0
 
@@ -201,7 +251,9 @@ def test_trajectories(release, embeddings, tmp_path, causal):
     ]
     run("trajectories", "--release", release, "--text", embeddings, *SMALL, *options, "--out", out)
     store, text = Store(out), TextStore(embeddings)
-    assert store.prompts == list(dict.fromkeys(PROMPTS))  # neither the negative prompt nor the empty one
+    assert store.prompts == list(
+        dict.fromkeys(PROMPTS)
+    )  # neither the negative prompt nor the empty one
     assert store.shapes == {"x": (5, 48, 3, 2, 4)}
     assert store.facts == {
         "frames": 9,
@@ -223,7 +275,9 @@ def test_trajectories(release, embeddings, tmp_path, causal):
 
     model, sigmas = load_dit(release), [shift_sigma(1 - i / 12) for i in range(13)]
     x = torch.stack([item["x"] for item in store])  # [4, 5, C, T, H, W]
-    noise = torch.stack([torch.randn(48, 3, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(4)])
+    noise = torch.stack(
+        [torch.randn(48, 3, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(4)]
+    )
     assert torch.equal(x[:, 0], noise)
     i = [1, 2]  # not the pair that was batched
     context = text.batch([store.prompts[k] for k in i] + [NEGATIVE_PROMPT] * 2, 512)
@@ -232,7 +286,9 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         if causal:
             tokens = model.cfg.tokens_per_frame(2, 4)
             cache = KVCache(model.cfg, 4, 3, tokens)
-            blocks = list(rollout(field, noise[i], context, sigmas, [1, 1, 1], cache, solver="euler"))
+            blocks = list(
+                rollout(field, noise[i], context, sigmas, [1, 1, 1], cache, solver="euler")
+            )
             end = torch.cat(blocks, 2)
             # the middle of the second block, by hand: behind the first one's end
             cache = KVCache(model.cfg, 4, 3, tokens)
@@ -252,7 +308,10 @@ def test_trajectories(release, embeddings, tmp_path, causal):
 
 def clips_of_latents(folder, channels=48, size=(2, 4)):
     """Three clips of two latent frames, in two shards, a caption twice. Returns the first frames, float32."""
-    latent, captions = randn(3, channels, 2, *size, seed=3).bfloat16(), ["rain", "a red fox", "rain"]
+    latent, captions = (
+        randn(3, channels, 2, *size, seed=3).bfloat16(),
+        ["rain", "a red fox", "rain"],
+    )
     write_shard(folder / "00000.safetensors", {"latent": latent[:2]}, captions[:2], frames=5)
     write_shard(folder / "00001.safetensors", {"latent": latent[2:]}, captions[2:], frames=5)
     return latent[:, :, :1].float()
@@ -262,18 +321,43 @@ def clips_of_latents(folder, channels=48, size=(2, 4)):
 def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
     """Behind the clean first frames of clips: the same as a loop by hand, and as sample.py's."""
     clean, out = clips_of_latents(tmp_path / "latents"), tmp_path / "out"
-    options = ["--size", "32x64", "--frames", 17, "--steps", 8, "--seed", 7, "--guidance", 2, "--batch", 4]
-    options += ["--latents", tmp_path / "latents", "--repeats", 2, *["--causal", "--block", 2] * causal]
+    options = [
+        "--size",
+        "32x64",
+        "--frames",
+        17,
+        "--steps",
+        8,
+        "--seed",
+        7,
+        "--guidance",
+        2,
+        "--batch",
+        4,
+    ]
+    options += [
+        "--latents",
+        tmp_path / "latents",
+        "--repeats",
+        2,
+        *["--causal", "--block", 2] * causal,
+    ]
     run("trajectories", "--release", release, "--text", embeddings, *options, "--out", out)
     store, text = Store(out), TextStore(embeddings)
     assert store.prompts == ["rain", "a red fox", "rain"] * 2
     assert store.shapes == {"x": (5, 48, 5, 2, 4)}
-    facts = {"first": 1, "latents": str(tmp_path / "latents"), "blocks": [1, 2, 2] if causal else [1, 4]}
+    facts = {
+        "first": 1,
+        "latents": str(tmp_path / "latents"),
+        "blocks": [1, 2, 2] if causal else [1, 4],
+    }
     assert facts.items() <= store.facts.items()
     x = torch.stack([item["x"] for item in store])  # [6, 5, C, T, H, W]
     for level in range(5):
         assert torch.equal(x[:, level, :, :1], torch.cat([clean, clean]))
-    noise = torch.stack([torch.randn(48, 4, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(6)])
+    noise = torch.stack(
+        [torch.randn(48, 4, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(6)]
+    )
     assert torch.equal(x[:, 0, :, 1:], noise)
 
     model, sigmas, i = load_dit(release), [shift_sigma(1 - i / 8) for i in range(9)], [1, 5]
@@ -284,7 +368,12 @@ def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
         if causal:
             cache = KVCache(model.cfg, 4, 5, model.cfg.tokens_per_frame(2, 4))
             end = torch.cat(
-                list(rollout(field, noise[i], context, sigmas, [2, 2], cache, solver="euler", first=first)), 2
+                list(
+                    rollout(
+                        field, noise[i], context, sigmas, [2, 2], cache, solver="euler", first=first
+                    )
+                ),
+                2,
             )
         else:
             whole = torch.cat([first, noise[i]], 2)
@@ -296,10 +385,16 @@ def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
                 whole[:, :, :1] = first  # put back after every step
             end = whole[:, :, 1:]
         args = SimpleNamespace(
-            mode="many" if causal else "bidirectional", guidance=2.0, solver="euler", window=None, sink=0
+            mode="many" if causal else "bidirectional",
+            guidance=2.0,
+            solver="euler",
+            window=None,
+            sink=0,
         )
         plan = [2, 2] if causal else [4]
-        sampled = sample.generate(args, model, noise[i[1:]], context[1::2], sigmas, plan, first[1:], 0)
+        sampled = sample.generate(
+            args, model, noise[i[1:]], context[1::2], sigmas, plan, first[1:], 0
+        )
         assert rel(x[i[1:], 4], torch.cat(list(sampled), 2)) < 1e-5
     assert rel(x[i, 4, :, 1:], end) < 1e-5
     for kept, state in enumerate(states[::2]):
@@ -328,10 +423,19 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
     clips_of_latents(tmp_path / "latents")
     clips_of_latents(tmp_path / "wide", size=(2, 6))
     clips_of_latents(tmp_path / "other", channels=16)
-    write_shard(tmp_path / "unknown" / "0.safetensors", {"latent": randn(1, 48, 1, 2, 4)}, ["a hen"])
+    write_shard(
+        tmp_path / "unknown" / "0.safetensors", {"latent": randn(1, 48, 1, 2, 4)}, ["a hen"]
+    )
 
     def refused(match, latents, *options):
-        command = ["trajectories", "--release", tmp_path / "no release", "--text", embeddings, *SMALL]
+        command = [
+            "trajectories",
+            "--release",
+            tmp_path / "no release",
+            "--text",
+            embeddings,
+            *SMALL,
+        ]
         with pytest.raises(ValueError, match=match) as error:
             run(*command, "--latents", latents, *options, "--out", tmp_path / "out")
         assert "\n" not in str(error.value)
@@ -344,7 +448,9 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
     refused(r"lacks 1 prompts \('a hen'\); see prepare.py text", tmp_path / "unknown")
     refused("--frames > 1", tmp_path / "latents", "--frames", 1)
     refused("--frames > 1", tmp_path / "latents", "--frames", 1, "--causal")
-    refused("first block of 1 and blocks of 3; nearest valid: 1 or 4", tmp_path / "latents", "--causal")
+    refused(
+        "first block of 1 and blocks of 3; nearest valid: 1 or 4", tmp_path / "latents", "--causal"
+    )
 
     command = [
         "trajectories",
@@ -359,7 +465,9 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
         tmp_path / "o",
     ]
     run(*command, "--latents", tmp_path / "latents")
-    with pytest.raises(ValueError, match=r"is of another run: .*first 1 and 0, .*latents and None; delete it"):
+    with pytest.raises(
+        ValueError, match=r"is of another run: .*first 1 and 0, .*latents and None; delete it"
+    ):
         run(*command)
 
 
@@ -381,7 +489,14 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
     with pytest.raises(ValueError, match=r"ar.safetensors is of stage ar: give --causal"):
         run(*common, *weights, "--out", tmp_path / "c")
     with pytest.raises(ValueError, match=r"teacher.safetensors is of stage teacher: no --causal"):
-        run(*common, "--weights", tmp_path / "teacher.safetensors", "--causal", "--out", tmp_path / "c")
+        run(
+            *common,
+            "--weights",
+            tmp_path / "teacher.safetensors",
+            "--causal",
+            "--out",
+            tmp_path / "c",
+        )
     a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
     assert a.facts["trained"] == record
     assert (a.facts["blocks"], a.facts["shift"]) == ([1, 1, 1], 3.0)
@@ -394,7 +509,9 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("kind", ["text", "latents", "trajectories"])
-def test_going_on_gives_the_same_files(kind, processes, release, prompts, embeddings, tmp_path, monkeypatch):
+def test_going_on_gives_the_same_files(
+    kind, processes, release, prompts, embeddings, tmp_path, monkeypatch
+):
     if kind == "latents":
         (tmp_path / "clips").mkdir()
         for i in range(3):
@@ -403,7 +520,16 @@ def test_going_on_gives_the_same_files(kind, processes, release, prompts, embedd
     command = {
         "text": ["text", "--prompts", prompts, "--per-shard", "2"],
         "latents": ["latents", "--videos", tmp_path / "clips", *SMALL, "--per-shard", "1"],
-        "trajectories": ["trajectories", "--text", embeddings, *SMALL, "--steps", "4", "--per-shard", "1"],
+        "trajectories": [
+            "trajectories",
+            "--text",
+            embeddings,
+            *SMALL,
+            "--steps",
+            "4",
+            "--per-shard",
+            "1",
+        ],
     }[kind] + ["--release", release]
     run(*command, "--out", tmp_path / "whole")
     expected = contents(tmp_path / "whole")
@@ -428,7 +554,9 @@ def test_going_on_gives_the_same_files(kind, processes, release, prompts, embedd
         monkeypatch.setattr(prepare, "RANK", rank)
         run(*command, "--out", out)
         if (rank, processes) == (1, 2):
-            assert set(contents(out)) == {name for i, name in enumerate(sorted(expected)) if i % 2} | set(made)
+            assert set(contents(out)) == {
+                name for i, name in enumerate(sorted(expected)) if i % 2
+            } | set(made)
     assert contents(out) == expected
     assert (out / made[0]).stat().st_mtime_ns == stamp  # not made again
 
@@ -459,7 +587,9 @@ def test_a_longer_list_goes_on_at_whole_shards(release, tmp_path):
     run(*command)
     assert before.items() < contents(tmp_path / "o").items()
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
-    with pytest.raises(ValueError, match="00002.safetensors is of another run: inputs, --per-shard; delete it"):
+    with pytest.raises(
+        ValueError, match="00002.safetensors is of another run: inputs, --per-shard; delete it"
+    ):
         run(*command)
     (tmp_path / "o" / "00002.safetensors").unlink()
     run(*command)
@@ -506,7 +636,11 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
 
     ode = ["trajectories", "--text", embeddings, *SMALL]
     for size, frames, given in (
-        ("30x64", 9, "size 30x64 is not HEIGHTxWIDTH in multiples of 32; nearest valid: 32 or 64 by 64 or 96"),
+        (
+            "30x64",
+            9,
+            "size 30x64 is not HEIGHTxWIDTH in multiples of 32; nearest valid: 32 or 64 by 64 or 96",
+        ),
         ("axb", 9, "size axb is not HEIGHTxWIDTH"),
         ("32x64", 8, "8 frames are not 4k . 1; nearest valid: 5 or 9"),
     ):
@@ -514,7 +648,13 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
         refused(given, "latents", "--videos", tmp_path, "--size", size, "--frames", frames)
     refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
     refused("--steps 0 must", *ode, "--steps", 0)
-    refused("3 latent frames do not divide into blocks of 2; nearest valid: 2 or 4", *ode, "--causal", "--block", 2)
+    refused(
+        "3 latent frames do not divide into blocks of 2; nearest valid: 2 or 4",
+        *ode,
+        "--causal",
+        "--block",
+        2,
+    )
     refused("--per-shard 0: must be above 0", *ode, "--per-shard", 0)
     refused("--batch -1: must be above 0", "text", "--prompts", prompts, "--batch", -1)
     refused("--repeats 0: must be above 0", *ode, "--repeats", 0)
@@ -522,7 +662,9 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("--shift 0.0: must be above 0", *ode, "--shift", 0)
     refused("nowhere is no folder", "trajectories", "--text", tmp_path / "nowhere")
     refused("cannot read .*nowhere", "text", "--prompts", tmp_path / "nowhere")
-    refused("nowhere.safetensors: no such file", *ode, "--weights", tmp_path / "nowhere.safetensors")
+    refused(
+        "nowhere.safetensors: no such file", *ode, "--weights", tmp_path / "nowhere.safetensors"
+    )
     refused("cannot read .*nowhere", "latents", "--videos", tmp_path / "nowhere", *SMALL)
     with pytest.raises(ValueError, match="spiece.model: no such file"):
         run("text", "--prompts", prompts, "--release", tmp_path, "--out", tmp_path / "out")
@@ -533,7 +675,16 @@ def test_errors_of_another_latent_space(release, embeddings, tmp_path):
     other.mkdir()
     write_dit(other, replace(DIT, in_dim=16, out_dim=16))
     with pytest.raises(ValueError, match="16 latent channels where 48 are needed"):
-        run("trajectories", "--release", other, "--text", embeddings, *SMALL, "--out", tmp_path / "out")
+        run(
+            "trajectories",
+            "--release",
+            other,
+            "--text",
+            embeddings,
+            *SMALL,
+            "--out",
+            tmp_path / "out",
+        )
 
 
 def test_errors_of_video_lists(release, tmp_path):
@@ -542,7 +693,16 @@ def test_errors_of_video_lists(release, tmp_path):
 
     def refused(match, videos):
         with pytest.raises(ValueError, match=match):
-            run("latents", "--release", release, "--videos", videos, *SMALL, "--out", tmp_path / "out")
+            run(
+                "latents",
+                "--release",
+                release,
+                "--videos",
+                videos,
+                *SMALL,
+                "--out",
+                tmp_path / "out",
+            )
         assert not (tmp_path / "out").exists()
 
     refused("clips names 0 videos", clips)
@@ -561,14 +721,38 @@ def test_errors_of_video_lists(release, tmp_path):
     listing.write_text('{"video": "clips/a.mp4", "caption": "x"}')
     for option in ("--clips", "--fps"):
         with pytest.raises(ValueError, match=rf"{option} 0(.0)?: must be above 0"):
-            run("latents", "--release", release, "--videos", listing, *SMALL, option, 0, "--out", tmp_path / "out")
-    listing.write_text('{"video": "clips/a.mp4", "caption": "x"}\n{"video": "clips/b.mp4", "caption": "x"}')
+            run(
+                "latents",
+                "--release",
+                release,
+                "--videos",
+                listing,
+                *SMALL,
+                option,
+                0,
+                "--out",
+                tmp_path / "out",
+            )
+    listing.write_text(
+        '{"video": "clips/a.mp4", "caption": "x"}\n{"video": "clips/b.mp4", "caption": "x"}'
+    )
     refused("names 2 videos, 1 of them missing: .*b.mp4", listing)
 
 
 def test_errors_of_a_folder_with_other_shards(release, embeddings, prompts, tmp_path):
     out = tmp_path / "out"
-    command = ["trajectories", "--release", release, "--text", embeddings, *SMALL, "--steps", "4", "--out", out]
+    command = [
+        "trajectories",
+        "--release",
+        release,
+        "--text",
+        embeddings,
+        *SMALL,
+        "--steps",
+        "4",
+        "--out",
+        out,
+    ]
     run(*command)
     before = contents(out)
     for change, match in {

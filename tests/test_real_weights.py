@@ -46,13 +46,18 @@ def release():
 def official(release):
     """import_module of upstream's modules, whose flash attention, which needs a GPU, is replaced by torch's."""
     folder = folder_named_by("WAN5B_OFFICIAL")
-    for name in ("wan", "wan.modules"):  # empty packages: the real ones import every pipeline and what those need
+    for name in (
+        "wan",
+        "wan.modules",
+    ):  # empty packages: the real ones import every pipeline and what those need
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")))]
 
     def attention(q, k, v, k_lens=None, window_size=(-1, -1)):
         assert k_lens is None or all(k_lens == k.shape[1]), "no padding here, so no mask"
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
+            1, 2
+        )
 
     importlib.import_module("wan.modules.model").flash_attention = attention
     yield importlib.import_module
@@ -70,7 +75,9 @@ def context(release):
 
 def natural_image(height=256, width=384):
     """Sky, hills, a sun and some texture, [1, 3, 1, H, W] in [-1, 1]: smooth areas, edges and detail, as in photos."""
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1.5, width), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.linspace(0, 1, height), torch.linspace(0, 1.5, width), indexing="ij"
+    )
     noise = torch.randn(1, 3, height // 4, width // 4, generator=torch.Generator().manual_seed(0))
     texture = F.interpolate(noise, (height, width), mode="bicubic")[0]
     sky = torch.stack([0.45 + 0.4 * y, 0.6 + 0.25 * y, 0.9 - 0.1 * y])
@@ -159,7 +166,10 @@ def test_vae_round_trip(release):
 def test_dit_beside_upstream(release, official, context):
     ours = load_dit(release)
     cfg = ours.cfg
-    sizes = {key: getattr(cfg, key) for key in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")}
+    sizes = {
+        key: getattr(cfg, key)
+        for key in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")
+    }
     sizes |= {
         "freq_dim": cfg.freq_dim,
         "text_dim": cfg.text_dim,
@@ -187,7 +197,9 @@ def test_vae_beside_upstream(release, official):
     theirs = official("wan.modules.vae2_2").WanVAE_(**sizes, **lists).eval()
     theirs.load_state_dict(ours.state_dict())
     scale = [torch.tensor(LATENT_MEAN), 1 / torch.tensor(LATENT_STD)]
-    video = natural_image(64, 96).expand(-1, -1, 9, -1, -1) * torch.linspace(1, 0.5, 9).view(1, 1, 9, 1, 1)
+    video = natural_image(64, 96).expand(-1, -1, 9, -1, -1) * torch.linspace(1, 0.5, 9).view(
+        1, 1, 9, 1, 1
+    )
     latent = theirs.encode(video, scale)
     errors = (
         relative_error(ours.encode(video), latent),
@@ -199,11 +211,26 @@ def test_vae_beside_upstream(release, official):
 
 @torch.no_grad()
 def test_text_encoder_beside_upstream(release, official, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # upstream asks for it when the module is imported
+    monkeypatch.setattr(
+        torch.cuda, "current_device", lambda: 0
+    )  # upstream asks for it when the module is imported
     ours = load_t5(release, dtype=torch.float32)
     cfg = ours.cfg
-    keys = ("vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers", "num_buckets", "shared_pos")
-    theirs = official("wan.modules.t5").T5Encoder(**{key: getattr(cfg, key) for key in keys}, dropout=0.0).eval()
+    keys = (
+        "vocab",
+        "dim",
+        "dim_attn",
+        "dim_ffn",
+        "num_heads",
+        "num_layers",
+        "num_buckets",
+        "shared_pos",
+    )
+    theirs = (
+        official("wan.modules.t5")
+        .T5Encoder(**{key: getattr(cfg, key) for key in keys}, dropout=0.0)
+        .eval()
+    )
     theirs.load_state_dict(ours.state_dict(), assign=True)
     ids, mask = Tokenizer(tokenizer_path(release))(PROMPTS)
     reference = theirs(ids, mask) * mask[..., None]  # upstream cuts the rows beyond the prompt off

@@ -67,7 +67,13 @@ def test_grad_changes_nothing_but_the_graph(model, exit_step, options):
         with torch.set_grad_enabled(grad):
             out = list(
                 rollout(
-                    recorder, video(7), text(), SIGMAS, [1, 3, 3], new_cache(model, 7, **options), exit_step=exit_step
+                    recorder,
+                    video(7),
+                    text(),
+                    SIGMAS,
+                    [1, 3, 3],
+                    new_cache(model, 7, **options),
+                    exit_step=exit_step,
                 )
             )
         results.append((torch.cat(out, 2), recorder.calls, state))
@@ -75,10 +81,12 @@ def test_grad_changes_nothing_but_the_graph(model, exit_step, options):
     last = 3 if exit_step is None else exit_step
     per_block = [*SIGMAS[: last + 1], 0.0]
     calls = results[1][1]
-    assert [(frames, sigma) for frames, sigma, *_ in calls] == [(n, s) for n in (1, 3, 3) for s in per_block][:-1] + [
-        (3, 0.0)
+    assert [(frames, sigma) for frames, sigma, *_ in calls] == [
+        (n, s) for n in (1, 3, 3) for s in per_block
+    ][:-1] + [(3, 0.0)]
+    assert [grad for _, _, grad, _ in calls] == [
+        i == last for _ in range(3) for i in range(last + 2)
     ]
-    assert [grad for _, _, grad, _ in calls] == [i == last for _ in range(3) for i in range(last + 2)]
     assert not any(x.requires_grad for *_, x in calls)
 
 
@@ -106,7 +114,10 @@ def test_first_frames_continue_a_video(model, given):
     def renoise_from(block):
         return lambda index, step, like: randn(*like.shape, seed=100 * (block + index) + step)
 
-    whole = torch.cat(list(rollout(model, noise, context, SIGMAS, [1, 3, 3, 3], cache, renoise=renoise_from(0))), 2)
+    whole = torch.cat(
+        list(rollout(model, noise, context, SIGMAS, [1, 3, 3, 3], cache, renoise=renoise_from(0))),
+        2,
+    )
     recorder, cache, done = Recorder(model), new_cache(model, 10), (given + 2) // 3
     rest = rollout(
         recorder,
@@ -136,7 +147,9 @@ def test_given_frames_are_taken_in_blocks(model, given, blocks):
 def test_many_step_sampling(model, solver):
     """Equals a loop over masked whole-sequence forwards: finished blocks as clean half, the current one integrated."""
     noise, context, sigmas, blocks = video(6), text(), sampling_sigmas(6), [1, 2, 3]
-    ours = torch.cat(list(rollout(model, noise, context, sigmas, blocks, new_cache(model, 6), solver=solver)), 2)
+    ours = torch.cat(
+        list(rollout(model, noise, context, sigmas, blocks, new_cache(model, 6), solver=solver)), 2
+    )
     done = torch.zeros_like(noise)
     for i, size in enumerate(blocks):
         start = sum(blocks[:i])
@@ -166,7 +179,10 @@ def test_guided_rollout_equals_two_branches_by_hand(model):
     caches = new_cache(model, 6), new_cache(model, 6)
     for x, block in zip(noise.split(3, dim=2), ours, strict=True):
         for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-            v, u = (model(x, sigma, c, cache=cache) for c, cache in zip((cond, uncond), caches, strict=True))
+            v, u = (
+                model(x, sigma, c, cache=cache)
+                for c, cache in zip((cond, uncond), caches, strict=True)
+            )
             x = x + (following - sigma) * (u + 5.0 * (v - u))
         assert rel(block, x) < 1e-5
         for c, cache in zip((cond, uncond), caches, strict=True):

@@ -107,16 +107,24 @@ def test_text_to_video(run, tmp_path):
     assert (meta["fps"], meta["duration"]) == (24, pytest.approx(33 / 24, abs=1e-3))
     record, settings = made.record, made.record["settings"]
     assert record["frames_written"] == 33
-    assert (record["size"], record["blocks"], record["sigmas"]) == ([*SIZE], [3, 3, 3], few_step_sigmas())
+    assert (record["size"], record["blocks"], record["sigmas"]) == (
+        [*SIZE],
+        [3, 3, 3],
+        few_step_sigmas(),
+    )
     assert settings.keys() == vars(sample.parse([])).keys()
     assert (settings["prompt"], settings["seed"], settings["frames"]) == (["a red ball"], [5], 33)
     assert settings["out"] == str(tmp_path / "a.mp4")
 
     again = sample.parse(["--settings", str(tmp_path / "a.json"), "--out", str(tmp_path / "v1.5")])
     sample.main(again)
-    assert torch.equal(read(tmp_path / "v1.5").latents, made.latents)  # and the dot in the name is no suffix
+    assert torch.equal(
+        read(tmp_path / "v1.5").latents, made.latents
+    )  # and the dot in the name is no suffix
     assert not torch.equal(run("--frames", 33, "--seed", 6, out="seed").latents, made.latents)
-    assert not torch.equal(run("--frames", 33, "--seed", 5, "--prompt", "a dog", out="prompt").latents, made.latents)
+    assert not torch.equal(
+        run("--frames", 33, "--seed", 5, "--prompt", "a dog", out="prompt").latents, made.latents
+    )
 
 
 def test_frames_are_the_latents_decoded_as_a_whole(run, vae):
@@ -142,9 +150,13 @@ def test_prompts_and_seeds(run, tmp_path, capsys):
     prompts = [clip.record["settings"]["prompt"] for clip in clips[::2]]
     assert prompts == [["a red ball"], ["a blue square"], ["雨中的街道"]]
     # No clip depends on its company: each can be repeated alone.
-    sample.main(sample.parse(["--settings", str(tmp_path / f"{names[5]}.json"), "--out", f"{tmp_path}/b"]))
+    sample.main(
+        sample.parse(["--settings", str(tmp_path / f"{names[5]}.json"), "--out", f"{tmp_path}/b"])
+    )
     assert torch.equal(read(tmp_path / "b").latents, clips[5].latents)
-    with pytest.raises(ValueError, match=f"{names[5]}.mp4 exists"):  # a repetition names the same file
+    with pytest.raises(
+        ValueError, match=f"{names[5]}.mp4 exists"
+    ):  # a repetition names the same file
         sample.main(sample.parse(["--settings", str(tmp_path / f"{names[5]}.json")]))
     with pytest.raises(ValueError, match="a-000-1.mp4 exists"):
         run(*options)
@@ -169,7 +181,9 @@ def test_low_memory_gives_the_same(run, mode, tmp_path, monkeypatch):
     save_picture(tmp_path / "a.gif")
     options = ("--mode", mode, "--steps", 2, "--frames", 25, "--image", tmp_path / "a.gif")
     add, given = media.VideoWriter.add, []
-    monkeypatch.setattr(media.VideoWriter, "add", lambda self, frames: given.append(frames) or add(self, frames))
+    monkeypatch.setattr(
+        media.VideoWriter, "add", lambda self, frames: given.append(frames) or add(self, frames)
+    )
     made, held = run(*options), run(*options, "--low-memory", out="held")
     assert torch.equal(made.latents, held.latents)
     streamed, late = torch.cat(given).chunk(2)
@@ -184,7 +198,9 @@ def test_order_of_memory(run, monkeypatch, low_memory):
 
     def kept(name, load):
         def call(*args, **kwargs):
-            alive.setdefault("seen", []).append((name, [k for k in ("t5", "dit") if k in alive and alive[k]()]))
+            alive.setdefault("seen", []).append(
+                (name, [k for k in ("t5", "dit") if k in alive and alive[k]()])
+            )
             made = load(*args, **kwargs)
             if isinstance(made, nn.Module):
                 alive[name] = weakref.ref(made)
@@ -206,7 +222,9 @@ def test_a_single_frame_and_a_sheet(run, tmp_path):
     run("--frames", 33, "--sheet", out="long")
     sheet = iio.imread(tmp_path / "long.png")
     assert sheet.shape == (4 * 32, 4 * 64, 3)
-    assert np.unique(sheet.reshape(4, 32, 4, 64, 3).mean((1, 3, 4))).size == 16  # 16 different frames
+    assert (
+        np.unique(sheet.reshape(4, 32, 4, 64, 3).mean((1, 3, 4))).size == 16
+    )  # 16 different frames
 
 
 # -------------------------------------------------------------------------------------------------- given frames
@@ -219,7 +237,9 @@ def test_image_to_video(run, tmp_path, vae):
         assert clip.record["blocks"] == [3]
         first = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
         assert torch.equal(clip.latents[:, :, :1], first)
-    assert rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-5  # the rest depends on the image
+    assert (
+        rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-5
+    )  # the rest depends on the image
 
 
 def test_size_follows_the_image(run, tmp_path, monkeypatch):
@@ -238,7 +258,9 @@ def test_size_follows_the_image(run, tmp_path, monkeypatch):
 
 def test_video_goes_on(run, tmp_path, vae):
     writer = media.VideoWriter(tmp_path / "given.mp4")
-    writer.add((torch.arange(12).view(12, 1, 1, 1) * torch.ones(12, 48, 80, 3) * 20).to(torch.uint8))
+    writer.add(
+        (torch.arange(12).view(12, 1, 1, 1) * torch.ones(12, 48, 80, 3) * 20).to(torch.uint8)
+    )
     writer.close()
     made = run("--video", tmp_path / "given.mp4", "--context", 5, "--frames", 17)
     assert made.record["blocks"] == [3]
@@ -263,7 +285,9 @@ def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
     assert text.latents.isfinite().all()
     image = save_picture(tmp_path / "a.png")
     made = run(*options, "--frames", 13, "--image", image, out="image")
-    assert torch.equal(made.latents[:, :, :1], vae.encode(media.fit(media.read_image(image), *SIZE)[None]))
+    assert torch.equal(
+        made.latents[:, :, :1], vae.encode(media.fit(media.read_image(image), *SIZE)[None])
+    )
     assert made.latents.isfinite().all()
     assert made.record["blocks"] == [3]
     other = run(*options, "--negative", "a dog", out="negative")
@@ -299,12 +323,25 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
 
     monkeypatch.setattr(WanDiT, "forward", spy)
     image = save_picture(tmp_path / "a.png")
-    run("--mode", "bidirectional", "--solver", "euler", "--steps", 3, "--frames", 13, "--image", image)
+    run(
+        "--mode",
+        "bidirectional",
+        "--solver",
+        "euler",
+        "--steps",
+        3,
+        "--frames",
+        13,
+        "--image",
+        image,
+    )
     clean = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
     assert len(seen) == 3
     for (x, level), sigma in zip(seen, sampling_sigmas(3), strict=False):
         assert torch.equal(x[:, :, :1], torch.cat([clean, clean]))
-        assert torch.equal(level, torch.tensor([0, sigma, sigma, sigma], dtype=torch.float64).expand(2, 4))
+        assert torch.equal(
+            level, torch.tensor([0, sigma, sigma, sigma], dtype=torch.float64).expand(2, 4)
+        )
 
 
 @pytest.mark.parametrize("given", [0, 1])
@@ -315,13 +352,21 @@ def test_a_batch_is_its_clips(mode, given):
     options = sample.parse(["--mode", mode, "--guidance", "2"])
     x, text = randn(2, 48, 3, 2, 4), randn(4, 24, 64, seed=1)
     clean, noise = (x[:, :, :given] if given else None), x[:, :, given:]
-    sigmas, blocks = (few_step_sigmas([1000]) if mode == "few" else sampling_sigmas(3)), [noise.shape[2]]
+    sigmas, blocks = (
+        (few_step_sigmas([1000]) if mode == "few" else sampling_sigmas(3)),
+        [noise.shape[2]],
+    )
 
     def clips(rows):
         context = text[rows if mode == "few" else rows + [row + 2 for row in rows]]
         start = None if clean is None else clean[rows]
         with torch.no_grad():
-            return torch.cat(list(sample.generate(options, model, noise[rows], context, sigmas, blocks, start, 0)), 2)
+            return torch.cat(
+                list(
+                    sample.generate(options, model, noise[rows], context, sigmas, blocks, start, 0)
+                ),
+                2,
+            )
 
     together = clips([0, 1])
     assert together.shape == x.shape
@@ -330,8 +375,21 @@ def test_a_batch_is_its_clips(mode, given):
 
 def test_metadata_of_an_export(run, release, tmp_path):
     weights = tmp_path / "export.safetensors"
-    save_dit(load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1})
-    args = ["--release", str(release), "--weights", str(weights), "--prompt", "a", "--size", "32x64", "--device", "cpu"]
+    save_dit(
+        load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1}
+    )
+    args = [
+        "--release",
+        str(release),
+        "--weights",
+        str(weights),
+        "--prompt",
+        "a",
+        "--size",
+        "32x64",
+        "--device",
+        "cpu",
+    ]
 
     def record(*options):
         sample.main(sample.parse([*args, "--overwrite", "--out", f"{tmp_path}/a.mp4", *options]))
@@ -344,7 +402,9 @@ def test_metadata_of_an_export(run, release, tmp_path):
     over = record("--frames", "17", "--block", "4", "--shift", "5")
     assert over["sigmas"] == few_step_sigmas([1000, 500], 5.0)
     assert over["blocks"] == [1, 4]
-    given = record("--frames", "13", "--block", "3", "--image", str(save_picture(tmp_path / "image.png")))
+    given = record(
+        "--frames", "13", "--block", "3", "--image", str(save_picture(tmp_path / "image.png"))
+    )
     assert given["blocks"] == [3]  # the image is the first block
 
 
@@ -360,7 +420,9 @@ def test_window_bounds_the_memory(run, monkeypatch):
         capacities = [None, 30, None, None]
 
     monkeypatch.setattr(sample, "KVCache", Spy)
-    monkeypatch.setattr(VAE22, "decode_chunk", lambda self, latent, state: torch.zeros(1, 3, 1, *SIZE))  # quicker
+    monkeypatch.setattr(
+        VAE22, "decode_chunk", lambda self, latent, state: torch.zeros(1, 3, 1, *SIZE)
+    )  # quicker
     long = ("--frames", 117)
     window = run(*long, "--window", 6, "--sink", 1)
     whole = run(*long, "--window", 6, "--sink", 1, out="b")
@@ -406,11 +468,18 @@ def test_ctrl_c_leaves_what_was_finished(run, tmp_path, monkeypatch, low_memory)
     stop_at(monkeypatch, 2, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run("--frames", 45, "--sheet", *["--low-memory"] * low_memory)
-    assert {file.name for file in tmp_path.glob("a*")} == {"a.mp4", "a.json", "a.png", "a.safetensors"}
+    assert {file.name for file in tmp_path.glob("a*")} == {
+        "a.mp4",
+        "a.json",
+        "a.png",
+        "a.safetensors",
+    }
     made = read(tmp_path / "a")
     assert made.frames.shape == (21, *SIZE, 3)
     assert made.record["frames_written"] == 21
-    assert torch.equal(made.latents, whole.latents[:, :, :6])  # what the frames show, and nothing more
+    assert torch.equal(
+        made.latents, whole.latents[:, :, :6]
+    )  # what the frames show, and nothing more
 
 
 def test_ctrl_c_before_the_first_frame_leaves_nothing(run, tmp_path, monkeypatch):
@@ -446,7 +515,9 @@ def test_failure_to_encode_is_raised(run, tmp_path, monkeypatch):
 def test_write_of_a_video_alone(tmp_path):
     """As train.py uses it."""
     _, vae = sample.random_networks("tiny", torch.device("cpu"), torch.float32)
-    sample.write(vae, iter([randn(1, 48, 3, 2, 4), randn(1, 48, 3, 2, 4, seed=1)]), tmp_path / "a.mp4")
+    sample.write(
+        vae, iter([randn(1, 48, 3, 2, 4), randn(1, 48, 3, 2, 4, seed=1)]), tmp_path / "a.mp4"
+    )
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
     assert iio.imread(tmp_path / "a.mp4", plugin="pyav").shape == (21, *SIZE, 3)
 
@@ -455,7 +526,9 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     """The signal itself, at whatever moment it comes."""
     options = "--random-weights --preset tiny --size 32x64 --frames 4001 --block 1 --window 3 --prompt a --device cpu"
     command = [sys.executable, SCRIPT, *options.split(), "--out", tmp_path / "a"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         bar = ""
         while not re.search(r" [1-9]\d*/4001", bar):  # frames have been written
             read = process.stderr.read(1)
@@ -511,7 +584,10 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--prompts {dir}/none.txt", "cannot read the prompts {dir}/none.txt"),
         ("--prompts {latin}", "cannot read the prompts {latin}"),
         ("--prompts {empty}", "{empty} holds no prompts"),
-        ("--settings {dir}/none.json", "{dir}/none.json is not a JSON that this sample.py wrote: FileNotFoundError"),
+        (
+            "--settings {dir}/none.json",
+            "{dir}/none.json is not a JSON that this sample.py wrote: FileNotFoundError",
+        ),
         ("--settings {text}", "{text} is not a JSON that this sample.py wrote"),
         ("--settings {other}", "{other} is not a JSON that this sample.py wrote"),
         ("--settings {older}", "{older} is not a JSON that this sample.py wrote: KeyError"),
@@ -569,7 +645,9 @@ def test_a_folder_as_output(run, tmp_path):
 def test_a_prompt_of_any_bytes_is_recorded(run, tmp_path):
     """As Python hands over what a terminal of another encoding sends; the record repeats it."""
     first = run("--frames", 9, "--prompt", "caf\udce9")
-    sample.main(sample.parse(["--settings", str(tmp_path / "a.json"), "--out", str(tmp_path / "b")]))
+    sample.main(
+        sample.parse(["--settings", str(tmp_path / "a.json"), "--out", str(tmp_path / "b")])
+    )
     assert read(tmp_path / "b").record["settings"]["prompt"] == ["caf\udce9"]
     assert torch.equal(read(tmp_path / "b").latents, first.latents)
 
@@ -624,7 +702,9 @@ def test_pieces_are_not_compiled_unless_asked_for(monkeypatch):
 
 def test_compiled_piece_gives_the_same(monkeypatch):
     calls, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: calls.append(args) or compile(*args, **kwargs))
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: calls.append(args) or compile(*args, **kwargs)
+    )
     piece = fuse.fused(lambda x, scale: torch.nn.functional.silu(x * scale) + x)
     x, scale = randn(64, 48), randn(48, seed=1)
     with compiling():
@@ -653,11 +733,19 @@ def test_fp8_rounding():
 def test_fp8_rounding_of_gelu():
     """Within the same steps of gelu(x), though its maximum is not looked for; rows far below 0 too."""
     x = 3 * randn(8, 64)
-    x[0], x[1], x[2, 0], x[3], x[4] = x[0] - 30, -0.7518, 1e4, 0, x[4] * 1e-3  # -0.7518: where gelu is lowest
+    x[0], x[1], x[2, 0], x[3], x[4] = (
+        x[0] - 30,
+        -0.7518,
+        1e4,
+        0,
+        x[4] * 1e-3,
+    )  # -0.7518: where gelu is lowest
     y = nn.functional.gelu(x, approximate="tanh")
     q, scale = fp8._quantize(x, gelu=True)
     assert q.float().isfinite().all()
-    assert ((q.float() * scale - y).abs() <= torch.maximum(y.abs() * 2**-4, scale * 2**-10) * 1.001).all()
+    assert (
+        (q.float() * scale - y).abs() <= torch.maximum(y.abs() * 2**-4, scale * 2**-10) * 1.001
+    ).all()
     assert (scale * 448 <= y.abs().amax(1, keepdim=True).clamp(min=0.1701) * 1.00001).all()
 
 
@@ -669,7 +757,11 @@ def test_fp8_replaces_the_linear_layers_of_the_blocks():
     kinds = [type(m) for m in model.blocks.modules()]
     assert nn.Linear not in kinds
     assert kinds.count(fp8.Fp8Linear) == 10 * len(model.blocks)
-    assert sum(isinstance(m, nn.Linear) for m in model.modules()) == before - 10 * len(model.blocks) == 6
+    assert (
+        sum(isinstance(m, nn.Linear) for m in model.modules())
+        == before - 10 * len(model.blocks)
+        == 6
+    )
     assert sum(p.nbytes for p in model.blocks.parameters()) < 0.3 * size
 
 

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "wan5b").glob("*.py"))
-SCRIPTS = [path for name in ("train.py", "sample.py", "prepare.py") if (path := ROOT / name).exists()]
+SCRIPTS = [
+    path for name in ("train.py", "sample.py", "prepare.py") if (path := ROOT / name).exists()
+]
 CORE = [*PACKAGE, *SCRIPTS]
 ORDER = [  # a module imports only from groups above its own
     {"fuse", "fp8"},
@@ -21,7 +23,17 @@ ORDER = [  # a module imports only from groups above its own
     {"stages"},
 ]
 # PIL and av come with imageio
-RUN_TIME = {"torch", "safetensors", "sentencepiece", "numpy", "imageio", "ftfy", "tqdm", "PIL", "av"}
+RUN_TIME = {
+    "torch",
+    "safetensors",
+    "sentencepiece",
+    "numpy",
+    "imageio",
+    "ftfy",
+    "tqdm",
+    "PIL",
+    "av",
+}
 OPTIONAL = {"matplotlib", "wandb", "tensorboard"}  # imported inside functions only
 STANDARD = sys.stdlib_module_names
 
@@ -42,9 +54,15 @@ def imports(node: ast.AST) -> set[str]:
 
 def code_lines(text: str) -> int:
     """Lines that hold code: no blank lines, comments or docstrings."""
-    docstrings, layout = set(), {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    docstrings, layout = (
+        set(),
+        {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT},
+    )
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     rows = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -56,15 +74,25 @@ def code_lines(text: str) -> int:
 def test_counting():
     text = '"""Doc.\n\nMore."""\n\nimport os  # why\n\n# comment\ndef f(a):\n    "doc"\n    return """x\ny"""\n'
     assert code_lines(text) == 4
-    assert imports(ast.parse("def f():\n    import a.b\n    from c import d")) == {"a.b", "c", "c.d"}
+    assert imports(ast.parse("def f():\n    import a.b\n    from c import d")) == {
+        "a.b",
+        "c",
+        "c.d",
+    }
 
 
 @core
 def test_import_order(path):
     rank = {name: i for i, group in enumerate(ORDER) for name in group}
     inside = path in PACKAGE and path.stem != "__init__"
-    assert not inside or path.stem in rank, f"{path.name} has no place in the order: give it one in ORDER"
-    found = {name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("wan5b.")}
+    assert not inside or path.stem in rank, (
+        f"{path.name} has no place in the order: give it one in ORDER"
+    )
+    found = {
+        name.split(".")[1]
+        for name in imports(ast.parse(path.read_text()))
+        if name.startswith("wan5b.")
+    }
     assert found <= rank.keys(), f"unknown modules {found - rank.keys()}"
     if path in PACKAGE:
         wrong = {name for name in found if rank[name] >= rank.get(path.stem, 0)}
@@ -79,15 +107,23 @@ def test_packages(path):
         {"wan5b"} if path in PACKAGE else {"wan5b", "plot", *(script.stem for script in SCRIPTS)}
     )  # no script in wan5b
     assert roots <= STANDARD | RUN_TIME | OPTIONAL | local
-    body = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
-    assert not OPTIONAL & {name.split(".")[0] for name in imports(body)}, "optional: import it where it is asked for"
+    body = ast.Module(
+        [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []
+    )
+    assert not OPTIONAL & {name.split(".")[0] for name in imports(body)}, (
+        "optional: import it where it is asked for"
+    )
 
 
 @core
 def test_torch_distributed_is_in_fsdp_only(path):
     tree = ast.parse(path.read_text())
     used = {name for name in imports(tree) if name.startswith("torch.distributed")}
-    used |= {f"torch.{n.attr}" for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "distributed"}
+    used |= {
+        f"torch.{n.attr}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and n.attr == "distributed"
+    }
     assert not used or path.name == "fsdp.py", f"{path.name} uses {used}"
 
 

@@ -31,14 +31,18 @@ def relative_error(x, reference):
 @pytest.fixture(scope="module")
 def golden():
     with safe_open(GOLDEN / "t5.safetensors", "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}, T5Config(**json.loads(f.metadata()["config"]))  # noqa: SIM118
+        return {key: f.get_tensor(key) for key in f.keys()}, T5Config(
+            **json.loads(f.metadata()["config"])
+        )  # noqa: SIM118
 
 
 @pytest.fixture(scope="module")
 def encoder(golden):
     tensors, cfg = golden
     model = T5Encoder(cfg)
-    model.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith("w.")})
+    model.load_state_dict(
+        {key[2:]: value for key, value in tensors.items() if key.startswith("w.")}
+    )
     return model.requires_grad_(False)
 
 
@@ -60,7 +64,9 @@ def test_hidden_matches_reference(golden, encoder):
 
 def test_buckets_match_reference(golden):
     tensors, cfg = golden
-    assert torch.equal(relative_buckets(tensors["in.relative_position"], cfg.num_buckets), tensors["out.bucket"])
+    assert torch.equal(
+        relative_buckets(tensors["in.relative_position"], cfg.num_buckets), tensors["out.bucket"]
+    )
 
 
 def test_buckets_of_known_distances():
@@ -149,7 +155,9 @@ def test_characters_that_become_spaces(tokenizer):
 
 def test_names_of_special_tokens_are_text(tokenizer):
     ids = tokenizer.encode("a</s> <pad> <unk>")
-    assert not {tokenizer.model.eos_id(), tokenizer.model.pad_id(), tokenizer.model.unk_id()} & set(ids)
+    assert not {tokenizer.model.eos_id(), tokenizer.model.pad_id(), tokenizer.model.unk_id()} & set(
+        ids
+    )
 
 
 def test_long_prompt_is_cut_before_the_end_token(tokenizer):
@@ -210,4 +218,6 @@ def test_hidden_on_the_gpu(golden, encoder, dtype, bar, monkeypatch):
     assert error < bar
     assert not hidden[mask == 0].any()
     distance = tensors["in.relative_position"]
-    assert torch.equal(relative_buckets(distance.cuda(), cfg.num_buckets).cpu(), tensors["out.bucket"])
+    assert torch.equal(
+        relative_buckets(distance.cuda(), cfg.num_buckets).cpu(), tensors["out.bucket"]
+    )

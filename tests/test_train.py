@@ -56,7 +56,9 @@ def make_data(folder: Path) -> Path:
     write_shard(folder / "text/00000.safetensors", texts, [*PROMPTS, "neg", ""], negative="neg")
     write_shard(folder / "latents/00000.safetensors", {"latent": randn(8, *SIZES)}, PROMPTS)
     sigmas = few_step_sigmas()
-    write_shard(folder / "ode/00000.safetensors", {"x": randn(8, 5, *SIZES)}, PROMPTS, sigmas=sigmas)
+    write_shard(
+        folder / "ode/00000.safetensors", {"x": randn(8, 5, *SIZES)}, PROMPTS, sigmas=sigmas
+    )
     for seed, name in enumerate(("generator", "teacher")):
         save_dit(WanDiT(DIT).init_weights(g.manual_seed(seed)), folder / f"{name}.safetensors", {})
     return folder
@@ -93,8 +95,23 @@ def values(data: Path, stage: str, out="unused", /, **changes) -> dict:
         given["trajectories"] = str(data / "ode")
     if stage in ("dmd", "sid"):
         given["teacher"] = str(data / "teacher.safetensors")
-    given |= {"negative": "neg", "frames": 6, "height": 4, "width": 4, "batch": 4, "micro_batch": 2, "steps": 4}
-    given |= {"save_every": 2, "lr": 1e-4, "critic_lr": 1e-4, "ema_start": 1, "ratio": 2, "device": "cpu"}
+    given |= {
+        "negative": "neg",
+        "frames": 6,
+        "height": 4,
+        "width": 4,
+        "batch": 4,
+        "micro_batch": 2,
+        "steps": 4,
+    }
+    given |= {
+        "save_every": 2,
+        "lr": 1e-4,
+        "critic_lr": 1e-4,
+        "ema_start": 1,
+        "ratio": 2,
+        "device": "cpu",
+    }
     return given | {"dtype": "float32", "keep": 9} | changes
 
 
@@ -154,7 +171,9 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     for stage, ema in (("dmd", 0.5), ("teacher", 0.0)):
         finish(config(data, stage, folder / stage, steps=2, ema=ema))
-        (folder / stage / "step-0000002/config.json").write_text(json.dumps(dataclasses.asdict(DIT)))
+        (folder / stage / "step-0000002/config.json").write_text(
+            json.dumps(dataclasses.asdict(DIT))
+        )
     return folder
 
 
@@ -165,7 +184,8 @@ def test_a_checkpoint_is_read_like_its_export(trained, stage):
     assert model.cfg == load_dit(export).cfg == DIT
     assert same(model.state_dict(), load_file(export))
     assert same(
-        load_dit(str(step), dtype=torch.bfloat16).state_dict(), load_dit(export, "cpu", torch.bfloat16).state_dict()
+        load_dit(str(step), dtype=torch.bfloat16).state_dict(),
+        load_dit(export, "cpu", torch.bfloat16).state_dict(),
     )
     assert read_metadata(step) == read_metadata(export)
     assert read_metadata(step)["levels"] == [1000, 750, 500, 250]
@@ -173,7 +193,9 @@ def test_a_checkpoint_is_read_like_its_export(trained, stage):
 
 def test_training_goes_on_from_a_checkpoint(data, trained, tmp_path):
     def stage(out, source, teacher):
-        return finish(config(data, "dmd", tmp_path / out, weights=str(source), teacher=str(teacher), steps=1))
+        return finish(
+            config(data, "dmd", tmp_path / out, weights=str(source), teacher=str(teacher), steps=1)
+        )
 
     export = stage("a", trained / "dmd/dmd.safetensors", trained / "teacher/teacher.safetensors")
     assert same(stage("b", trained / "dmd/step-0000002", trained / "teacher/step-0000002"), export)
@@ -182,7 +204,10 @@ def test_training_goes_on_from_a_checkpoint(data, trained, tmp_path):
 @pytest.mark.usefixtures("fake_group")
 def test_every_process_reads_a_checkpoint_by_itself(trained):
     """As the second of two, with collectives that do nothing."""
-    assert same(load_dit(trained / "dmd/step-0000002").state_dict(), load_file(trained / "dmd/dmd.safetensors"))
+    assert same(
+        load_dit(trained / "dmd/step-0000002").state_dict(),
+        load_file(trained / "dmd/dmd.safetensors"),
+    )
 
 
 @pytest.fixture
@@ -231,7 +256,9 @@ def test_accumulation_equals_a_larger_micro_batch(data, tmp_path, stage):
         assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "changes"), [("teacher", {}), ("ar", {}), ("ar", {"bell": False, "window": 3})])
+@pytest.mark.parametrize(
+    ("stage", "changes"), [("teacher", {}), ("ar", {}), ("ar", {"bell": False, "window": 3})]
+)
 def test_flow_loss_by_hand(data, stage, changes):
     """What the network sees is a clip at a level per block (or one for all), and how its answer is counted."""
     run, seen = make_run(data, stage, dropout=0.5, micro_batch=4, **changes), []
@@ -240,9 +267,14 @@ def test_flow_loss_by_hand(data, stage, changes):
     ((x, sigma, context), options, v) = seen[0]
     assert options.get("blocks") == ([3, 3] if stage == "ar" else None)
     assert options.get("window") == changes.get("window")
-    chosen = [[i for i in range(8) if torch.allclose(row, run.context([PROMPTS[i]])[0])] for row in context]
+    chosen = [
+        [i for i in range(8) if torch.allclose(row, run.context([PROMPTS[i]])[0])]
+        for row in context
+    ]
     _, items, _ = next(iter(run.micro_batches(0, "flow")))
-    assert all(found in ([], [item]) for found, item in zip(chosen, items, strict=True)), "a caption of another clip"
+    assert all(found in ([], [item]) for found, item in zip(chosen, items, strict=True)), (
+        "a caption of another clip"
+    )
     assert [] in chosen, "no text was dropped"
     x0 = run.clips(items)
     assert "clean" not in options or torch.equal(options["clean"], x0)
@@ -283,7 +315,9 @@ def test_ode_loss_by_hand(data, tmp_path, forcing, first):
             for frame in range(frames):
                 level = sigma[i, frame].item()
                 index = min(range(5), key=lambda k: abs(run.sigmas[k] - level))
-                assert frame < first or sigma[i, frame] == sigma[i, first + (frame - first) // 3 * 3]
+                assert (
+                    frame < first or sigma[i, frame] == sigma[i, first + (frame - first) // 3 * 3]
+                )
                 assert torch.equal(x[i, :, frame], path[index, :, frame])
                 if level > 0:
                     clean = x[i, :, frame] - level * v[i, :, frame]
@@ -298,7 +332,10 @@ def test_ode_draws_levels_that_teach(data, monkeypatch, forcing, lowest):
     run, drawn = make_run(data, "ode", forcing=forcing, micro_batch=4), []
 
     def spy(x, sigma, context, **options):
-        drawn.extend(min(range(5), key=lambda k: abs(run.sigmas[k] - level)) for level in sigma[:, ::3].flatten())
+        drawn.extend(
+            min(range(5), key=lambda k: abs(run.sigmas[k] - level))
+            for level in sigma[:, ::3].flatten()
+        )
         return torch.zeros_like(x, requires_grad=True)
 
     run.generator = type("Spy", (), {"cfg": DIT, "__call__": staticmethod(spy)})()
@@ -330,10 +367,15 @@ def test_counts_and_order(data, monkeypatch):
     monkeypatch.setattr(fsdp.AdamW, "step", step)
     for i in range(12):
         run.iteration(i)
-    assert calls == ["critic" if i else "generator" for i in [0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1]]
+    assert calls == [
+        "critic" if i else "generator" for i in [0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1]
+    ]
     assert (generator.steps, run.optimizers["critic"].steps) == (3, 12)
     assert all("ema" not in held for held in run.optimizers["critic"].held.values())
-    expected, moved = furthest(ema, average), furthest(ema, {name: generator.master(name) for name in ema})
+    expected, moved = (
+        furthest(ema, average),
+        furthest(ema, {name: generator.master(name) for name in ema}),
+    )
     assert expected < 1e-6 < moved
 
 
@@ -358,7 +400,9 @@ def test_exit_level_is_uniform_and_one_for_all(data, monkeypatch):
         counts = [sum(levels[phase, step] == level for step in range(300)) for level in range(4)]
         assert min(counts) > 75 - 4 * 7.5, counts  # four standard deviations
         assert sum(counts) == 300
-    assert any(levels["generator", step] != levels["critic", step] for step in range(9)), "each phase draws its own"
+    assert any(levels["generator", step] != levels["critic", step] for step in range(9)), (
+        "each phase draws its own"
+    )
 
 
 def a_rollout(run: stages.Run, step: int):
@@ -375,7 +419,10 @@ def rollout_with_grad(run: stages.Run, step: int) -> list[torch.Tensor]:
     blocks, given = [x.shape[2] for x in trace], run.cache.written - sum(x.shape[2] for x in trace)
     run.cache.reset()
     noise = draws(torch.randn, *run.shape(sum(blocks)))
-    common = {"exit_step": exit_step, "renoise": lambda b, s, like: draws(torch.randn, *like.shape[1:])}
+    common = {
+        "exit_step": exit_step,
+        "renoise": lambda b, s, like: draws(torch.randn, *like.shape[1:]),
+    }
     common["first"] = run.clips(items)[:, :, :given] if given else None
     made = rollout(run.generator, noise, context, run.sigmas, blocks, run.cache, **common)
     return [block for _, block in zip(blocks, made, strict=False)]
@@ -383,11 +430,15 @@ def rollout_with_grad(run: stages.Run, step: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("window", [0, 4])
-@pytest.mark.parametrize("changes", [{}, {"first": 1}, {"context": "data"}], ids=["text", "first", "data"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"first": 1}, {"context": "data"}], ids=["text", "first", "data"]
+)
 def test_replay_is_the_rollout_and_its_gradient(data, monkeypatch, checkpointing, window, changes):
     frames, seen = 9 + changes.get("first", 0), set()
     monkeypatch.setattr(stages.Run, "check", lambda *_: None)  # the stores are for 6 frames
-    run = make_run(data, "dmd", checkpointing=checkpointing, window=window, frames=frames, **changes)
+    run = make_run(
+        data, "dmd", checkpointing=checkpointing, window=window, frames=frames, **changes
+    )
     clips = torch.randn(8, 48, frames, 4, 4, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(run, "clips", lambda items: clips[items])
     optimizer = run.optimizers["generator"]
@@ -398,13 +449,18 @@ def test_replay_is_the_rollout_and_its_gradient(data, monkeypatch, checkpointing
             continue
         seen.add(case)
         w = torch.randn(x0.shape, generator=torch.Generator().manual_seed(step))
-        memory, frames = run.cache.memory[..., : run.cache.frames * 4, :, :].clone(), run.cache.frames
+        memory, frames = (
+            run.cache.memory[..., : run.cache.frames * 4, :, :].clone(),
+            run.cache.frames,
+        )
         replayed = stages.replay(run.generator, context, run.sigmas[exit_step], trace, run.cache)
         error = rel(replayed, x0)
         assert error < 1e-5
         replayed.backward(w)
         assert run.cache.frames == frames
-        assert torch.equal(run.cache.memory[..., : frames * 4, :, :], memory), "committed keys are read-only"
+        assert torch.equal(run.cache.memory[..., : frames * 4, :, :], memory), (
+            "committed keys are read-only"
+        )
         by_replay = dict(optimizer.grads)
         optimizer.grads.clear()
 
@@ -416,7 +472,9 @@ def test_replay_is_the_rollout_and_its_gradient(data, monkeypatch, checkpointing
         assert error < 1e-4
         optimizer.grads.clear()
     assert len({exit_step for exit_step, _ in seen}) >= 3
-    assert {given for _, given in seen} == {"first": {1}, "context": {0, 3, 6}}.get("".join(changes), {0})
+    assert {given for _, given in seen} == {"first": {1}, "context": {0, 3, 6}}.get(
+        "".join(changes), {0}
+    )
 
 
 def test_no_gradient_crosses_blocks(data):
@@ -430,7 +488,9 @@ def test_no_gradient_crosses_blocks(data):
 
 def test_only_exit_levels_carry_grad(data):
     run, seen = make_run(data, "dmd", checkpointing=False, micro_batch=4), []
-    run.generator.register_forward_pre_hook(lambda m, args: seen.append((torch.is_grad_enabled(), args[1])))
+    run.generator.register_forward_pre_hook(
+        lambda m, args: seen.append((torch.is_grad_enabled(), args[1]))
+    )
     run.generator_phase(0)
     exit_step = a_rollout(run, 0)[-1]
     assert [sigma for grad, sigma in seen if grad] == [run.sigmas[exit_step]]  # all blocks at once
@@ -443,7 +503,9 @@ def test_only_exit_levels_carry_grad(data):
 def test_gradient_by_hand(data, monkeypatch, stage):
     """What reaches the generator is d loss / d x0, chained through the exit levels of one rollout with grad."""
     run, caught = make_run(data, stage, micro_batch=4, guidance=2.0, checkpointing=False), {}
-    monkeypatch.setattr(run, "update", lambda who, step: caught.update(run.optimizers[who].grads) or torch.zeros(()))
+    monkeypatch.setattr(
+        run, "update", lambda who, step: caught.update(run.optimizers[who].grads) or torch.zeros(())
+    )
     run.generator_phase(1)
     run.optimizers["generator"].grads.clear()
 
@@ -458,7 +520,11 @@ def test_gradient_by_hand(data, monkeypatch, stage):
     def clean(model, text):
         return xs - sigma * model(xs, sigma[:, 0, 0, 0, 0], text)
 
-    fake, real, unconditional = clean(run.critic, context), clean(run.teacher, context), clean(run.teacher, negative)
+    fake, real, unconditional = (
+        clean(run.critic, context),
+        clean(run.teacher, context),
+        clean(run.teacher, negative),
+    )
     real = real + 2 * (real - unconditional)
     scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True).detach()
     if stage == "dmd":
@@ -519,7 +585,9 @@ def test_context(data, monkeypatch, context):
             patch.setattr(run, "clips", changed_clips)
             patch.setattr(stages.Draws, "__call__", changed_noise)
             rollouts = (a_rollout(run, step) for step in range(20))
-            x0 = next(x0 for _, _, x0, _, _ in rollouts if context == "self" or run.cache.written == 6)
+            x0 = next(
+                x0 for _, _, x0, _, _ in rollouts if context == "self" or run.cache.written == 6
+            )
         return x0[:, :, -3:]
 
     plain, by_clip, by_own = second_block(), second_block(clip=1.0), second_block(own=1.0)
@@ -527,7 +595,10 @@ def test_context(data, monkeypatch, context):
     assert torch.equal(plain, by_own) == (context == "data")
 
 
-FIRST = [(stage, {}) for stage in STAGES] + [("ar", {"forcing": "diffusion"}), ("ode", {"forcing": "diffusion"})]
+FIRST = [(stage, {}) for stage in STAGES] + [
+    ("ar", {"forcing": "diffusion"}),
+    ("ode", {"forcing": "diffusion"}),
+]
 FIRST += [("dmd", {"context": "data"})]
 
 
@@ -535,14 +606,17 @@ FIRST += [("dmd", {"context": "data"})]
 def test_a_first_frame_is_clean_and_outside_the_loss(data, monkeypatch, stage, changes):
     def metrics(disturb):
         with monkeypatch.context() as patch:
-            patch.setattr(stages.Run, "check", lambda self, model, scores: None)  # the stores are for 6 frames
+            patch.setattr(
+                stages.Run, "check", lambda self, model, scores: None
+            )  # the stores are for 6 frames
             run = make_run(data, stage, first=1, frames=7, **changes)
         g = torch.Generator().manual_seed(0)
         clips = torch.randn(8, 48, 7, 4, 4, generator=g)
         paths = torch.randn(8, 5, 48, 7, 4, 4, generator=g)
         paths[:, -1] = clips
         run.store = [
-            {"x": path} if stage == "ode" else {"latent": clip} for path, clip in zip(paths, clips, strict=True)
+            {"x": path} if stage == "ode" else {"latent": clip}
+            for path, clip in zip(paths, clips, strict=True)
         ]
         if stage == "ode":
             run.store = type("Stub", (list,), {"facts": {"sigmas": run.sigmas}})(run.store)
@@ -553,7 +627,9 @@ def test_a_first_frame_is_clean_and_outside_the_loss(data, monkeypatch, stage, c
             cache = options.get("cache")
             if cache is None or cache.frames == 0:
                 frame = x[:, :, 0]
-                assert all(any(torch.equal(row, clip[:, 0]) for clip in clips) for row in frame), "not a clip's frame"
+                assert all(any(torch.equal(row, clip[:, 0]) for clip in clips) for row in frame), (
+                    "not a clip's frame"
+                )
                 level = sigma if isinstance(sigma, torch.Tensor) else torch.tensor([[sigma]])
                 assert (level[:, 0] == 0).all()
                 if isinstance(clean := options.get("clean_sigma"), torch.Tensor):
@@ -581,13 +657,24 @@ def test_the_budget_s_parts_are_what_is_allocated(data, monkeypatch, stage, dtyp
     assert budget["weights"] == sum(p.nbytes for network in networks for p in network.parameters())
     held = [held for optimizer in run.optimizers.values() for held in optimizer.held.values()]
     for group in ("first", "second", "ema") + ("low",) * (dtype == "bfloat16"):
-        assert budget[f"optimizer: {group}"] == sum(groups[group].nbytes for groups in held if group in groups)
+        assert budget[f"optimizer: {group}"] == sum(
+            groups[group].nbytes for groups in held if group in groups
+        )
     assert sum(name.startswith("optimizer") for name in budget) == (4 if dtype == "bfloat16" else 3)
-    assert budget.get("KV cache", 0) == (run.cache.memory.nbytes + run.cache.text.nbytes if run.distilling else 0)
+    assert budget.get("KV cache", 0) == (
+        run.cache.memory.nbytes + run.cache.text.nbytes if run.distilling else 0
+    )
     states = [optimizer.state() for optimizer in run.optimizers.values()]
     parameters = {p.data_ptr() for network in networks for p in network.parameters()}
-    masters = [v for state in states for k, v in state.items() if k.startswith("master") and v.dtype == torch.float32]
-    assert budget["masters while saving"] == sum(v.nbytes for v in masters if v.data_ptr() not in parameters)
+    masters = [
+        v
+        for state in states
+        for k, v in state.items()
+        if k.startswith("master") and v.dtype == torch.float32
+    ]
+    assert budget["masters while saving"] == sum(
+        v.nbytes for v in masters if v.data_ptr() not in parameters
+    )
 
     monkeypatch.setattr(fsdp.AdamW, "step", lambda self, *_: torch.zeros(()))
     run.data_phase(0) if not run.distilling else run.critic_phase(0)
@@ -595,9 +682,15 @@ def test_the_budget_s_parts_are_what_is_allocated(data, monkeypatch, stage, dtyp
     assert budget["gradients"] == sum(grad.nbytes for grad in grads)
 
 
-def like_a_gpu(run: stages.Run, model: DiTConfig, offload: bool, **changes) -> dict[str, dict[str, float]]:
+def like_a_gpu(
+    run: stages.Run, model: DiTConfig, offload: bool, **changes
+) -> dict[str, dict[str, float]]:
     """The budget that this run would have on a GPU with other networks."""
-    run.cfg, run.device, run.offload = dataclasses.replace(run.cfg, **changes), torch.device("cuda"), offload
+    run.cfg, run.device, run.offload = (
+        dataclasses.replace(run.cfg, **changes),
+        torch.device("cuda"),
+        offload,
+    )
     run.dtype, run.layout = torch.bfloat16, stages.block_sizes(run.cfg.frames)
     run.budget = run.expected(model, model)
     return run.budget
@@ -608,7 +701,12 @@ SIZE_5B = {"frames": 21, "height": 44, "width": 80, "micro_batch": 1, "beta1": 0
 
 @pytest.mark.parametrize(
     ("stage", "offload", "device", "host"),
-    [("dmd", False, 125, 20 + 40), ("dmd", True, 65, 80 + 40), ("sid", True, 72, 120), ("ar", False, 76, 20 + 20)],
+    [
+        ("dmd", False, 125, 20 + 40),
+        ("dmd", True, 65, 80 + 40),
+        ("sid", True, 72, 120),
+        ("ar", False, 76, 20 + 20),
+    ],
 )
 def test_the_budget_of_the_5b(data, stage, offload, device, host):
     """In GB; a GPU holds 10 a network, 6 a weight of state, 4 of gradients, 7 of keys; the average is the host's."""
@@ -620,7 +718,12 @@ def test_the_budget_of_the_5b(data, stage, offload, device, host):
 
 @pytest.mark.parametrize(
     ("stage", "offload", "batch", "peak"),
-    [("dmd", False, 2, 118.5), ("dmd", False, 1, 114.1), ("ar", True, 1, 37.4), ("sid", False, 1, 114.7)],
+    [
+        ("dmd", False, 2, 118.5),
+        ("dmd", False, 1, 114.1),
+        ("ar", True, 1, 37.4),
+        ("sid", False, 1, 114.7),
+    ],
 )
 def test_the_budget_is_the_measured_peak(data, stage, offload, batch, peak):
     """In GiB, of an H200: with one micro-batch a phase, the gradients are whole only when the kept inputs are gone."""
@@ -648,7 +751,9 @@ def test_processes_share_what_is_sharded(data):
         for part in one[place].keys() - whole:
             assert eight[place][part] == pytest.approx(one[place][part] / 8)
     weights, activations = one["device"]["weights"] / 3, one["device"]["activations"]
-    assert max(weights, activations) <= eight["device"]["activations"] < weights + activations, "a rollout gathers all"
+    assert max(weights, activations) <= eight["device"]["activations"] < weights + activations, (
+        "a rollout gathers all"
+    )
 
 
 class FusedNorm(torch.autograd.Function):
@@ -697,7 +802,9 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
     held = sum(p.nbytes for model in models for p in model.parameters()) + cache.memory.nbytes
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - held
     keys = 63 * 880 if replayed else 0  # 3 + 6 + ... + 21 frames seen, 21 of them one's own
-    assert stages.activations(dit, 21 * 880, 2, checkpointing, graphs, keys=keys) == pytest.approx(peak, rel=0.1)
+    assert stages.activations(dit, 21 * 880, 2, checkpointing, graphs, keys=keys) == pytest.approx(
+        peak, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -705,13 +812,18 @@ def test_inputs_of_blocks_go_as_gradients_come(checkpointing):
     """So both are never there at once: when the last gradients come, one block's input is left. With real memory."""
     model, inputs, left = WanDiT(dataclasses.replace(DIT, num_layers=6)).init_weights(), [], []
     model.checkpointing = checkpointing
-    hooks = [b.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0]))) for b in model.blocks]
+    hooks = [
+        b.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0])))
+        for b in model.blocks
+    ]
     loss = model(torch.randn(1, *SIZES), 0.5, torch.randn(1, 8, 16)).square().mean()
     for hook in hooks:
         hook.remove()  # before blocks are run again
     for block in model.blocks:
         weight = block.ffn[0].weight
-        weight.register_post_accumulate_grad_hook(lambda _: left.append(sum(x() is not None for x in inputs)))
+        weight.register_post_accumulate_grad_hook(
+            lambda _: left.append(sum(x() is not None for x in inputs))
+        )
     assert [x() is not None for x in inputs] == [True] * 6
     loss.backward()
     assert left == [6, 5, 4, 3, 2, 1]
@@ -720,14 +832,24 @@ def test_inputs_of_blocks_go_as_gradients_come(checkpointing):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_a_run_that_does_not_fit_is_refused_before_it_loads(data, tmp_path, monkeypatch, command, micro_batch):
-    need = sum(make_run(data, "dmd", micro_batch=micro_batch, checkpointing=False).budget["device"].values())
+def test_a_run_that_does_not_fit_is_refused_before_it_loads(
+    data, tmp_path, monkeypatch, command, micro_batch
+):
+    need = sum(
+        make_run(data, "dmd", micro_batch=micro_batch, checkpointing=False)
+        .budget["device"]
+        .values()
+    )
     changes = {"micro_batch": micro_batch, "checkpointing": False}
     path = write_toml(tmp_path / "a.toml", values(data, "dmd", tmp_path / "out", **changes))
     monkeypatch.setattr(fsdp.World, "free", lambda self: {"device": need - 1, "host": 0})
     line = refused(command, path)
     assert f"{need / 2**30:.2f} GiB are needed on the device" in line
-    advice = ["checkpointing = true"] + ["a smaller micro_batch"] * (micro_batch > 1) + ["more processes"]
+    advice = (
+        ["checkpointing = true"]
+        + ["a smaller micro_batch"] * (micro_batch > 1)
+        + ["more processes"]
+    )
     assert line.endswith(f"what helps: {', '.join(advice)}")
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(fsdp.World, "free", lambda self: {"device": need, "host": 0})
@@ -738,16 +860,25 @@ def test_advice_on_a_gpu(data, capsys):
     run = make_run(data, "ar", micro_batch=1)
     capsys.readouterr()
     like_a_gpu(run, DIT, False)
-    with pytest.raises(ValueError, match=r"on the device, 0.00 are free; what helps: offload = true, more processes"):
+    with pytest.raises(
+        ValueError,
+        match=r"on the device, 0.00 are free; what helps: offload = true, more processes",
+    ):
         run.afford({"device": 0, "host": 1e9})
     like_a_gpu(run, DIT, True)
-    with pytest.raises(ValueError, match="on the device, 0.00 are free; what helps: more processes"):
+    with pytest.raises(
+        ValueError, match="on the device, 0.00 are free; what helps: more processes"
+    ):
         run.afford({"device": 0, "host": 1e9})
-    with pytest.raises(ValueError, match="on the host, 0.00 are free; what helps: .*offload = false"):
+    with pytest.raises(
+        ValueError, match="on the host, 0.00 are free; what helps: .*offload = false"
+    ):
         run.afford({"device": 1e9, "host": 0})
     run.afford({"device": 1e9, "host": 1e9})
     printed = capsys.readouterr().out
-    assert all(f"{part} " in printed for part in ("weights", "gradients", "activations", "in all", "free"))
+    assert all(
+        f"{part} " in printed for part in ("weights", "gradients", "activations", "in all", "free")
+    )
 
 
 def test_free_memory_is_the_machine_s(monkeypatch):
@@ -766,7 +897,11 @@ def test_free_memory_is_the_machine_s(monkeypatch):
 def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage, checkpointing):
     """Where attention is made of matrix products, whose backward does not make the scores again. What is outside of the
     blocks, and the text's keys, are 6 to 10% of so small a network; the counter finds it, `flop` leaves it out."""
-    dit, extra, inner = DiTConfig(128, 512, 2, 6, text_dim=16, text_len=8, freq_dim=16), [], stages.forward_flop
+    dit, extra, inner = (
+        DiTConfig(128, 512, 2, 6, text_dim=16, text_len=8, freq_dim=16),
+        [],
+        stages.forward_flop,
+    )
     save_dit(WanDiT(dit).init_weights(), tmp_path / "network.safetensors", {})
     network = str(tmp_path / "network.safetensors")
     run = make_run(data, stage, checkpointing=checkpointing, weights=network, teacher=network)
@@ -787,7 +922,9 @@ def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage,
 def test_curves_are_drawn_at_every_save(data, tmp_path, monkeypatch, capsys):
     drawn, inner = [], plot.curves
     monkeypatch.setattr(
-        train, "curves", lambda folders: drawn.append(len(read_metrics(tmp_path / "out"))) or inner(folders)
+        train,
+        "curves",
+        lambda folders: drawn.append(len(read_metrics(tmp_path / "out"))) or inner(folders),
     )
     finish(config(data, "ar", tmp_path / "out", steps=3))
     assert drawn == [2, 3]
@@ -871,7 +1008,11 @@ BAD = [
     ("ar", {"shift": 0.0}, "shift must be at least 1e-06 and below inf, got 0.0"),
     ("ar", {"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
     ("ar", {"ema": 1.5}, "ema must be at least 0 and below 1, got 1.5"),
-    ("ar", {"batch": 5}, "batch 5 is 5 a process, not a multiple of micro_batch 2; micro_batch=1 would do"),
+    (
+        "ar",
+        {"batch": 5},
+        "batch 5 is 5 a process, not a multiple of micro_batch 2; micro_batch=1 would do",
+    ),
     ("ar", {"frames": 7}, "nearest valid: 6 or 9"),
     ("ar", {"frames": 6, "first": 1}, "nearest valid: 4 or 7"),
     ("ar", {"height": 3}, "3x4"),
@@ -900,7 +1041,9 @@ BAD = [
 
 @pytest.mark.parametrize(("stage", "changes", "message"), BAD)
 def test_bad_configs(data, tmp_path, command, stage, changes, message):
-    line = refused(command, write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)))
+    line = refused(
+        command, write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes))
+    )
     assert message in line
     assert not (tmp_path / "out").exists()
 
@@ -920,13 +1063,23 @@ def test_bad_command_lines(data, tmp_path, command):
     assert "line 1" in refused(command, tmp_path / "bad.toml")
     (tmp_path / "latin.toml").write_bytes('stage = "é"\n'.encode("latin-1"))
     assert "utf-8" in refused(command, tmp_path / "latin.toml")
-    assert "stage ar needs out" in refused(command, write_toml(tmp_path / "few.toml", {"stage": "ar", "text": "x"}))
+    assert "stage ar needs out" in refused(
+        command, write_toml(tmp_path / "few.toml", {"stage": "ar", "text": "x"})
+    )
 
 
 def test_overrides(data, tmp_path):
     path = write_toml(tmp_path / "a.toml", values(data, "ar"))
-    cfg = train.parse([str(path), "lr=1", "stage=dmd", "levels=[1000, 500]", "negative=a = b", "bell=false"])
-    assert (cfg.lr, cfg.stage, cfg.levels, cfg.negative, cfg.bell) == (1.0, "dmd", (1000, 500), "a = b", False)
+    cfg = train.parse(
+        [str(path), "lr=1", "stage=dmd", "levels=[1000, 500]", "negative=a = b", "bell=false"]
+    )
+    assert (cfg.lr, cfg.stage, cfg.levels, cfg.negative, cfg.bell) == (
+        1.0,
+        "dmd",
+        (1000, 500),
+        "a = b",
+        False,
+    )
     assert type(cfg.lr) is float
 
 
@@ -937,7 +1090,10 @@ def save_network(path: Path, **changes) -> Path:
 
 def test_networks_and_data_that_do_not_fit(data, tmp_path, command):
     def line(stage, **changes):
-        return refused(command, write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)))
+        return refused(
+            command,
+            write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)),
+        )
 
     sixteen = save_network(tmp_path / "sixteen.safetensors", in_dim=16, out_dim=16)
     for stage in ("dmd", "sid"):
@@ -946,7 +1102,9 @@ def test_networks_and_data_that_do_not_fit(data, tmp_path, command):
         assert "mix" in text
     assert "this run needs latent (16, 6, 4, 4)" in line("ar", weights=str(sixteen))
     wide = save_network(tmp_path / "wide.safetensors", text_dim=24)
-    assert "embeddings of width 16 and up to 5 tokens, the network takes (24, 8)" in line("ar", weights=str(wide))
+    assert "embeddings of width 16 and up to 5 tokens, the network takes (24, 8)" in line(
+        "ar", weights=str(wide)
+    )
     assert "different texts" in line("dmd", teacher=str(wide))
     short = save_network(tmp_path / "short.safetensors", text_len=4)
     assert "up to 5 tokens, the network takes (16, 4)" in line("ode", weights=str(short))
@@ -954,7 +1112,9 @@ def test_networks_and_data_that_do_not_fit(data, tmp_path, command):
     assert "nothing to train on" in line("ar", latents=str(tmp_path / "empty"))
     assert "this run needs x" in line("ode", trajectories=str(data / "latents"))
     assert "no text embeddings" in line("ar", text=str(data / "latents"))
-    write_shard(tmp_path / "other/0.safetensors", {"latent": torch.zeros(1, *SIZES)}, ["unheard of"])
+    write_shard(
+        tmp_path / "other/0.safetensors", {"latent": torch.zeros(1, *SIZES)}, ["unheard of"]
+    )
     assert "prepare.py text" in line("ar", latents=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="unheard of"):
         make_run(data, "ar", sample_prompts=("unheard of",))
@@ -964,13 +1124,17 @@ def test_networks_of_another_stage(data, trained, tmp_path, command):
     """Of a checkpoint or of an export; a release, or a file without a record, may start any stage."""
 
     def line(stage, **changes):
-        return refused(command, write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)))
+        return refused(
+            command,
+            write_toml(tmp_path / "a.toml", values(data, stage, tmp_path / "out", **changes)),
+        )
 
     teacher, causal = trained / "teacher/step-0000002", trained / "dmd/dmd.safetensors"
     for stage in ("dmd", "sid"):
         assert f"{teacher} is of stage teacher; {stage} takes" in line(stage, weights=str(teacher))
-        assert f"{causal} is of stage dmd; {stage} takes a release there, or one of ('teacher',)" in line(
-            stage, teacher=str(causal)
+        assert (
+            f"{causal} is of stage dmd; {stage} takes a release there, or one of ('teacher',)"
+            in line(stage, teacher=str(causal))
         )
     for stage in ("teacher", "ar", "ode"):
         assert f"{causal} is of stage dmd; {stage} takes" in line(stage, weights=str(causal))
@@ -981,7 +1145,12 @@ def test_networks_of_another_stage(data, trained, tmp_path, command):
 def test_no_negative_prompt_is_trained_on(data, tmp_path):
     """Neither the config's nor the one that the embeddings were made with."""
     rows, lengths = torch.randn(6, 16, dtype=torch.bfloat16), torch.tensor([2, 1, 1, 2])
-    write_shard(tmp_path / "0.safetensors", {"rows": rows, "lengths": lengths}, ["old", "", "a", "neg"], negative="old")
+    write_shard(
+        tmp_path / "0.safetensors",
+        {"rows": rows, "lengths": lengths},
+        ["old", "", "a", "neg"],
+        negative="old",
+    )
     assert make_run(data, "dmd", text=str(tmp_path), negative="neg").prompts == ["a"]
 
 
@@ -1000,7 +1169,10 @@ def checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
     import torch.distributed.checkpoint as dcp
 
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+    }
     dcp.load(state, checkpoint_id=path, no_dist=True)
     return state
 
@@ -1034,7 +1206,10 @@ train.main(train.parse(sys.argv[1:]), fsdp.World("cpu"))
 
 def test_killed_in_a_save_and_resumed_in_a_new_process(data, tmp_path):
     """4 iterations at once equal 2, a save, kill -9 in the next save, and a new process: bit for bit."""
-    path, out = write_toml(tmp_path / "a.toml", values(data, "dmd", tmp_path / "out")), tmp_path / "out"
+    path, out = (
+        write_toml(tmp_path / "a.toml", values(data, "dmd", tmp_path / "out")),
+        tmp_path / "out",
+    )
     killed = python(KILLED_IN_A_SAVE, path)
     straight = finish(config(data, "dmd", tmp_path / "straight"))
     killed.communicate(timeout=100)
@@ -1056,7 +1231,9 @@ def test_killed_in_a_save_and_resumed_in_a_new_process(data, tmp_path):
 
 def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
     out = tmp_path / "out"
-    path = write_toml(tmp_path / "a.toml", values(data, "ar", out, steps=100000, save_every=100000, decay=False))
+    path = write_toml(
+        tmp_path / "a.toml", values(data, "ar", out, steps=100000, save_every=100000, decay=False)
+    )
     running = python("", ROOT / "train.py", path)
     deadline = time.time() + 100
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
@@ -1073,7 +1250,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
     assert [row["step"] for row in read_metrics(out)] == list(range(done + 2))
 
 
-@pytest.mark.parametrize(("step", "phase", "saved"), [(0, "generator", 0), (0, "critic", 1), (1, "critic", 1)])
+@pytest.mark.parametrize(
+    ("step", "phase", "saved"), [(0, "generator", 0), (0, "critic", 1), (1, "critic", 1)]
+)
 def test_sigterm_within_an_iteration(data, tmp_path, monkeypatch, capfd, step, phase, saved):
     """It ends after the micro-batch at work, if no network has moved; the step begins anew, and all comes out alike."""
     cfg = config(data, "dmd", tmp_path / "out", micro_batch=1, save_every=3)
@@ -1087,7 +1266,9 @@ def test_sigterm_within_an_iteration(data, tmp_path, monkeypatch, capfd, step, p
     monkeypatch.setattr(stages.Run, "generate", interrupted)
     train.main(cfg, world)
     assert f"stopped by SIGTERM in step {saved}" in capfd.readouterr().out
-    assert calls.count((step, phase)) == (4 if (step, phase) == (0, "critic") else 1)  # after the generator's step
+    assert calls.count((step, phase)) == (
+        4 if (step, phase) == (0, "critic") else 1
+    )  # after the generator's step
     assert names(tmp_path / "out") == ["step-0000001"] * saved
     assert len(read_metrics(tmp_path / "out")) == saved
     monkeypatch.undo()
@@ -1105,7 +1286,9 @@ def test_resume_from_an_earlier_checkpoint(data, tmp_path, dtype):
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     record = json.loads((out / "config.json").read_text())
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     assert record["commit"] == head
     assert record["processes"] == 1
     assert train.Config(**record["config"] | {"levels": cfg.levels, "sample_prompts": ()}) == cfg
@@ -1129,10 +1312,20 @@ def test_a_changed_config_does_not_resume(data, tmp_path, command, capsys):
     finish(config(data, "ar", out, steps=2))
     capsys.readouterr()
     (out / "ar.safetensors").unlink()
-    changes = {"lr": 3e-4, "seed": 1, "keep": 1, "steps": 9, "sample_every": 7, "micro_batch": 1, "offload": True}
+    changes = {
+        "lr": 3e-4,
+        "seed": 1,
+        "keep": 1,
+        "steps": 9,
+        "sample_every": 7,
+        "micro_batch": 1,
+        "offload": True,
+    }
     line = refused(command, write_toml(tmp_path / "a.toml", values(data, "ar", out, **changes)))
     assert "step-0000002 was made with another lr, seed; choose another out" in line
-    assert "another stage" in refused(command, write_toml(tmp_path / "a.toml", values(data, "dmd", out)))
+    assert "another stage" in refused(
+        command, write_toml(tmp_path / "a.toml", values(data, "dmd", out))
+    )
     longer = write_toml(tmp_path / "a.toml", values(data, "ar", out, decay=True, steps=9))
     assert "with another steps, decay; choose" in refused(command, longer)
 
@@ -1178,19 +1371,25 @@ def test_nan_stops_the_run(data, tmp_path, monkeypatch, stage):
         return inner(self, step)
 
     monkeypatch.setattr(stages.Run, "iteration", iteration)
-    with pytest.raises(FloatingPointError, match=r"step 3, rank 0: not finite here: .*loss.*step-0000002"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 3, rank 0: not finite here: .*loss.*step-0000002"
+    ):
         train.main(config(data, stage, tmp_path), fsdp.World("cpu"))
     assert names(tmp_path) == ["step-0000002"]
     assert len(read_metrics(tmp_path)) == 3
     assert not (tmp_path / f"{stage}.safetensors").exists()
-    assert all(value.isfinite().all() for value in checkpoint_state(tmp_path / "step-0000002").values())
+    assert all(
+        value.isfinite().all() for value in checkpoint_state(tmp_path / "step-0000002").values()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- sample videos
 
 
 SLOWLY = [("teacher", 1), ("ar", 0), ("ar", 1), ("ode", 1), ("dmd", 0)]
-SAMPLED = [("teacher", 0), ("dmd", 1)] + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOWLY]
+SAMPLED = [("teacher", 0), ("dmd", 1)] + [
+    pytest.param(*case, marks=pytest.mark.slow) for case in SLOWLY
+]
 
 
 @pytest.mark.parametrize(("stage", "first"), SAMPLED)
@@ -1198,9 +1397,15 @@ def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, first)
     import imageio.v3 as iio
 
     torch.save(random_weights(VAE22(VAE), 1).state_dict(), tmp_path / "Wan2.2_VAE.pth")
-    monkeypatch.setattr(train, "sampling_sigmas", lambda n, shift: [1.0, 0.9, 0.0])  # quicker than 24
+    monkeypatch.setattr(
+        train, "sampling_sigmas", lambda n, shift: [1.0, 0.9, 0.0]
+    )  # quicker than 24
     changes = {"steps": 3, "batch": 2, "height": 2, "width": 2, "ratio": 1}
-    write_shard(tmp_path / "clips/0.safetensors", {"latent": torch.randn(2, 48, 3 + first, 2, 2)}, PROMPTS[:2])
+    write_shard(
+        tmp_path / "clips/0.safetensors",
+        {"latent": torch.randn(2, 48, 3 + first, 2, 2)},
+        PROMPTS[:2],
+    )
     paths = torch.randn(2, 5, 48, 3 + first, 2, 2)
     write_shard(tmp_path / "ode/0.safetensors", {"x": paths}, PROMPTS[:2], sigmas=few_step_sigmas())
     changes |= {"latents": str(tmp_path / "clips"), "trajectories": str(tmp_path / "ode")}
@@ -1232,9 +1437,13 @@ def test_compiled_rollouts_train_alike(data, tmp_path, stage):
     assert distance < 1e-2
 
 
-def run_in_bfloat16(data: Path, out: Path, stage: str, device: str, **changes) -> dict[str, torch.Tensor]:
+def run_in_bfloat16(
+    data: Path, out: Path, stage: str, device: str, **changes
+) -> dict[str, torch.Tensor]:
     """Four steps, or what is left of them; the average's float32 in the last checkpoint."""
-    train.main(config(data, stage, out, device=device, dtype="bfloat16", **changes), fsdp.World(device))
+    train.main(
+        config(data, stage, out, device=device, dtype="bfloat16", **changes), fsdp.World(device)
+    )
     return fsdp.read_weights(out / "step-0000004")
 
 
@@ -1249,5 +1458,7 @@ def test_runs_in_bfloat16(data, tmp_path, stage, device):
     assert apart(hosted, plain) < 0.5
     (tmp_path / "hosted" / f"{stage}.safetensors").unlink()
     shutil.rmtree(tmp_path / "hosted/step-0000004")
-    assert apart(run_in_bfloat16(data, tmp_path / "hosted", stage, device, offload=True), plain) < 0.5
+    assert (
+        apart(run_in_bfloat16(data, tmp_path / "hosted", stage, device, offload=True), plain) < 0.5
+    )
     assert [row["step"] for row in read_metrics(tmp_path / "hosted")] == [0, 1, 2, 3]

@@ -31,7 +31,9 @@ def released(golden):
     """The golden's narrow VAE with its weights."""
     config, tensors = golden
     vae = VAE22(VAEConfig(**config))
-    vae.load_state_dict({key[2:]: t for key, t in tensors.items() if key.startswith("w.")}, strict=True)
+    vae.load_state_dict(
+        {key[2:]: t for key, t in tensors.items() if key.startswith("w.")}, strict=True
+    )
     return vae
 
 
@@ -48,7 +50,9 @@ def vae():
 
 def decode_in(vae, latent, sizes):
     state = vae.stream()
-    return torch.cat([vae.decode_chunk(chunk, state) for chunk in latent.split(sizes, dim=2)], dim=2)
+    return torch.cat(
+        [vae.decode_chunk(chunk, state) for chunk in latent.split(sizes, dim=2)], dim=2
+    )
 
 
 def golden_errors(vae, tensors):
@@ -125,11 +129,18 @@ def test_encode_chunkings(vae, monkeypatch, frames):
 def test_the_widest_layers_take_few_frames(vae):
     """What bounds the memory of decoding: the last two stages get FRAMES at most; those before, whole chunks."""
     seen, stages = [], list(vae.decoder["upsamples"])[-3:]
-    hooks = [m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].shape[1]))) for m in stages]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].shape[1])))
+        for m in stages
+    ]
     vae.decode(torch.randn(1, 48, 6, 2, 2, generator=torch.Generator().manual_seed(6)))
     for hook in hooks:
         hook.remove()
-    assert [[n for m, n in seen if m is stage] for stage in stages] == [[5, 6], [6, 3, 6, 6], [6, 3, 6, 6]]
+    assert [[n for m, n in seen if m is stage] for stage in stages] == [
+        [5, 6],
+        [6, 3, 6, 6],
+        [6, 3, 6, 6],
+    ]
 
 
 def test_streams_are_independent(vae):
@@ -159,7 +170,10 @@ def test_state_is_bounded(vae):
 
 def test_causality(vae):
     g = torch.Generator().manual_seed(4)
-    video, latent = torch.rand(1, 3, 13, 32, 32, generator=g) * 2 - 1, torch.randn(1, 48, 4, 2, 2, generator=g)
+    video, latent = (
+        torch.rand(1, 3, 13, 32, 32, generator=g) * 2 - 1,
+        torch.randn(1, 48, 4, 2, 2, generator=g),
+    )
     changed_video, changed_latent = video.clone(), latent.clone()
     changed_video[:, :, 6:] *= -1  # pixel frames 5 to 8 make latent frame 2
     changed_latent[:, :, 2:] *= -1
@@ -174,7 +188,10 @@ def test_causality(vae):
 def test_batch(vae):
     """A batch of two is two singles."""
     g = torch.Generator().manual_seed(5)
-    video, latent = torch.rand(2, 3, 9, 32, 32, generator=g) * 2 - 1, torch.randn(2, 48, 3, 2, 2, generator=g)
+    video, latent = (
+        torch.rand(2, 3, 9, 32, 32, generator=g) * 2 - 1,
+        torch.randn(2, 48, 3, 2, 2, generator=g),
+    )
     assert rel(vae.encode(video), torch.cat([vae.encode(v[None]) for v in video])) < 1e-6
     assert rel(vae.decode(latent), torch.cat([vae.decode(z[None]) for z in latent])) < 1e-12
 
@@ -214,16 +231,27 @@ def test_user_errors(vae):
 def codec():
     """A linear codec of a random basis and the dual that gives the nearest video, in float64."""
     codec = LinearCodec(VAEConfig())
-    basis = torch.randn(16, 4 * 16 * 16, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    codec.load_state_dict({"basis": basis.view(16, 1, 4, 16, 16), "dual": basis.pinverse().T.view(16, 1, 4, 16, 16)})
+    basis = torch.randn(
+        16, 4 * 16 * 16, generator=torch.Generator().manual_seed(6), dtype=torch.float64
+    )
+    codec.load_state_dict(
+        {"basis": basis.view(16, 1, 4, 16, 16), "dual": basis.pinverse().T.view(16, 1, 4, 16, 16)}
+    )
     return codec.double()
 
 
 def test_linear_codec(codec):
     """Patch by patch, as a matrix product; the first frame stands for a patch of its repetitions."""
     g = torch.Generator().manual_seed(7)
-    video, latent = torch.rand(2, 3, 9, 32, 48, generator=g) * 2 - 1, torch.randn(2, 48, 3, 2, 3, generator=g)
-    patches = torch.cat([video[:, :, :1].repeat(1, 1, 3, 1, 1), video], 2).view(2, 3, 3, 4, 2, 16, 3, 16).double()
+    video, latent = (
+        torch.rand(2, 3, 9, 32, 48, generator=g) * 2 - 1,
+        torch.randn(2, 48, 3, 2, 3, generator=g),
+    )
+    patches = (
+        torch.cat([video[:, :, :1].repeat(1, 1, 3, 1, 1), video], 2)
+        .view(2, 3, 3, 4, 2, 16, 3, 16)
+        .double()
+    )
     z = torch.einsum("bcnthywx,ktyx->bcknhw", patches, codec.basis[:, 0]).flatten(1, 2)
     assert rel(codec.encode(video), z) < 1e-6
     assert rel(codec.encode(video[:, :, :1]), z[:, :, :1]) < 1e-6

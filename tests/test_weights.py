@@ -33,7 +33,13 @@ SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
 FIRST_SHARD = "diffusion_pytorch_model-00001-of-00003.safetensors"
 SINGLE = "diffusion_pytorch_model.safetensors"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
-METADATA = {"levels": [1.0, 0.9375, 0.0], "shift": 5.0, "blocks": [1, 3, 3], "stage": "dmd", "step": 600}
+METADATA = {
+    "levels": [1.0, 0.9375, 0.0],
+    "shift": 5.0,
+    "blocks": [1, 3, 3],
+    "stage": "dmd",
+    "step": 600,
+}
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +116,9 @@ def test_parts_given_directly(shared_release, tmp_path):
     state = torch.load(shared_release / "Wan2.2_VAE.pth", weights_only=True)
     save_file(state, tmp_path / "v.safetensors")
     assert_holds(load_vae(tmp_path / "v.safetensors"), state)
-    assert_holds(load_vae(shared_release / "Wan2.2_VAE.pth", dtype=torch.bfloat16), state, torch.bfloat16)
+    assert_holds(
+        load_vae(shared_release / "Wan2.2_VAE.pth", dtype=torch.bfloat16), state, torch.bfloat16
+    )
     t5 = load_t5(shared_release / "models_t5_umt5-xxl-enc-bf16.pth", "cpu", torch.float32)
     assert_holds(t5, t5.state_dict())
 
@@ -125,12 +133,21 @@ def test_single_file_index_and_string_paths(tmp_path, weights):
 
 
 def test_config_keys_may_be_missing_or_too_many(release, weights):
-    edit_json(release / "config.json", _extra=[1], window_size=[-1, -1], text_len=None, dim=None, num_layers=None)
+    edit_json(
+        release / "config.json",
+        _extra=[1],
+        window_size=[-1, -1],
+        text_len=None,
+        dim=None,
+        num_layers=None,
+    )
     model = load_dit(release)
     assert model.cfg == DIT
     assert_holds(model, weights)
     (release / "config.json").unlink()
-    assert load_dit(release).cfg == replace(DIT, num_heads=1)  # 128 channels a head, as in all released models
+    assert load_dit(release).cfg == replace(
+        DIT, num_heads=1
+    )  # 128 channels a head, as in all released models
 
 
 def test_config_names_what_shapes_do_not_tell(release):
@@ -148,7 +165,11 @@ def test_presets_are_recognised_by_their_shapes(name):
 
 def test_other_parts_are_recognised_by_their_shapes():
     with torch.device("meta"):
-        assert sizes(VAE22(VAEConfig()).state_dict(), VAE_AXES) == {"z_dim": 48, "dim": 160, "dec_dim": 256}
+        assert sizes(VAE22(VAEConfig()).state_dict(), VAE_AXES) == {
+            "z_dim": 48,
+            "dim": 160,
+            "dec_dim": 256,
+        }
         assert T5Config(**sizes(T5Encoder(T5Config()).state_dict(), T5_AXES)) == T5Config()
 
 
@@ -159,16 +180,23 @@ def test_linear_codec_in_the_place_of_the_vae(tmp_path):
     assert isinstance(codec, LinearCodec)
     assert (codec.cfg.z_dim, codec.cfg.strides) == (48, (4, 16, 16))
     assert_holds(codec, state)
-    assert_holds(load_vae(tmp_path / "codec_VAE.safetensors", "cpu", torch.bfloat16), state, torch.bfloat16)
+    assert_holds(
+        load_vae(tmp_path / "codec_VAE.safetensors", "cpu", torch.bfloat16), state, torch.bfloat16
+    )
     save_file({"basis": state["basis"]}, tmp_path / "codec_VAE.safetensors")
     reject(load_vae, tmp_path, "1 missing (dual)")
-    save_file({key: value[:8].clone() for key, value in state.items()}, tmp_path / "codec_VAE.safetensors")
+    save_file(
+        {key: value[:8].clone() for key, value in state.items()}, tmp_path / "codec_VAE.safetensors"
+    )
     reject(load_vae, tmp_path, "2 misshapen (basis [8, 1, 4, 16, 16], not [16, 1, 4, 16, 16]")
 
 
 def test_index_decides_which_shard_a_key_comes_from(release, weights):
     key = "head.head.bias"
-    edit_shard(release / FIRST_SHARD, lambda tensors: tensors.update({key: torch.full_like(weights[key], 7.0)}))
+    edit_shard(
+        release / FIRST_SHARD,
+        lambda tensors: tensors.update({key: torch.full_like(weights[key], 7.0)}),
+    )
     assert_holds(load_dit(release), weights)
     index = json.loads((release / INDEX).read_text())
     edit_json(release / INDEX, weight_map=index["weight_map"] | {key: FIRST_SHARD})
@@ -176,11 +204,22 @@ def test_index_decides_which_shard_a_key_comes_from(release, weights):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "model.", "module.model.", "model._fsdp_wrapped_module.", "_orig_mod.", "model.diffusion_model."]
+    "prefix",
+    [
+        "",
+        "model.",
+        "module.model.",
+        "model._fsdp_wrapped_module.",
+        "_orig_mod.",
+        "model.diffusion_model.",
+    ],
 )
 def test_training_checkpoint(tmp_path, weights, prefix):
     def wrapped(scale):
-        keys = {key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn.") for key in weights}
+        keys = {
+            key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn.")
+            for key in weights
+        }
         return {prefix + keys[key]: value * scale for key, value in weights.items()}
 
     (tmp_path / "config.json").write_text(json.dumps(asdict(DIT)))
@@ -201,7 +240,9 @@ def test_model_survives_its_files(release, weights):
     model = load_dit(release)
     for path in release.iterdir():
         with path.open("r+b") as f:
-            f.write(b"\0" * path.stat().st_size)  # a parameter that still maps a file would change here
+            f.write(
+                b"\0" * path.stat().st_size
+            )  # a parameter that still maps a file would change here
     assert_holds(model, weights)
 
 
@@ -281,7 +322,10 @@ def test_missing_unexpected_and_misshapen_keys(release):
         tensors[key] = tensors[key][:1].clone()
 
     edit_shard(release / SHARD, change)
-    missing, unexpected = "6 missing (blocks.0.ffn.0.weight, ", "6 unexpected (extra.blocks.0.ffn.0.bias, "
+    missing, unexpected = (
+        "6 missing (blocks.0.ffn.0.weight, ",
+        "6 unexpected (extra.blocks.0.ffn.0.bias, ",
+    )
     misshapen = "1 misshapen (blocks.1.self_attn.q.weight [1, 128], not [128, 128])"
     reject(load_dit, release, missing, unexpected, misshapen)
 
@@ -301,7 +345,9 @@ def test_every_size_in_config_must_fit(release):
     for field in ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim"):
         write_dit(release)
         edit_json(release / "config.json", **{field: 2 * getattr(DIT, field)})
-        reject(load_dit, release, "missing" if field == "num_layers" else "misshapen", "config.json")
+        reject(
+            load_dit, release, "missing" if field == "num_layers" else "misshapen", "config.json"
+        )
 
 
 def test_heads_are_not_guessed_for_an_unknown_width(release):
@@ -312,18 +358,40 @@ def test_heads_are_not_guessed_for_an_unknown_width(release):
 
 
 def test_channels_of_the_other_latent_space(release):
-    reject(load_dit, release, "48 latent channels", "16 are needed", "Wan2.1", "Wan2.2", "4x16x16", channels=16)
+    reject(
+        load_dit,
+        release,
+        "48 latent channels",
+        "16 are needed",
+        "Wan2.1",
+        "Wan2.2",
+        "4x16x16",
+        channels=16,
+    )
     write_dit(release, replace(DIT, in_dim=16, out_dim=16))
     assert load_dit(release, channels=16).cfg.in_dim == 16
-    reject(load_dit, release, "16 latent channels", "48 are needed", "Wan2.1", "Wan2.2", "4x8x8", channels=48)
+    reject(
+        load_dit,
+        release,
+        "16 latent channels",
+        "48 are needed",
+        "Wan2.1",
+        "Wan2.2",
+        "4x8x8",
+        channels=48,
+    )
     torch.save({"conv2.weight": torch.zeros(16, 16, 1, 1, 1)}, release / "Wan2.1_VAE.pth")
     reject(load_vae, release, "16 latent channels", "48 are needed")
 
 
-@pytest.mark.parametrize("key", ["condition_embedder.time_embedder.linear_1.weight", "blocks.0.attn1.to_q.weight"])
+@pytest.mark.parametrize(
+    "key", ["condition_embedder.time_embedder.linear_1.weight", "blocks.0.attn1.to_q.weight"]
+)
 def test_diffusers_layout(tmp_path, key):
     path = tmp_path / SINGLE
-    save_file({"patch_embedding.weight": torch.zeros(128, 48, 1, 2, 2), key: torch.zeros(4, 4)}, path)
+    save_file(
+        {"patch_embedding.weight": torch.zeros(128, 48, 1, 2, 2), key: torch.zeros(4, 4)}, path
+    )
     reject(load_dit, tmp_path, path.name, "diffusers layout", "Wan-AI/Wan2.2-TI2V-5B")
 
 
@@ -336,7 +404,11 @@ class Exploit:
 def test_pickle_that_needs_code_execution(tmp_path, load):
     exploit = Exploit()
     exploit.path = tmp_path / "executed"
-    for content in (exploit, {"generator": {"x": exploit}}, {"x": torch.zeros(2), "y": torch.nn.Linear(2, 2)}):
+    for content in (
+        exploit,
+        {"generator": {"x": exploit}},
+        {"x": torch.zeros(2), "y": torch.nn.Linear(2, 2)},
+    ):
         torch.save(content, tmp_path / "x.pth")
         reject(load, tmp_path / "x.pth", "code execution", "state dict")
     (tmp_path / "x.pth").write_bytes(pickle.dumps({"x": exploit}))
@@ -392,7 +464,12 @@ def test_config_of_an_export_wins(release):
 def test_export_refuses(release, tmp_path):
     model = load_dit(release)
     reject(lambda p: save_dit(model, p, {}), tmp_path / "x.pt", ".safetensors")
-    reject(lambda p: save_dit(model, p, {}, dtype=torch.float16), tmp_path / "y.safetensors", "float16", "bfloat16")
+    reject(
+        lambda p: save_dit(model, p, {}, dtype=torch.float16),
+        tmp_path / "y.safetensors",
+        "float16",
+        "bfloat16",
+    )
 
 
 def test_export_replaces_and_asks_for_values_in_order(release, weights, tmp_path):

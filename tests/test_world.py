@@ -49,7 +49,9 @@ def test_clips(clips):
     assert clips.abs().max() <= 1
     assert torch.equal(clips, world.draw(LABELS, 33, seed=1))
     assert not torch.equal(clips, world.draw(LABELS, 33, seed=2))
-    assert torch.equal(world.draw(LABELS, 105, seed=1)[:, :, :33], clips), "a longer clip goes on from a shorter one"
+    assert torch.equal(world.draw(LABELS, 105, seed=1)[:, :, :33], clips), (
+        "a longer clip goes on from a shorter one"
+    )
 
 
 def test_codec_geometry(clips, codec):
@@ -64,7 +66,9 @@ def test_codec_is_a_projection(clips, codec):
     latent = codec.encode(clips)
     torch.testing.assert_close(codec.encode(codec.decode(latent)), latent, atol=2e-4, rtol=0)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(codec.encode(codec.decode(noise))[:, :, 1:], noise[:, :, 1:], atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        codec.encode(codec.decode(noise))[:, :, 1:], noise[:, :, 1:], atol=2e-4, rtol=0
+    )
 
 
 def test_codec_streams(clips, codec):
@@ -84,9 +88,19 @@ def test_codec_quality(clips, codec):
 
 
 def test_true_clips_score_one(clips, codec):
-    assert judge(clips) == {"colour": 1, "shape": 1, "direction": 1, "area_change": pytest.approx(0, abs=0.02)}
+    assert judge(clips) == {
+        "colour": 1,
+        "shape": 1,
+        "direction": 1,
+        "area_change": pytest.approx(0, abs=0.02),
+    }
     coded = judge(codec.decode(codec.encode(clips)))
-    assert coded == {"colour": 1, "shape": 1, "direction": 1, "area_change": pytest.approx(0, abs=0.02)}
+    assert coded == {
+        "colour": 1,
+        "shape": 1,
+        "direction": 1,
+        "area_change": pytest.approx(0, abs=0.02),
+    }
 
 
 def test_noise_does_not_hide_a_true_clip(clips, codec):
@@ -97,7 +111,11 @@ def test_noise_does_not_hide_a_true_clip(clips, codec):
 
 @pytest.mark.parametrize("key", ["colour", "shape", "direction"])
 def test_a_wrong_word_is_seen(clips, key):
-    words = {"colour": list(world.COLOURS), "shape": list(world.SHAPES), "direction": list(world.DIRECTIONS)}
+    words = {
+        "colour": list(world.COLOURS),
+        "shape": list(world.SHAPES),
+        "direction": list(world.DIRECTIONS),
+    }
     wrong = judge(clips, other(**{key: words[key]}))
     assert {k: wrong[k] for k in words} == {k: float(k != key) for k in words}
 
@@ -117,7 +135,7 @@ def test_drift_is_measured(clips):
     fading = clips * torch.linspace(1, 0.3, 33)[:, None, None]
     assert judge(fading)["area_change"] > 0.3
     growing = clips.clone()
-    growing[:, :, 21:] = torch.nn.functional.max_pool3d(clips[:, :, 21:].abs(), (1, 3, 3), 1, (0, 1, 1)).copysign(
-        growing[:, :, 21:]
-    )
+    growing[:, :, 21:] = torch.nn.functional.max_pool3d(
+        clips[:, :, 21:].abs(), (1, 3, 3), 1, (0, 1, 1)
+    ).copysign(growing[:, :, 21:])
     assert judge(growing)["area_change"] > 0.05

@@ -12,8 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # cuDNN is 1.5x faster than flash on Hopper; it takes no float32, for which the next ones stand in.
-_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_compiled_flex = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # fullgraph: too many shapes is an error
+_BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_compiled_flex = torch.compile(
+    flex_attention, dynamic=False, fullgraph=True
+)  # fullgraph: too many shapes is an error
 FLEX_BLOCK = 128
 
 
@@ -48,14 +55,18 @@ def block_mask(intervals: Tensor) -> BlockMask:
     """The same for flex_attention, S rounded up to whole blocks."""
     pad = -len(intervals) % FLEX_BLOCK
     rows = torch.arange(len(intervals), len(intervals) + pad, device=intervals.device)
-    itself = torch.stack([rows, rows + 1, rows, rows], 1)  # padded rows see themselves: no row without a key
+    itself = torch.stack(
+        [rows, rows + 1, rows, rows], 1
+    )  # padded rows see themselves: no row without a key
     table = torch.cat([intervals, itself]).int()
     lo0, hi0, lo1, hi1 = (x.contiguous() for x in table.unbind(1))
 
     edges = torch.arange(0, len(table), FLEX_BLOCK, device=table.device)
 
     def common(lo, hi):  # keys of each block that an interval holds, [S, S / 128]
-        return (hi[:, None].clamp(max=edges + FLEX_BLOCK) - lo[:, None].clamp(min=edges)).clamp(min=0)
+        return (hi[:, None].clamp(max=edges + FLEX_BLOCK) - lo[:, None].clamp(min=edges)).clamp(
+            min=0
+        )
 
     seen = (common(lo0, hi0) + common(lo1, hi1)).unflatten(0, (-1, FLEX_BLOCK)).sum(1)
     full = seen == FLEX_BLOCK * FLEX_BLOCK
@@ -68,12 +79,16 @@ def block_mask(intervals: Tensor) -> BlockMask:
     def mask_mod(b, h, q, kv):
         return ((kv >= lo0[q]) & (kv < hi0[q])) | ((kv >= lo1[q]) & (kv < hi1[q]))
 
-    return BlockMask.from_kv_blocks(*indices(partial_), *indices(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
+    return BlockMask.from_kv_blocks(
+        *indices(partial_), *indices(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod
+    )
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is kept is for forwards with grad too
-def causal_mask(blocks: tuple[int, ...], p: int, window: int | None, teacher: bool, device: torch.device):
+def causal_mask(
+    blocks: tuple[int, ...], p: int, window: int | None, teacher: bool, device: torch.device
+):
     """The mask of a whole block-causal sequence (blocks in frames, p tokens a frame), built once per shape.
 
     Plain: a query sees from `window` frames before its block's end (or from 0) to that end. Teacher forcing (CausVid,
@@ -85,6 +100,8 @@ def causal_mask(blocks: tuple[int, ...], p: int, window: int | None, teacher: bo
         end = start + size
         first = max(0, end - window) if window else 0
         clean += [(first * p, end * p, 0, 0)] * (size * p)
-        noisy += [(min(first, start) * p, start * p, (frames + start) * p, (frames + end) * p)] * (size * p)
+        noisy += [(min(first, start) * p, start * p, (frames + start) * p, (frames + end) * p)] * (
+            size * p
+        )
         start = end
     return interval_mask(torch.tensor(clean + noisy if teacher else clean, device=device))

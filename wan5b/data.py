@@ -25,13 +25,22 @@ HEADER = "wan5b"  # the one key of a shard's metadata: with several, their order
 # ------------------------------------------------------------------------------------------------------ shards
 
 
-def write_shard(path: str | Path, tensors: dict[str, Tensor], prompts: list[str], *, made_from: str = "", **facts):
+def write_shard(
+    path: str | Path,
+    tensors: dict[str, Tensor],
+    prompts: list[str],
+    *,
+    made_from: str = "",
+    **facts,
+):
     """Write a shard, as `write_tensors` does.
 
     tensors: [len(prompts), ...] each; for a `TextStore`, rows [sum of lengths, D] and lengths [len(prompts)].
     """
     assert all(len(tensor) == len(prompts) for name, tensor in tensors.items() if name != "rows")
-    header = json.dumps({"prompts": prompts, "facts": facts, "made_from": made_from}, ensure_ascii=False)
+    header = json.dumps(
+        {"prompts": prompts, "facts": facts, "made_from": made_from}, ensure_ascii=False
+    )
     write_tensors(path, tensors, {HEADER: header})
 
 
@@ -41,7 +50,9 @@ def open_shard(path: Path) -> tuple[safe_open, dict]:
         file = safe_open(path, "pt")
         return file, json.loads((file.metadata() or {})[HEADER])
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or not of prepare.py ({error!r}); delete it, make it again") from error
+        raise ValueError(
+            f"{path} is damaged or not of prepare.py ({error!r}); delete it, make it again"
+        ) from error
 
 
 def difference(a: dict, b: dict) -> str:
@@ -60,17 +71,26 @@ class Store:
     def __init__(self, folder: str | Path):
         paths = sorted(Path(folder).glob("*.safetensors"))
         if not paths:
-            raise ValueError(f"{folder} is no folder of shards; make it with prepare.py (its --help shows how)")
+            raise ValueError(
+                f"{folder} is no folder of shards; make it with prepare.py (its --help shows how)"
+            )
         self.folder = Path(folder)
         self.files, headers = zip(*map(open_shard, paths), strict=True)
-        shapes = [{name: tuple(f.get_slice(name).get_shape()[1:]) for name in f.keys()} for f in self.files]  # noqa: SIM118
+        shapes = [
+            {name: tuple(f.get_slice(name).get_shape()[1:]) for name in f.keys()}
+            for f in self.files
+        ]  # noqa: SIM118
         self.facts, self.shapes = headers[0]["facts"], shapes[0]
         for path, header, shape in zip(paths, headers, shapes, strict=True):
             if apart := difference(self.facts | self.shapes, header["facts"] | shape):
-                raise ValueError(f"{path} does not belong with {paths[0].name}: {apart}; keep one kind in a folder")
+                raise ValueError(
+                    f"{path} does not belong with {paths[0].name}: {apart}; keep one kind in a folder"
+                )
         self.prompts = [prompt for header in headers for prompt in header["prompts"]]
         rows = [range(len(header["prompts"])) for header in headers]
-        self.places = [(file, row) for file, own in zip(self.files, rows, strict=True) for row in own]
+        self.places = [
+            (file, row) for file, own in zip(self.files, rows, strict=True) for row in own
+        ]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -93,17 +113,25 @@ class TextStore(Store):
             raise ValueError(f"{folder} holds {', '.join(self.shapes)} and no text embeddings")
         ends = [(file, file.get_tensor("lengths").cumsum(0).tolist()) for file in self.files]
         places = [(file, *span) for file, end in ends for span in zip([0, *end], end, strict=False)]
-        self.places = dict(zip(self.prompts, places, strict=True))  # prompt -> its file, first row, end
+        self.places = dict(
+            zip(self.prompts, places, strict=True)
+        )  # prompt -> its file, first row, end
 
-    def check(self, prompts: list[str], width: int | None = None, length: float = float("inf")) -> None:
+    def check(
+        self, prompts: list[str], width: int | None = None, length: float = float("inf")
+    ) -> None:
         """ValueError, with the way out, unless all prompts are there, D is width (None: any) and no L above length."""
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]:
-            raise ValueError(f"{self.folder} lacks {len(missing)} prompts ({missing[0][:40]!r}); see prepare.py text")
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} prompts ({missing[0][:40]!r}); see prepare.py text"
+            )
         (own,), spans = self.shapes["rows"], [self.places[prompt][1:] for prompt in prompts]
         longest = max((end - start for start, end in spans), default=0)
         if own != (width or own) or longest > length:
             given = f"{self.folder} holds embeddings of width {own} and up to {longest} tokens"
-            raise ValueError(f"{given}, the network takes {width or own, length}: shorten, or use its own text encoder")
+            raise ValueError(
+                f"{given}, the network takes {width or own, length}: shorten, or use its own text encoder"
+            )
 
     def __getitem__(self, prompt: str) -> Tensor:
         self.check([prompt])

@@ -13,7 +13,18 @@ from wan5b.kvcache import KVCache, block_sizes
 
 
 def rollout(
-    generator, noise, context, sigmas, blocks, cache, *, exit_step=None, renoise=None, first=None, solver="", trace=None
+    generator,
+    noise,
+    context,
+    sigmas,
+    blocks,
+    cache,
+    *,
+    exit_step=None,
+    renoise=None,
+    first=None,
+    solver="",
+    trace=None,
 ) -> Iterator[Tensor]:
     """Generate block by block over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
@@ -31,10 +42,14 @@ def rollout(
     trace: a list that takes the input of every block's exit level, for `replay`.
     """
     if sum(blocks) != noise.shape[2]:
-        raise ValueError(f"blocks {blocks} add up to {sum(blocks)} frames, the noise has {noise.shape[2]}")
+        raise ValueError(
+            f"blocks {blocks} add up to {sum(blocks)} frames, the noise has {noise.shape[2]}"
+        )
     exit_step = len(sigmas) - 2 if exit_step is None else exit_step
     if not 0 <= exit_step < len(sigmas) - 1:
-        raise ValueError(f"exit_step must be in 0 .. {len(sigmas) - 2} for levels {sigmas}, got {exit_step}")
+        raise ValueError(
+            f"exit_step must be in 0 .. {len(sigmas) - 2} for levels {sigmas}, got {exit_step}"
+        )
     if first is not None and first.shape[2]:
         rest = first.shape[2] % max(blocks)  # goes in front: 7 frames in blocks of 3 are 1, 3, 3
         for block in first.split(block_sizes(first.shape[2], max(blocks), rest), dim=2):
@@ -43,21 +58,29 @@ def rollout(
     for index, x in enumerate(noise.split(blocks, dim=2)):
         x = x.to(context.device)
         if solver:
-            x0 = solve(lambda x, sigma: generator(x, sigma, context, cache=cache), x, sigmas, solver)
+            x0 = solve(
+                lambda x, sigma: generator(x, sigma, context, cache=cache), x, sigmas, solver
+            )
         else:
             for step in range(exit_step):
                 with torch.no_grad():
-                    x0 = x0_from_v(x, generator(x, sigmas[step], context, cache=cache), sigmas[step])
+                    x0 = x0_from_v(
+                        x, generator(x, sigmas[step], context, cache=cache), sigmas[step]
+                    )
                     fresh = renoise(index, step, x0) if renoise else torch.randn_like(x0)
                     x = add_noise(x0, fresh, sigmas[step + 1])
             if trace is not None:
                 trace.append(x)
-            x0 = x0_from_v(x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step])
+            x0 = x0_from_v(
+                x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step]
+            )
         yield x0
         _commit(generator, x0, context, cache)
 
 
-def replay(generator: Callable, context: Tensor, sigma: float, trace: list[Tensor], cache: KVCache) -> Tensor:
+def replay(
+    generator: Callable, context: Tensor, sigma: float, trace: list[Tensor], cache: KVCache
+) -> Tensor:
     """The exit levels of the rollout that filled the cache again, now with grad -> x0 [B, C, T, H, W] of its blocks.
 
     One forward for all: each block's keys are its own and the committed ones, which are there and carry no grad. So
@@ -65,7 +88,11 @@ def replay(generator: Callable, context: Tensor, sigma: float, trace: list[Tenso
     weights are gathered, and their gradients reduced, once. Needs a cache of the whole video.
     """
     x = torch.cat(trace, 2)
-    return x0_from_v(x, generator(x, sigma, context, blocks=[part.shape[2] for part in trace], cache=cache), sigma)
+    return x0_from_v(
+        x,
+        generator(x, sigma, context, blocks=[part.shape[2] for part in trace], cache=cache),
+        sigma,
+    )
 
 
 @torch.no_grad()
@@ -90,7 +117,9 @@ def guided(model: Callable, guidance: float) -> Callable:
 
 
 @torch.no_grad()
-def dmd_gradient(x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, guidance: float) -> Tensor:
+def dmd_gradient(
+    x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, guidance: float
+) -> Tensor:
     """Distribution-matching gradient from three clean estimates [B, C, T, H, W] (DMD, arXiv 2311.18828, eqs. 7, 8).
 
     guidance is in the DMD convention, real = cond + g (cond - uncond): g = 3 is scale 4 of the sampling convention.
@@ -105,7 +134,14 @@ def dmd_loss(x0: Tensor, grad: Tensor) -> Tensor:
     return 0.5 * (x0 - (x0 - grad.double()).detach()).square().mean()
 
 
-def sid_loss(x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, guidance: float, alpha: float = 1.0):
+def sid_loss(
+    x0: Tensor,
+    fake: Tensor,
+    real_cond: Tensor,
+    real_uncond: Tensor,
+    guidance: float,
+    alpha: float = 1.0,
+):
     """Score identity distillation (SiD, arXiv 2404.04057, eq. 23), float64; grad runs through both networks into x0.
 
     Arguments as dmd_gradient's; the normaliser carries no grad.

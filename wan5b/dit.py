@@ -42,9 +42,13 @@ class DiTConfig:
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if not (self.qk_norm and self.cross_attn_norm and self.patch_size == (1, 2, 2)):
-            raise ValueError(f"only qk_norm, cross_attn_norm and patch_size (1, 2, 2) are supported, got {self}")
+            raise ValueError(
+                f"only qk_norm, cross_attn_norm and patch_size (1, 2, 2) are supported, got {self}"
+            )
         if self.dim % (2 * self.num_heads) or self.freq_dim % 2:
-            raise ValueError(f"dim {self.dim} must be a multiple of 2 * {self.num_heads} heads, freq_dim even")
+            raise ValueError(
+                f"dim {self.dim} must be a multiple of 2 * {self.num_heads} heads, freq_dim even"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -74,7 +78,9 @@ def frequencies(n: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is kept is for forwards with grad too
-def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
+def rope_table(
+    head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device
+) -> Tensor:
     """Rotations of frames start .. start + frames (RoFormer): (cos, cos) and (-sin, sin) of each channel pair's angle.
 
     [2, 1, S, 1, K] float32. Computed from float64 angles at the positions asked for, so no length limit. The K/2 pairs
@@ -82,17 +88,25 @@ def rope_table(head_dim: int, start: int, frames: int, height: int, width: int, 
     """
     spatial = head_dim // 6
     ranges = ((start, start + frames), (0, height), (0, width))
-    grid = torch.meshgrid([torch.arange(*ends, dtype=torch.float64, device=device) for ends in ranges], indexing="ij")
+    grid = torch.meshgrid(
+        [torch.arange(*ends, dtype=torch.float64, device=device) for ends in ranges], indexing="ij"
+    )
     counts = (head_dim // 2 - 2 * spatial, spatial, spatial)
-    angles = [x.reshape(-1, 1, 1) * frequencies(n, device) for x, n in zip(grid, counts, strict=True)]
+    angles = [
+        x.reshape(-1, 1, 1) * frequencies(n, device) for x, n in zip(grid, counts, strict=True)
+    ]
     angle = torch.cat(angles, -1)[None].repeat_interleave(2, -1)  # [1, S, 1, K]
-    return torch.stack([angle.cos(), angle.sin() * angle.new_tensor([-1, 1]).repeat(head_dim // 2)]).float()
+    return torch.stack(
+        [angle.cos(), angle.sin() * angle.new_tensor([-1, 1]).repeat(head_dim // 2)]
+    ).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent channel pairs of x [B, S, N, K] in float32; the result has the dtype of x."""
     cos, sin = rope
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # compiles to one kernel, where a stack of halves takes two
+    swapped = (
+        x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    )  # compiles to one kernel, where a stack of halves takes two
     return (x.float() * cos + swapped.float() * sin).to(x.dtype)
 
 
@@ -106,11 +120,15 @@ def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """norm(x) * (1 + scale) + shift, in float32; x [B, T, P, D], shift and scale [B, T, 1, D]."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(x.dtype)
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(
+        x.dtype
+    )
 
 
 def mlp(dim: int, hidden: int, out_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out_dim))
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, out_dim)
+    )
 
 
 class Attention(nn.Module):
@@ -120,7 +138,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = cfg.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
-        self.norm_q, self.norm_k = nn.RMSNorm(cfg.dim, cfg.eps), nn.RMSNorm(cfg.dim, cfg.eps)  # over all heads together
+        self.norm_q, self.norm_k = (
+            nn.RMSNorm(cfg.dim, cfg.eps),
+            nn.RMSNorm(cfg.dim, cfg.eps),
+        )  # over all heads together
 
     def split(self, x: Tensor) -> Tensor:
         """[B, ..., D] -> [B, S, N, K]"""
@@ -164,7 +185,9 @@ class Block(nn.Module):
         """The residual stream after self-attention's y, and the queries to the text."""
         (gate,) = self._modulation(mod, 2)
         x = torch.addcmul(x.float(), self.self_attn.output(y, x).float(), gate).to(x.dtype)
-        h = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
+        h = F.layer_norm(
+            x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps
+        )
         return x, self.cross_attn.queries(h.to(x.dtype))
 
     @fused
@@ -179,7 +202,15 @@ class Block(nn.Module):
         """Rows of the parameter + the projected time mod [B, T, 6, D], float32, each [B, T, 1, D]."""
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
-    def forward(self, x: Tensor, mod: Tensor, rope: Tensor, context: Tensor | None, attend: Callable, text=None):
+    def forward(
+        self,
+        x: Tensor,
+        mod: Tensor,
+        rope: Tensor,
+        context: Tensor | None,
+        attend: Callable,
+        text=None,
+    ):
         """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D] -> [B, T, P, D]
 
         attend(q, k, v): self-attention. text [2, B, L, N, K]: where the text's keys and values go, or, without context,
@@ -217,7 +248,9 @@ class WanDiT(nn.Module):
         self.cfg, self.checkpointing = cfg, False
         self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
         self.text_embedding = mlp(cfg.text_dim, cfg.dim, cfg.dim)
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.head = Head(cfg)
@@ -236,7 +269,16 @@ class WanDiT(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, sigma, context: Tensor, *, blocks=None, window=None, clean=None, clean_sigma=None, cache=None
+        self,
+        x: Tensor,
+        sigma,
+        context: Tensor,
+        *,
+        blocks=None,
+        window=None,
+        clean=None,
+        clean_sigma=None,
+        cache=None,
     ) -> Tensor:
         """The velocity at x, shaped like x.
 
@@ -252,18 +294,33 @@ class WanDiT(nn.Module):
         self._check(x, context, blocks, window, clean, cache)
         sigma = self._levels(sigma, x)
         spans = cache and cache.spans(frames, blocks, self.cfg.num_layers, batch, p)
-        rope = rope_table(self.cfg.head_dim, spans[0].start if cache else 0, frames, height // 2, width // 2, x.device)
+        rope = rope_table(
+            self.cfg.head_dim,
+            spans[0].start if cache else 0,
+            frames,
+            height // 2,
+            width // 2,
+            x.device,
+        )
 
         if clean is not None:
             levels = (self._levels(0.0 if clean_sigma is None else clean_sigma, x), sigma)
             sigma = torch.cat([level.expand(batch, -1) for level in levels], 1)  # [B, 2T]
             rope, x = torch.cat([rope, rope], 2), torch.cat([clean, x], 2)
-        mask = causal_mask(tuple(blocks), p, window, clean is not None, x.device) if blocks and not cache else None
+        mask = (
+            causal_mask(tuple(blocks), p, window, clean is not None, x.device)
+            if blocks and not cache
+            else None
+        )
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if not cache:
                 return attention(q, k, v, mask)
-            parts = zip(spans, *(x.split([n * p for n in blocks or [frames]], 1) for x in (q, k, v)), strict=True)
+            parts = zip(
+                spans,
+                *(x.split([n * p for n in blocks or [frames]], 1) for x in (q, k, v)),
+                strict=True,
+            )
             y = [attention(q, *cache.extend(layer, k, v, span)) for span, q, k, v in parts]
             return y[0] if len(y) == 1 else torch.cat(y, 1)
 
@@ -278,13 +335,24 @@ class WanDiT(nn.Module):
             v, cache.context = run(context, cache.text, x, sigma, rope), context
         return v.to(dtype)
 
-    def _run(self, frames: int, attend: Callable, context: Tensor | None, text, x: Tensor, sigma: Tensor, rope: Tensor):
+    def _run(
+        self,
+        frames: int,
+        attend: Callable,
+        context: Tensor | None,
+        text,
+        x: Tensor,
+        sigma: Tensor,
+        rope: Tensor,
+    ):
         """The network itself -> v of the last `frames` frames, float32. Works on tensors alone, waits for nothing.
 
         text: for every block, what it takes by that name; context None: text holds the keys and values.
         """
         h = self._patchify(x)  # [B, T, P, D]
-        e = linear32(self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma))))
+        e = linear32(
+            self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma)))
+        )
         mod = linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))  # [B, T, 6, D]
         if context is not None:
             context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
@@ -298,26 +366,42 @@ class WanDiT(nn.Module):
     def _check(self, x, context, blocks, window, clean, cache) -> None:
         cfg, frames = self.cfg, x.shape[2]
         if x.shape[1] != cfg.in_dim:
-            raise ValueError(f"latents have {x.shape[1]} channels, this model takes {cfg.in_dim}: another latent space")
+            raise ValueError(
+                f"latents have {x.shape[1]} channels, this model takes {cfg.in_dim}: another latent space"
+            )
         want = (len(x), cfg.text_len, cfg.text_dim)
         if context.shape != want:
-            raise ValueError(f"context must be [B, text_len, text_dim] {want}, zero-padded, got {tuple(context.shape)}")
+            raise ValueError(
+                f"context must be [B, text_len, text_dim] {want}, zero-padded, got {tuple(context.shape)}"
+            )
         if blocks and sum(blocks) != frames:
-            raise ValueError(f"blocks {list(blocks)} add up to {sum(blocks)} frames, x has {frames}")
+            raise ValueError(
+                f"blocks {list(blocks)} add up to {sum(blocks)} frames, x has {frames}"
+            )
         if blocks and window and window < max(blocks):
-            raise ValueError(f"a block of {max(blocks)} frames does not fit in a window of {window}")
+            raise ValueError(
+                f"a block of {max(blocks)} frames does not fit in a window of {window}"
+            )
         if cache is not None and (clean is not None or window):
-            raise ValueError("a cached forward has clean frames and window from the cache: give neither of them")
+            raise ValueError(
+                "a cached forward has clean frames and window from the cache: give neither of them"
+            )
         if clean is not None and (not blocks or clean.shape != x.shape):
-            raise ValueError(f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}")
+            raise ValueError(
+                f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}"
+            )
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
         if not isinstance(sigma, Tensor):
-            return torch.full((1, x.shape[2]), sigma, dtype=torch.float64, device=x.device)  # no copy, no wait
+            return torch.full(
+                (1, x.shape[2]), sigma, dtype=torch.float64, device=x.device
+            )  # no copy, no wait
         sigma = sigma.to(x.device, torch.float64).reshape(len(sigma) if sigma.ndim else 1, -1)
         if sigma.shape[0] not in (1, len(x)) or sigma.shape[1] not in (1, x.shape[2]):
-            raise ValueError(f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, got {tuple(sigma.shape)}")
+            raise ValueError(
+                f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, got {tuple(sigma.shape)}"
+            )
         return sigma.expand(-1, x.shape[2])
 
     def _sinusoid(self, sigma: Tensor) -> Tensor:
@@ -328,11 +412,17 @@ class WanDiT(nn.Module):
     def _patchify(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, T, P, D], tokens in (row, column) order: the Conv3d as a matrix product."""
         conv = self.patch_embedding
-        x = x.to(conv.weight.dtype).unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # [B, C, T, H/2, 2, W/2, 2]
+        x = (
+            x.to(conv.weight.dtype).unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
+        )  # [B, C, T, H/2, 2, W/2, 2]
         x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)  # [B, T, P, C * 4]
         return F.linear(x, conv.weight.flatten(1), conv.bias)
 
     def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, T, P, 2 * 2 * C] -> [B, C, T, H, W]"""
-        x = x.unflatten(-1, (2, 2, -1)).unflatten(2, (height // 2, width // 2))  # [B, T, H/2, W/2, 2, 2, C]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(len(x), -1, x.shape[1], height, width)  # no view, as FSDP2 wants
+        x = x.unflatten(-1, (2, 2, -1)).unflatten(
+            2, (height // 2, width // 2)
+        )  # [B, T, H/2, W/2, 2, 2, C]
+        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(
+            len(x), -1, x.shape[1], height, width
+        )  # no view, as FSDP2 wants

@@ -9,7 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FEW_STEPS = (1000, 750, 500, 250)  # the un-shifted levels of the distilled generator, in thousandths
+FEW_STEPS = (
+    1000,
+    750,
+    500,
+    250,
+)  # the un-shifted levels of the distilled generator, in thousandths
 
 
 def shift_sigma(u, shift: float = 5.0):
@@ -19,8 +24,14 @@ def shift_sigma(u, shift: float = 5.0):
 
 def few_step_sigmas(steps=FEW_STEPS, shift: float = 5.0) -> list[float]:
     """Levels of few-step sampling: each step in thousandths, shifted, then 0. Default 1, .9375, .8333, .625, 0."""
-    if not steps or any(a <= b for a, b in zip(steps, [*steps[1:], 0], strict=True)) or steps[0] > 1000:
-        raise ValueError(f"steps must fall within 1000 >= step > 0, as {list(FEW_STEPS)} do; got {list(steps)}")
+    if (
+        not steps
+        or any(a <= b for a, b in zip(steps, [*steps[1:], 0], strict=True))
+        or steps[0] > 1000
+    ):
+        raise ValueError(
+            f"steps must fall within 1000 >= step > 0, as {list(FEW_STEPS)} do; got {list(steps)}"
+        )
     return [shift_sigma(step / 1000, shift) for step in steps] + [0.0]
 
 
@@ -37,7 +48,9 @@ def _like(sigma, x: Tensor) -> Tensor:
         # filled there: a copy would wait for the GPU
         return torch.full((1,) * x.ndim, sigma, dtype=torch.float32, device=x.device)
     sigma = sigma.to(x.device, torch.float32)
-    return sigma[:, None, :, None, None] if sigma.ndim == 2 else sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return (
+        sigma[:, None, :, None, None] if sigma.ndim == 2 else sigma.reshape(-1, *[1] * (x.ndim - 1))
+    )
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma) -> Tensor:
@@ -92,14 +105,18 @@ def _unipc(field: Callable, x: Tensor, sigmas: list[float]) -> Tensor:
     last prediction are of order 1. The network is shown floor(1000 sigma) / 1000, as the released sampler does.
     """
 
-    log_snr = (-torch.logit(torch.tensor(sigmas, dtype=torch.float64))).tolist()  # infinite at sigma 0 and 1
+    log_snr = (
+        -torch.logit(torch.tensor(sigmas, dtype=torch.float64))
+    ).tolist()  # infinite at sigma 0 and 1
 
     def propagate(x, m, i, correction):
         """The exact linear part of the step from level i around x0-prediction m, plus B(h) * correction."""
         bh = math.expm1(log_snr[i] - log_snr[i + 1])  # e^-h - 1, -1 for the step to sigma 0
         return sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * bh * (m + correction)
 
-    before = m1 = m2 = None  # the corrected point of the last level; x0 predictions of the last level, the one before
+    before = m1 = m2 = (
+        None  # the corrected point of the last level; x0 predictions of the last level, the one before
+    )
     for i, sigma in enumerate(sigmas[:-1]):
         m = x - sigma * field(x, math.floor(1000 * sigma) / 1000)
         if i:  # corrector: order = that of the prediction that led here

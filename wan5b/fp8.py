@@ -34,7 +34,15 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x8, scale = _quantize(x.flatten(0, -2), self.gelu)
-        y = torch._scaled_mm(x8, self.weight.t(), scale, self.scale, self.bias, out_dtype=x.dtype, use_fast_accum=True)
+        y = torch._scaled_mm(
+            x8,
+            self.weight.t(),
+            scale,
+            self.scale,
+            self.bias,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
         return y.unflatten(0, x.shape[:-1])
 
 

@@ -29,7 +29,9 @@ MEMINFO = Path("/proc/meminfo")
 # The optimizer's state of a weight, by group; wide types first, so that in one buffer all are aligned.
 GROUPS = {"second": torch.float32, "first": torch.float32, "ema": torch.float32, "low": torch.int16}
 # A single process saves as such on purpose.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 
 class World:
@@ -41,7 +43,10 @@ class World:
 
     def __init__(self, device: str, shard: int = 0):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        local_rank, self.local_size = (
+            int(os.environ.get("LOCAL_RANK", 0)),
+            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        )
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
         self.mesh, self.host_mesh, self.shards, self.stopping = None, None, 1, False
         if self.size > 1:
@@ -53,21 +58,34 @@ class World:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
             shape, axes = (self.size // shard, shard), ("replicate", "shard")
             # a DTensor lies on its mesh's device
-            meshes = [init_device_mesh(kind, shape, mesh_dim_names=axes) for kind in (device, "cpu")]
-            self.mesh, self.host_mesh = (mesh["shard"] if shard == self.size else mesh for mesh in meshes)
+            meshes = [
+                init_device_mesh(kind, shape, mesh_dim_names=axes) for kind in (device, "cpu")
+            ]
+            self.mesh, self.host_mesh = (
+                mesh["shard"] if shard == self.size else mesh for mesh in meshes
+            )
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
 
     def free(self) -> dict[str, float]:
         """Bytes that this process may still take: on the device, and its share of the host's available memory."""
         host = float("inf")  # where the system doesn't say
         if MEMINFO.exists():
-            host = 1024 * int(MEMINFO.read_text().partition("MemAvailable:")[2].split()[0]) / self.local_size
-        return {"device": torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host, "host": host}
+            host = (
+                1024
+                * int(MEMINFO.read_text().partition("MemAvailable:")[2].split()[0])
+                / self.local_size
+            )
+        return {
+            "device": torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else host,
+            "host": host,
+        }
 
     def close(self) -> None:
         if self.mesh is not None:
             dist.destroy_process_group()
-            time.sleep(0.2)  # gloo's threads need the interpreter to drop their last works, and abort if it is gone
+            time.sleep(
+                0.2
+            )  # gloo's threads need the interpreter to drop their last works, and abort if it is gone
 
     def shard(self, model: nn.Module) -> nn.Module:
         """Shard a model that still lies on the meta device, block by block, then the rest; then give it memory."""
@@ -121,7 +139,9 @@ def part_for(parameter: Tensor, full: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return full
     mesh = parameter.device_mesh
-    rows = -(-len(full) // mesh.size(-1))  # of all shards but the last ones, which may have fewer or none
+    rows = -(
+        -len(full) // mesh.size(-1)
+    )  # of all shards but the last ones, which may have fewer or none
     return full[mesh.get_local_rank("shard") * rows :][:rows]
 
 
@@ -143,14 +163,22 @@ def split(value: Tensor, high: Tensor, low: Tensor) -> None:
     low.copy_(bits - (upper << 16))
 
 
-def placed(dtype: torch.dtype, beta1: float, ema: bool, offload: bool, device: torch.device) -> tuple[list, list]:
+def placed(
+    dtype: torch.dtype, beta1: float, ema: bool, offload: bool, device: torch.device
+) -> tuple[list, list]:
     """The groups of state kept for weights of this dtype: (on the device, in page-locked memory of its host).
 
     The average is touched by the optimizer's step alone, so it never takes the memory of a GPU.
     """
     kept = {"second": True, "first": beta1 > 0, "ema": ema, "low": dtype != torch.float32}
-    hosted = {group: offload or (group == "ema" and device.type == "cuda") for group in GROUPS if kept[group]}
-    return [group for group in hosted if not hosted[group]], [group for group in hosted if hosted[group]]
+    hosted = {
+        group: offload or (group == "ema" and device.type == "cuda")
+        for group in GROUPS
+        if kept[group]
+    }
+    return [group for group in hosted if not hosted[group]], [
+        group for group in hosted if hosted[group]
+    ]
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:
@@ -158,7 +186,9 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
     Registered as one piece, since torch's own pinned memory comes in powers of two.
     """
-    memory = torch.zeros(size, dtype=torch.uint8)  # by all threads, so the pages are there to be locked
+    memory = torch.zeros(
+        size, dtype=torch.uint8
+    )  # by all threads, so the pages are there to be locked
     if size and device.type == "cuda":
         runtime = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
@@ -183,12 +213,24 @@ class AdamW:
     memory, through which `step` streams.
     """
 
-    def __init__(self, model: nn.Module, world: World, initial, lr, betas, weight_decay, offload=False, ema=False):
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        initial,
+        lr,
+        betas,
+        weight_decay,
+        offload=False,
+        ema=False,
+    ):
         self.world, self.lr, self.betas, self.weight_decay = world, lr, betas, weight_decay
         self.steps, self.eps = 0, 1e-8
         self.parameters = dict(model.named_parameters())
         self.grads: dict[str, Tensor] = {}
-        resident, self.hosted = placed(next(model.parameters()).dtype, betas[0], ema, offload, world.device)
+        resident, self.hosted = placed(
+            next(model.parameters()).dtype, betas[0], ema, offload, world.device
+        )
         width = sum(GROUPS[group].itemsize for group in self.hosted)
         sizes = [-(-width * local(p).numel() // 64) * 64 for p in self.parameters.values()]
         self.host = host_memory(sum(sizes), world.device)
@@ -199,7 +241,11 @@ class AdamW:
             held = {group: torch.zeros_like(mine, dtype=GROUPS[group]) for group in resident}
             self.held[name] = held | carve(self.segments[name], mine.shape, self.hosted)
             if mine.dtype != torch.float32:  # from the source, not from the rounded parameter
-                split(part_for(parameter, initial[name]).to(mine.device, torch.float32), mine, self.held[name]["low"])
+                split(
+                    part_for(parameter, initial[name]).to(mine.device, torch.float32),
+                    mine,
+                    self.held[name]["low"],
+                )
             if ema:
                 self.held[name]["ema"].copy_(self.master(name))
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: self._take(name, p))
@@ -224,7 +270,9 @@ class AdamW:
         """
         device = torch.get_device_module(self.world.device)
         here, inward, outward = device.current_stream(), device.Stream(), device.Stream()
-        buffers = torch.empty(3, max(map(len, self.segments.values())), dtype=torch.uint8, device=self.world.device)
+        buffers = torch.empty(
+            3, max(map(len, self.segments.values())), dtype=torch.uint8, device=self.world.device
+        )
         free = [here.record_event()] * 3  # behind whatever had the buffers' memory before
         for turn, (name, held) in enumerate(self.held.items()):
             slot, segment = turn % 3, self.segments[name]
@@ -247,7 +295,9 @@ class AdamW:
         The average, if kept, moves with ema_decay (0: a copy). A norm that is not finite updates nothing.
         """
         unreached = [name for name in self.parameters if name not in self.grads]
-        assert not unreached, f"no gradient reaches {unreached[:3]} and {len(unreached)} parameters in all"
+        assert not unreached, (
+            f"no gradient reaches {unreached[:3]} and {len(unreached)} parameters in all"
+        )
         norm = torch.stack([grad.square().sum() for grad in self.grads.values()]).sum()
         if self.world.mesh is not None:
             dist.all_reduce(norm, group=self.world.mesh.get_group("shard"))
@@ -260,12 +310,20 @@ class AdamW:
         beta1, beta2 = self.betas
         correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
         for name, held in self._streamed():
-            mine, grad, second = local(self.parameters[name]), self.grads.pop(name).mul_(scale), held["second"]
+            mine, grad, second = (
+                local(self.parameters[name]),
+                self.grads.pop(name).mul_(scale),
+                held["second"],
+            )
             master = join(mine, held["low"]) if "low" in held else mine
             second.lerp_(grad.square(), 1 - beta2)
             direction = held["first"].lerp_(grad, 1 - beta1) if beta1 else grad
             master.mul_(1 - self.lr * self.weight_decay)
-            master.addcdiv_(direction, (second / correction2).sqrt_().add_(self.eps), value=-self.lr / correction1)
+            master.addcdiv_(
+                direction,
+                (second / correction2).sqrt_().add_(self.eps),
+                value=-self.lr / correction1,
+            )
             if "low" in held:
                 split(master, mine, held["low"])
             if "ema" in held:
@@ -276,7 +334,11 @@ class AdamW:
     @torch.no_grad()
     def averaged(self) -> Iterator[None]:
         """The model with the moving average in place of its weights, if one is kept."""
-        weights = {name: local(self.parameters[name]).clone() for name, held in self.held.items() if "ema" in held}
+        weights = {
+            name: local(self.parameters[name]).clone()
+            for name, held in self.held.items()
+            if "ema" in held
+        }
         for name in weights:
             local(self.parameters[name]).copy_(self.held[name]["ema"])
         yield
@@ -288,8 +350,14 @@ class AdamW:
         parameter = self.parameters[name]
         if not isinstance(parameter, DTensor):
             return value
-        mesh = parameter.device_mesh if value.device.type == self.world.device.type else self.world.host_mesh
-        return DTensor.from_local(value, mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())
+        mesh = (
+            parameter.device_mesh
+            if value.device.type == self.world.device.type
+            else self.world.host_mesh
+        )
+        return DTensor.from_local(
+            value, mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+        )
 
     def result(self, name: str) -> Tensor:
         """A float32 weight, whole: its average, if kept, else its master. For every process to call, after `state`."""
@@ -302,11 +370,19 @@ class AdamW:
         parameters: those are joined in host memory, 4 bytes a weight while the caller holds them. So checkpoints hold
         float32 masters, whatever the dtype and place of a run, for any run or reader to go on from.
         """
-        torch.get_device_module(self.world.device).synchronize()  # the host reads what `step` copied
+        torch.get_device_module(
+            self.world.device
+        ).synchronize()  # the host reads what `step` copied
         state = {}
         for name, held in self.held.items():
-            held = held | {"master": self.master(name).to("cpu" if "low" in held else self.world.device)}
-            state |= {f"{group}.{name}": self._sharded(name, held[group]) for group in held if group != "low"}
+            held = held | {
+                "master": self.master(name).to("cpu" if "low" in held else self.world.device)
+            }
+            state |= {
+                f"{group}.{name}": self._sharded(name, held[group])
+                for group in held
+                if group != "low"
+            }
         return state
 
     @torch.no_grad()
@@ -315,17 +391,25 @@ class AdamW:
         self.steps = steps
         for name, held in self.held.items():
             if "low" in held:
-                split(local(state[f"master.{name}"]).to(self.world.device), local(self.parameters[name]), held["low"])
+                split(
+                    local(state[f"master.{name}"]).to(self.world.device),
+                    local(self.parameters[name]),
+                    held["low"],
+                )
 
 
-def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, keep: int = 2) -> Path:
+def save(
+    world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, keep: int = 2
+) -> Path:
     """Write a checkpoint folder/step-N of all optimizers and facts (with "step"); atomic: beside, then renamed.
 
     The `keep` newest complete ones stay. Any world size can read it back.
     """
     path = folder / f"step-{facts['step']:07d}"
     partial = path.with_suffix(".partial")
-    state = {who: optimizer.state() for who, optimizer in optimizers.items()}  # flattened to who.group.name
+    state = {
+        who: optimizer.state() for who, optimizer in optimizers.items()
+    }  # flattened to who.group.name
     if world.rank == 0:
         for unfinished in folder.glob("step-*.partial"):
             shutil.rmtree(unfinished)
@@ -333,7 +417,9 @@ def save(world: World, folder: Path, optimizers: dict[str, AdamW], facts: dict, 
     dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
     if world.rank == 0:
         steps = {who: optimizer.steps for who, optimizer in optimizers.items()}
-        (partial / "facts.json").write_text(json.dumps(facts | {"optimizer_steps": steps}, indent=2))
+        (partial / "facts.json").write_text(
+            json.dumps(facts | {"optimizer_steps": steps}, indent=2)
+        )
         os.replace(partial, path)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -358,9 +444,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         prefix = "generator.ema." if averaged else "generator.master."
         state = {key: torch.empty(entries[key].size) for key in entries if key.startswith(prefix)}
         dcp.load(state, checkpoint_id=path, no_dist=True)
-    except (OSError, EOFError, AttributeError, pickle.UnpicklingError, dcp.CheckpointException) as error:
-        cause = "".join(str(error).splitlines()[-1:])  # the rest of a CheckpointException's is a traceback
-        raise ValueError(f"{path} is damaged or incomplete; take another checkpoint: {cause}") from error
+    except (
+        OSError,
+        EOFError,
+        AttributeError,
+        pickle.UnpicklingError,
+        dcp.CheckpointException,
+    ) as error:
+        cause = "".join(
+            str(error).splitlines()[-1:]
+        )  # the rest of a CheckpointException's is a traceback
+        raise ValueError(
+            f"{path} is damaged or incomplete; take another checkpoint: {cause}"
+        ) from error
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 

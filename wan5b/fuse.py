@@ -26,7 +26,9 @@ def enable(on: bool = True, graphs: bool = True) -> None:
 
 
 def fused(piece: Callable) -> Callable:
-    compiled = cache(lambda: torch.compile(piece, dynamic=False))  # when it is needed: it imports the compiler
+    compiled = cache(
+        lambda: torch.compile(piece, dynamic=False)
+    )  # when it is needed: it imports the compiler
 
     @wraps(piece)
     def call(*args):
@@ -53,7 +55,9 @@ class Graphs:
             return forward(*inputs)
         if self.graphs[key] is None:
             graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # other threads may copy
+            with torch.cuda.graph(
+                graph, pool=self.pool, capture_error_mode="thread_local"
+            ):  # other threads may copy
                 self.graphs[key] = graph, own, forward(*own)
             self.pool = graph.pool()
         graph, own, out = self.graphs[key]

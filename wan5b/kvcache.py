@@ -28,7 +28,9 @@ def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[in
         below = head + max(whole, 0) * size
         nearest = " or ".join(str(n) for n in (below, below + size) if n > 0)
         plan = f"a first block of {head} and blocks of {size}" if head else f"blocks of {size}"
-        raise ValueError(f"{frames} latent frames do not divide into {plan}; nearest valid: {nearest}")
+        raise ValueError(
+            f"{frames} latent frames do not divide into {plan}; nearest valid: {nearest}"
+        )
     return [head] * (head > 0) + [size] * whole
 
 
@@ -36,7 +38,9 @@ class Span(NamedTuple):
     """Where a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
 
     start: int  # frames in front of these
-    seen: list[slice]  # of the memory's tokens: the committed frames it sees, without grad the current ones too
+    seen: list[
+        slice
+    ]  # of the memory's tokens: the committed frames it sees, without grad the current ones too
     own: list[slice]  # the current frames, in order
 
 
@@ -48,9 +52,13 @@ class KVCache:
     enough. A rollout that carries grad needs frames >= the whole video: nothing it has read may be replaced.
     """
 
-    def __init__(self, cfg, batch, frames, tokens_per_frame, window=None, sink=0, device=None, dtype=None):
+    def __init__(
+        self, cfg, batch, frames, tokens_per_frame, window=None, sink=0, device=None, dtype=None
+    ):
         if sink and not 0 < sink < (window or 0):
-            raise ValueError(f"a sink must be smaller than the window: sink {sink}, window {window}")
+            raise ValueError(
+                f"a sink must be smaller than the window: sink {sink}, window {window}"
+            )
         shape = (cfg.num_layers, 2, batch, frames * tokens_per_frame, cfg.num_heads, cfg.head_dim)
         self.memory = torch.empty(shape, device=device, dtype=dtype)
         # Of the text of `context`: filled by a forward without grad, read by those that follow with the same tensor.
@@ -67,32 +75,52 @@ class KVCache:
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
         if not (pending := self.written - self.frames) >= n_frames > 0:
-            raise ValueError(f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones")
+            raise ValueError(
+                f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones"
+            )
         self.frames += n_frames
 
     def ends(self, frames: int, blocks: list[int] | None) -> list[int]:
         """Where a forward starts in the video, and where each of its blocks ends: see `spans`."""
-        return list(accumulate(blocks or [frames], initial=self.written - frames if blocks else self.frames))
+        return list(
+            accumulate(blocks or [frames], initial=self.written - frames if blocks else self.frames)
+        )
 
     def spans(self, frames: int, blocks: list[int] | None, *sizes: int) -> list[Span]:
         """Plan a forward on frames behind the committed ones; with blocks, one with grad over the last frames written,
         each block seeing what it saw then. sizes: layers, batch, tokens a frame. ValueError if something does not fit.
         """
         if self.made_for != sizes:
-            raise ValueError(f"the cache is for layers, batch, tokens a frame {self.made_for}, the forward has {sizes}")
+            raise ValueError(
+                f"the cache is for layers, batch, tokens a frame {self.made_for}, the forward has {sizes}"
+            )
         if blocks and not (torch.is_grad_enabled() and frames <= self.written <= self.capacity):
-            raise ValueError(f"blocks over a cache repeat, with grad, what it holds: {blocks}, {self.written} frames")
-        return [self._span(start, end, sizes[-1]) for start, end in pairwise(self.ends(frames, blocks))]
+            raise ValueError(
+                f"blocks over a cache repeat, with grad, what it holds: {blocks}, {self.written} frames"
+            )
+        return [
+            self._span(start, end, sizes[-1]) for start, end in pairwise(self.ends(frames, blocks))
+        ]
 
     def _span(self, start: int, end: int, tokens: int) -> Span:
         room, window = self.capacity - self.sink, self.window or max(end, self.capacity)
         if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
-            way_out = "a rollout with grad needs room for the whole video" if self.window else "no window is set"
-            raise ValueError(f"the cache holds {self.capacity} frames; {start} + {end - start} do not fit: {way_out}")
+            way_out = (
+                "a rollout with grad needs room for the whole video"
+                if self.window
+                else "no window is set"
+            )
+            raise ValueError(
+                f"the cache holds {self.capacity} frames; {start} + {end - start} do not fit: {way_out}"
+            )
         if end - start > window - self.sink:
-            raise ValueError(f"a block of {end - start} frames does not fit in window {window} with sink {self.sink}")
+            raise ValueError(
+                f"a block of {end - start} frames does not fit in window {window} with sink {self.sink}"
+            )
         recent = max(self.sink, end - (window - self.sink))
-        assert recent >= self.written - room, "a longer forward has replaced frames that are still seen"
+        assert recent >= self.written - room, (
+            "a longer forward has replaced frames that are still seen"
+        )
         past = [*range(min(self.sink, start)), *range(recent, start)]
         past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
         self.written = end if start == self.frames else self.written
@@ -109,19 +137,30 @@ class KVCache:
         memory = self.memory[layer]
         if span.start == self.frames:
             sizes = [run.stop - run.start for run in span.own]
-            for run, *parts in zip(span.own, *(x.detach().split(sizes, 1) for x in (k, v)), strict=True):
+            for run, *parts in zip(
+                span.own, *(x.detach().split(sizes, 1) for x in (k, v)), strict=True
+            ):
                 memory[0, :, run], memory[1, :, run] = parts
         seen = [memory[:, :, run] for run in span.seen]
         if torch.is_grad_enabled():
-            return tuple(torch.cat([*(past[i] for past in seen), x], 1) for i, x in enumerate((k, v)))
+            return tuple(
+                torch.cat([*(past[i] for past in seen), x], 1) for i, x in enumerate((k, v))
+            )
         return tuple(seen[0] if len(seen) == 1 else torch.cat(seen, 2))
 
     def _slot(self, frame: int) -> int:
         """Where a frame of the video lies in memory."""
-        return frame if frame < self.sink else self.sink + (frame - self.sink) % (self.capacity - self.sink)
+        return (
+            frame
+            if frame < self.sink
+            else self.sink + (frame - self.sink) % (self.capacity - self.sink)
+        )
 
 
 def _runs(slots: list[int], tokens: int) -> list[slice]:
     """Consecutive slots as slices of tokens, so many a slot: ([0, 1, 2, 5], 10) -> [0:30, 50:60]."""
-    runs = [[slot for _, slot in run] for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0])]
+    runs = [
+        [slot for _, slot in run]
+        for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0])
+    ]
     return [slice(run[0] * tokens, (run[-1] + 1) * tokens) for run in runs]

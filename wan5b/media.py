@@ -19,7 +19,11 @@ from imageio.plugins.pillow import PillowPlugin
 from PIL import Image, ImageOps
 from torch import Tensor
 
-UNREADABLE = (OSError, ValueError, IndexError)  # no such file, no backend reads it; PyAV: damaged, no picture in it
+UNREADABLE = (
+    OSError,
+    ValueError,
+    IndexError,
+)  # no such file, no backend reads it; PyAV: damaged, no picture in it
 # PyAV: damaged otherwise, an unknown codec; Pillow: damaged, 180 megapixels or more.
 UNREADABLE += (av.FFmpegError, AttributeError, SyntaxError, Image.DecompressionBombError)
 
@@ -79,20 +83,29 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
     if len(sides) != 2 or any(side < 1 or side % 32 for side in sides):
         valid = " by ".join(nearest(side, 32, 32) for side in sides)
-        raise ValueError(f"size {text} is not HEIGHTxWIDTH in multiples of 32; nearest valid: {valid}")
+        raise ValueError(
+            f"size {text} is not HEIGHTxWIDTH in multiples of 32; nearest valid: {valid}"
+        )
     return sides[0], sides[1]
 
 
-def fitting_size(height: int, width: int, area: int = 704 * 1280, step: int = 32) -> tuple[int, int]:
+def fitting_size(
+    height: int, width: int, area: int = 704 * 1280, step: int = 32
+) -> tuple[int, int]:
     """The (height, width) for a picture of this shape: multiples of step, at most `area`, nearest aspect ratio."""
     ratio = width / height
-    ideal_width = min(max((area * ratio) ** 0.5, step), area / step)  # extreme shapes: at least one step high, wide
+    ideal_width = min(
+        max((area * ratio) ** 0.5, step), area / step
+    )  # extreme shapes: at least one step high, wide
 
     def floor(x):
         return max(int(x // step * step), step)
 
     w1, h2 = floor(ideal_width), floor(area / ideal_width)
-    sizes = [(floor(area / w1), w1), (h2, floor(area / h2))]  # width first; height first, which wins a tie
+    sizes = [
+        (floor(area / w1), w1),
+        (h2, floor(area / h2)),
+    ]  # width first; height first, which wins a tie
     return min(reversed(sizes), key=lambda s: max(ratio * s[0] / s[1], s[1] / s[0] / ratio))
 
 
@@ -103,13 +116,24 @@ def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
     size = max(round(w * scale), width), max(round(h * scale), height)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     resized = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
-    cropped = np.stack([np.asarray(image)[top : top + height, left : left + width] for image in resized])
+    cropped = np.stack(
+        [np.asarray(image)[top : top + height, left : left + width] for image in resized]
+    )
     return torch.from_numpy(cropped).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def to_frames(pixels: Tensor) -> Tensor:
     """Pixels [3, T, H, W], not clamped -> uint8 [T, H, W, 3], on the same device."""
-    return pixels.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    return (
+        pixels.float()
+        .clamp(-1, 1)
+        .add(1)
+        .mul(127.5)
+        .round()
+        .to(torch.uint8)
+        .permute(1, 2, 3, 0)
+        .contiguous()
+    )
 
 
 class VideoWriter:
@@ -125,7 +149,9 @@ class VideoWriter:
         self.file = iio.imopen(self.partial, "w", plugin="pyav")
         self.file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
         self.thread = ThreadPoolExecutor(1)
-        self.pending = self.thread.submit(lambda: None)  # the encoding of the last chunk; none so far
+        self.pending = self.thread.submit(
+            lambda: None
+        )  # the encoding of the last chunk; none so far
 
     def add(self, frames: Tensor) -> None:
         """Append uint8 frames [T, H, W, 3]. Returns at once, unless the chunk before is still being encoded."""
@@ -159,11 +185,16 @@ def sheet_indices(frames: int, count: int = 16) -> set[int]:
     return {round(i) for i in np.linspace(0, frames - 1, min(count, frames))}
 
 
-def write_sheet(path: str | Path, frames: list[np.ndarray], columns: int = 4, width: int = 320) -> None:
+def write_sheet(
+    path: str | Path, frames: list[np.ndarray], columns: int = 4, width: int = 320
+) -> None:
     """A PNG of frames side by side, each shrunk to `width` (or kept, if smaller)."""
     h, w = frames[0].shape[:2]
     size = (min(w, width), max(round(h * min(w, width) / w), 1))
-    tiles = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames]
+    tiles = [
+        np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+        for frame in frames
+    ]
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
     iio.imwrite(path, np.concatenate(rows), extension=".png")

@@ -20,10 +20,18 @@ from wan5b.kvcache import KVCache, block_sizes
 from wan5b.weights import fill, open_dit, read_metadata
 
 GIB = 2**30
-STAGES = ("teacher", "ar", "ode", "dmd", "sid")  # in their order; the last two distil causal networks
+STAGES = (
+    "teacher",
+    "ar",
+    "ode",
+    "dmd",
+    "sid",
+)  # in their order; the last two distil causal networks
 
 
-def activations(cfg, tokens: int, itemsize: int, checkpointing: bool, graphs=1, late: float = 0, keys=0) -> float:
+def activations(
+    cfg, tokens: int, itemsize: int, checkpointing: bool, graphs=1, late: float = 0, keys=0
+) -> float:
     """Bytes held at the peak of a backward through `graphs` forwards of so many tokens.
 
     What a block keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
@@ -36,18 +44,30 @@ def activations(cfg, tokens: int, itemsize: int, checkpointing: bool, graphs=1, 
     """
     width, wide, hidden = cfg.dim * itemsize, cfg.dim * 4, cfg.ffn_dim * itemsize
     block = tokens * (12 * width + 7 * wide + 2 * hidden) + (2 * keys + tokens * (keys > 0)) * width
-    kept = cfg.num_layers * graphs * tokens * width if checkpointing else (cfg.num_layers * graphs - 1) * block
+    kept = (
+        cfg.num_layers * graphs * tokens * width
+        if checkpointing
+        else (cfg.num_layers * graphs - 1) * block
+    )
     return block + tokens * (hidden + 2 * wide + (graphs - 1) * 3 * wide) + max(kept - late, 0)
 
 
-def forward_flop(cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None) -> tuple[float, float]:
+def forward_flop(
+    cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None
+) -> tuple[float, float]:
     """FLOP of the blocks' linear layers and of their attention in a forward, whose arguments are WanDiT's.
 
     Left out: what is done once a text, a frame or a forward.
     """
     window = cache.window if cache else window
-    ends = cache.ends(x.shape[2], blocks) if cache else [0, *itertools.accumulate(blocks or [x.shape[2]])]
-    pairs = sum((end - start) * min(end, window or end) for start, end in itertools.pairwise(ends))  # of frames
+    ends = (
+        cache.ends(x.shape[2], blocks)
+        if cache
+        else [0, *itertools.accumulate(blocks or [x.shape[2]])]
+    )
+    pairs = sum(
+        (end - start) * min(end, window or end) for start, end in itertools.pairwise(ends)
+    )  # of frames
     sequences, per_frame = len(x) * (1 if clean is None else 2), cfg.tokens_per_frame(*x.shape[3:])
     tokens = sequences * x.shape[2] * per_frame
     linear = 2 * tokens * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
@@ -70,7 +90,12 @@ class Run:
     """The networks, optimizers and data of a run, and its phases: each one global batch through one network."""
 
     def __init__(self, cfg, world: fsdp.World):
-        self.cfg, self.world, self.device, self.dtype = cfg, world, world.device, getattr(torch, cfg.dtype)
+        self.cfg, self.world, self.device, self.dtype = (
+            cfg,
+            world,
+            world.device,
+            getattr(torch, cfg.dtype),
+        )
         self.layout = block_sizes(cfg.frames, cfg.block, cfg.first)  # of whole sequences
         self.blocks = self.layout[cfg.first :]  # generated ones
         self.sigmas = few_step_sigmas(cfg.levels, cfg.shift)
@@ -79,18 +104,31 @@ class Run:
         folder = cfg.trajectories if cfg.stage == "ode" else cfg.latents
         self.store = Store(folder) if folder else None
         negative = cfg.negative, self.text.facts.get("negative"), ""
-        self.prompts = self.store.prompts if folder else [p for p in self.text.prompts if p not in negative]
+        self.prompts = (
+            self.store.prompts if folder else [p for p in self.text.prompts if p not in negative]
+        )
         self.offload = cfg.offload and self.device.type == "cuda"  # a CPU's memory is the host's
         self.flop = 0.0  # done so far
         source = open_dit(cfg.weights) if cfg.weights else (PRESETS[cfg.preset], {})
-        scores = open_dit(cfg.teacher, channels=source[0].in_dim) if self.distilling and cfg.teacher else source
+        scores = (
+            open_dit(cfg.teacher, channels=source[0].in_dim)
+            if self.distilling and cfg.teacher
+            else source
+        )
         self.check(source[0], scores[0])  # before anything is loaded
         self.budget = self.expected(source[0], scores[0])
         self.afford(world.free())
 
         self.generator, tensors = self.network(*source)
-        options = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.weight_decay, self.offload)  # `update` sets the rate
-        self.optimizers = {"generator": fsdp.AdamW(self.generator, world, tensors, *options, ema=cfg.ema > 0)}
+        options = (
+            cfg.lr,
+            (cfg.beta1, cfg.beta2),
+            cfg.weight_decay,
+            self.offload,
+        )  # `update` sets the rate
+        self.optimizers = {
+            "generator": fsdp.AdamW(self.generator, world, tensors, *options, ema=cfg.ema > 0)
+        }
         if self.distilling:
             self.teacher, _ = self.network(*scores)
             self.teacher.requires_grad_(False)
@@ -109,19 +147,31 @@ class Run:
         for path, stages in ((cfg.weights, earlier), (self.distilling and cfg.teacher, STAGES[:1])):
             made = read_metadata(path).get("stage") if path else None
             if made and made not in stages:
-                raise ValueError(f"{path} is of stage {made}; {cfg.stage} takes a release there, or one of {stages}")
+                raise ValueError(
+                    f"{path} is of stage {made}; {cfg.stage} takes a release there, or one of {stages}"
+                )
         if takes != other:
-            raise ValueError(f"weights and teacher take different texts (width, length): {takes} and {other}")
+            raise ValueError(
+                f"weights and teacher take different texts (width, length): {takes} and {other}"
+            )
         if not self.prompts:
-            raise ValueError(f"{self.store.folder if self.store else cfg.text} holds nothing to train on")
-        self.text.check([*self.prompts, *cfg.sample_prompts] + [cfg.negative] * (cfg.stage != "ode"), *takes)
+            raise ValueError(
+                f"{self.store.folder if self.store else cfg.text} holds nothing to train on"
+            )
+        self.text.check(
+            [*self.prompts, *cfg.sample_prompts] + [cfg.negative] * (cfg.stage != "ode"), *takes
+        )
         name, shape = ("x", (len(self.sigmas), *shape)) if cfg.stage == "ode" else ("latent", shape)
         if self.store and self.store.shapes.get(name) != shape:
             given = f"{self.store.folder} holds {self.store.shapes}, this run needs {name} {shape}"
-            raise ValueError(f"{given}, (levels,) channels, frames, height, width: change these, or make it again")
+            raise ValueError(
+                f"{given}, (levels,) channels, frames, height, width: change these, or make it again"
+            )
         levels = self.store.facts["sigmas"] if cfg.stage == "ode" else self.sigmas
         if any(abs(a - b) > 1e-3 for a, b in zip(levels, self.sigmas, strict=True)):
-            raise ValueError(f"{self.store.folder} has levels {levels}, not {self.sigmas}: change levels and shift")
+            raise ValueError(
+                f"{self.store.folder} has levels {levels}, not {self.sigmas}: change levels and shift"
+            )
 
     def expected(self, model: DiTConfig, scores: DiTConfig) -> dict[str, dict[str, float]]:
         """Bytes that this process comes to hold, part by part, on the "device" (of a CPU: all) and on the "host".
@@ -134,26 +184,47 @@ class Run:
         """
         cfg, size, shards = self.cfg, self.dtype.itemsize, self.world.shards
         with torch.device("meta"):
-            n, m = (sum(p.numel() for p in WanDiT(c).parameters()) / shards for c in (model, scores))
+            n, m = (
+                sum(p.numel() for p in WanDiT(c).parameters()) / shards for c in (model, scores)
+            )
         m *= self.distilling  # critic, teacher
-        device = {"weights": size * (n + 2 * m), "gradients": 4 * max(n, m) * (1 + (self.world.size > shards))}
+        device = {
+            "weights": size * (n + 2 * m),
+            "gradients": 4 * max(n, m) * (1 + (self.world.size > shards)),
+        }
         host = {"masters while saving": 4 * (n + m) * (self.dtype != torch.float32)}
         places = fsdp.placed(self.dtype, cfg.beta1, cfg.ema > 0, self.offload, self.device)
         for place, groups in zip((device, host), places, strict=True):
-            place |= {f"optimizer: {g}": fsdp.GROUPS[g].itemsize * (n + m * (g != "ema")) for g in groups}
+            place |= {
+                f"optimizer: {g}": fsdp.GROUPS[g].itemsize * (n + m * (g != "ema")) for g in groups
+            }
         tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
-        doubled, texts = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher", cfg.micro_batch * model.text_len
+        doubled, texts = (
+            cfg.stage in ("ar", "ode") and cfg.forcing == "teacher",
+            cfg.micro_batch * model.text_len,
+        )
         graphs = 2 + (cfg.guidance != 0) if cfg.stage == "sid" else 1
         late = device["gradients"] * (len(self.world.share(cfg.batch)) == cfg.micro_batch)
         seen = sum(min(end, cfg.window or end) for end in itertools.accumulate(self.layout))
         keys = self.distilling * (seen - cfg.frames) * tokens // cfg.frames
         whole = activations(scores, tokens * (1 + doubled), size, cfg.checkpointing, graphs, late)
-        device["activations"] = max(whole, activations(model, tokens, size, cfg.checkpointing, 1, late, keys))
-        device["KV cache"] = 2 * model.num_layers * (tokens + texts) * model.dim * size * self.distilling
+        device["activations"] = max(
+            whole, activations(model, tokens, size, cfg.checkpointing, 1, late, keys)
+        )
+        device["KV cache"] = (
+            2 * model.num_layers * (tokens + texts) * model.dim * size * self.distilling
+        )
         if self.world.size > 1:
-            block, rollout = (3 * size + 4) * max(n, m) * shards / model.num_layers, n * shards * size * self.distilling
+            block, rollout = (
+                (3 * size + 4) * max(n, m) * shards / model.num_layers,
+                n * shards * size * self.distilling,
+            )
             device["activations"] = max(device["activations"] + block, rollout)
-        return {"device": device, "host": host} if self.device.type == "cuda" else {"device": device | host}
+        return (
+            {"device": device, "host": host}
+            if self.device.type == "cuda"
+            else {"device": device | host}
+        )
 
     def afford(self, free: dict[str, float]) -> None:
         """Print the budget. ValueError, with what would help, if more is needed than is free."""
@@ -164,15 +235,31 @@ class Run:
             needed = sum(parts.values())
             rows = parts | {"in all": needed, "free": free[place]}
             if self.world.rank == 0:
-                print(*(f"{place:8}{part:24}{size / GIB:8.2f} GiB" for part, size in rows.items() if size), sep="\n")
+                print(
+                    *(
+                        f"{place:8}{part:24}{size / GIB:8.2f} GiB"
+                        for part, size in rows.items()
+                        if size
+                    ),
+                    sep="\n",
+                )
             if needed > free[place]:
                 given = f"{needed / GIB:.2f} GiB are needed on the {place}, {free[place] / GIB:.2f} are free"
-                helps = ", ".join(ways) if place == "device" else "processes on more machines, or offload = false"
+                helps = (
+                    ", ".join(ways)
+                    if place == "device"
+                    else "processes on more machines, or offload = false"
+                )
                 raise ValueError(f"{given}; what helps: {helps}")
 
-    def network(self, model_cfg: DiTConfig, tensors: dict[str, Tensor]) -> tuple[WanDiT, dict[str, Tensor]]:
+    def network(
+        self, model_cfg: DiTConfig, tensors: dict[str, Tensor]
+    ) -> tuple[WanDiT, dict[str, Tensor]]:
         """A sharded network in the compute dtype, and the tensors it was filled from (if none, random ones)."""
-        tensors = tensors or WanDiT(model_cfg).init_weights(rng("cpu", self.cfg.seed, "init")).state_dict()
+        tensors = (
+            tensors
+            or WanDiT(model_cfg).init_weights(rng("cpu", self.cfg.seed, "init")).state_dict()
+        )
         with torch.device("meta"):
             model = WanDiT(model_cfg).to(self.dtype)
         model = self.world.shard(model)
@@ -205,15 +292,25 @@ class Run:
                 raise InterruptedError
             samples = range(start, start + self.cfg.micro_batch)
             keys = (self.cfg.seed, phase)
-            items = [order(len(self.prompts), step * self.cfg.batch + sample, str(keys)) for sample in samples]
-            yield Draws(self.device, samples, *keys, step), items, self.context([self.prompts[i] for i in items])
+            items = [
+                order(len(self.prompts), step * self.cfg.batch + sample, str(keys))
+                for sample in samples
+            ]
+            yield (
+                Draws(self.device, samples, *keys, step),
+                items,
+                self.context([self.prompts[i] for i in items]),
+            )
 
     def context(self, prompts: list[str]) -> Tensor:
         return self.text.batch(prompts, self.generator.cfg.text_len).to(self.device, self.dtype)
 
     def clips(self, items: list[int]) -> Tensor:
         """Clean latents: the data's, or the ends of trajectories."""
-        clips = [row["x"][-1] if "x" in row else row["latent"] for row in map(self.store.__getitem__, items)]
+        clips = [
+            row["x"][-1] if "x" in row else row["latent"]
+            for row in map(self.store.__getitem__, items)
+        ]
         return torch.stack(clips).to(self.device, torch.float32)
 
     def shape(self, frames: int) -> tuple[int, ...]:
@@ -244,10 +341,14 @@ class Run:
         options = {"blocks": self.layout, "window": cfg.window or None} if cfg.stage == "ar" else {}
         if cfg.stage == "ar" and cfg.forcing == "teacher":
             options["clean"] = x0
-        sigma = self.per_frame(shift_sigma(draws(torch.rand, len(self.layout) if cfg.stage == "ar" else 1), cfg.shift))
+        sigma = self.per_frame(
+            shift_sigma(draws(torch.rand, len(self.layout) if cfg.stage == "ar" else 1), cfg.shift)
+        )
         v = self.generator(add_noise(x0, noise, sigma), sigma, context, **options)
         error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.first :]  # [B, T]
-        return (error * ar_loss_weight(sigma[:, cfg.first :], cfg.shift) if cfg.bell else error).mean()
+        return (
+            error * ar_loss_weight(sigma[:, cfg.first :], cfg.shift) if cfg.bell else error
+        ).mean()
 
     def ode_loss(self, draws: Draws, items: list[int], context: Tensor) -> Tensor:
         """Regression to ODE trajectories (CausVid, arXiv 2412.07772, section 4.3): x at a level -> its end.
@@ -256,15 +357,21 @@ class Run:
         """
         cfg, sigmas = self.cfg, torch.tensor(self.store.facts["sigmas"], device=self.device)
         x = torch.stack([self.store[i]["x"] for i in items]).to(self.device, torch.float32)
-        chosen = (draws(torch.rand, len(self.layout)) * (len(sigmas) - (cfg.forcing == "teacher"))).long()
+        chosen = (
+            draws(torch.rand, len(self.layout)) * (len(sigmas) - (cfg.forcing == "teacher"))
+        ).long()
         index = self.per_frame(chosen, clean=len(sigmas) - 1)
         end = x[:, -1]
         noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
         options = {"clean": end} if cfg.forcing == "teacher" else {}
-        v = self.generator(noisy, sigmas[index], context, blocks=self.layout, window=cfg.window or None, **options)
+        v = self.generator(
+            noisy, sigmas[index], context, blocks=self.layout, window=cfg.window or None, **options
+        )
         counted = (sigmas[index] > 0).float()
         error = (x0_from_v(noisy, v, sigmas[index]) - end).square().mean((1, 3, 4))
-        return ((error * counted).sum(1) / counted.sum(1).clamp(min=1)).mean()  # per sample: of no micro-batch
+        return (
+            (error * counted).sum(1) / counted.sum(1).clamp(min=1)
+        ).mean()  # per sample: of no micro-batch
 
     @torch.no_grad()
     def generate(self, step: int, phase: str, draws: Draws, items: list[int], context: Tensor):
@@ -280,8 +387,15 @@ class Run:
             given, blocks = given + sum(blocks[:chosen]), blocks[chosen : chosen + 1]
         first = self.clips(items)[:, :, :given] if given else None
         self.cache.reset()
-        noise, sources = draws(torch.randn, *self.shape(sum(blocks))), (self.sigmas, blocks, self.cache)
-        options = {"exit_step": exit_step, "trace": trace, "renoise": lambda b, s, x: draws(torch.randn, *x.shape[1:])}
+        noise, sources = (
+            draws(torch.randn, *self.shape(sum(blocks))),
+            (self.sigmas, blocks, self.cache),
+        )
+        options = {
+            "exit_step": exit_step,
+            "trace": trace,
+            "renoise": lambda b, s, x: draws(torch.randn, *x.shape[1:]),
+        }
         with self.world.gathered(self.generator):
             steps = rollout(self.generator, noise, context, *sources, first=first, **options)
             x0 = torch.cat(list(itertools.islice(steps, len(blocks))), 2)  # no commit of the last
@@ -291,7 +405,9 @@ class Run:
         """x0 behind the given frames at one random level a sample (DMD2): (xs, level [B, T], noise)."""
         whole = x0 if first is None else torch.cat([first, x0], 2)
         noise = draws(torch.randn, *whole.shape[1:])
-        level = self.per_frame(shift_sigma(draws(torch.rand, 1), self.cfg.shift).clamp(0.02, 0.98))[:, : whole.shape[2]]
+        level = self.per_frame(shift_sigma(draws(torch.rand, 1), self.cfg.shift).clamp(0.02, 0.98))[
+            :, : whole.shape[2]
+        ]
         return add_noise(whole, noise, level), level, noise
 
     def generator_phase(self, step: int) -> dict[str, Tensor]:
@@ -311,12 +427,18 @@ class Run:
                 unconditional = estimate(self.teacher, negative) if cfg.guidance else real
             scores = (fake, real, unconditional, cfg.guidance)
             gradient = dmd_gradient(x0, *scores)
-            loss = dmd_loss(x0, gradient) if cfg.stage == "dmd" else sid_loss(x0, *scores, cfg.alpha)
+            loss = (
+                dmd_loss(x0, gradient) if cfg.stage == "dmd" else sid_loss(x0, *scores, cfg.alpha)
+            )
             (grad,) = torch.autograd.grad(loss, x0)
-            replay(self.generator, context, self.sigmas[exit_step], trace, self.cache).backward(grad)
+            replay(self.generator, context, self.sigmas[exit_step], trace, self.cache).backward(
+                grad
+            )
             x0 = x0.detach()
             row = {"loss": loss.detach().float(), "gradient": gradient.abs().mean()}
-            row["x0_motion"] = x0.var(2, correction=0).mean()  # over time: a static video shows here
+            row["x0_motion"] = x0.var(
+                2, correction=0
+            ).mean()  # over time: a static video shows here
             for i, block in enumerate(x0.split([x.shape[2] for x in trace], 2)):
                 row |= {f"x0_mean_{i}": block.mean(), f"x0_std_{i}": block.std()}
             rows.append(row)
@@ -332,8 +454,14 @@ class Run:
             loss = critic_loss(v, x0, noise)
             loss.backward()
             error = (v.detach().float() - (noise - x0)).square().mean((1, 2, 3, 4))
-            high = (level[:, -1] > 0.8).float()  # loss at high levels: critic_high / critic_share_high
-            row = {"critic_loss": loss.detach(), "critic_high": (high * error).mean(), "critic_share_high": high.mean()}
+            high = (
+                level[:, -1] > 0.8
+            ).float()  # loss at high levels: critic_high / critic_share_high
+            row = {
+                "critic_loss": loss.detach(),
+                "critic_high": (high * error).mean(),
+                "critic_share_high": high.mean(),
+            }
             rows.append(row)
         return average(rows) | {"critic_norm": self.update("critic", step)}
 
@@ -344,7 +472,9 @@ class Run:
         base = cfg.lr if who == "generator" else cfg.critic_lr
         optimizer.lr = base * decay * min(1.0, (step + 1) / (cfg.warmup + 1))
         micro_batches = len(self.world.share(cfg.batch)) // cfg.micro_batch
-        return optimizer.step(1 / micro_batches, cfg.clip, cfg.ema if step >= cfg.ema_start else 0.0)
+        return optimizer.step(
+            1 / micro_batches, cfg.clip, cfg.ema if step >= cfg.ema_start else 0.0
+        )
 
     def iteration(self, step: int) -> dict[str, Tensor]:
         if not self.distilling:

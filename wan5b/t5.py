@@ -41,7 +41,9 @@ class T5Config:
 
     def __post_init__(self):
         if self.shared_pos:
-            raise ValueError("shared_pos=True is T5 and mT5; umt5 has one relative position table per layer")
+            raise ValueError(
+                "shared_pos=True is T5 and mT5; umt5 has one relative position table per layer"
+            )
 
 
 def relative_buckets(distance: Tensor, num_buckets: int = 32) -> Tensor:
@@ -66,7 +68,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, padded: Tensor, bias: Tensor) -> Tensor:
         """x [B, L, D], padded [B, 1, 1, L] true at keys to ignore, bias [N, L, L] -> [B, L, D]."""
-        q, k, v = (f(x).unflatten(-1, (len(bias), -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (
+            f(x).unflatten(-1, (len(bias), -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
         # float32 scores: unscaled, they are large, and bfloat16 would round them by more than the softmax forgives
         scores = q.float() @ k.float().transpose(-1, -2) + bias  # [B, N, L, L]
         # the most negative finite value, not -inf: a row without any key stays finite
@@ -79,7 +83,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg: T5Config):
         super().__init__()
-        self.gate = nn.Sequential(nn.Linear(cfg.dim, cfg.dim_ffn, bias=False), nn.GELU(approximate="tanh"))
+        self.gate = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.dim_ffn, bias=False), nn.GELU(approximate="tanh")
+        )
         self.fc1 = nn.Linear(cfg.dim, cfg.dim_ffn, bias=False)
         self.fc2 = nn.Linear(cfg.dim_ffn, cfg.dim, bias=False)
 
@@ -95,7 +101,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(cfg.dim, EPS), nn.RMSNorm(cfg.dim, EPS)
         self.attn = Attention(cfg)
         self.ffn = FeedForward(cfg)
-        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(cfg.num_buckets, cfg.num_heads)})
+        self.pos_embedding = nn.ModuleDict(
+            {"embedding": nn.Embedding(cfg.num_buckets, cfg.num_heads)}
+        )
 
     def forward(self, x: Tensor, padded: Tensor, buckets: Tensor) -> Tensor:
         bias = self.pos_embedding["embedding"](buckets).permute(2, 0, 1)
@@ -146,16 +154,24 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, length: int = 512):
         try:  # of no bytes the library would make an empty model
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes() or b"?")
+            self.model = sentencepiece.SentencePieceProcessor(
+                model_proto=Path(path).read_bytes() or b"?"
+            )
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: no such file, or no SentencePiece model (LFS pointer? git lfs pull)") from error
+            raise ValueError(
+                f"{path}: no such file, or no SentencePiece model (LFS pointer? git lfs pull)"
+            ) from error
         self.length = length
 
     def encode(self, text: str) -> list[int]:
         """Ids of one cleaned prompt, neither padded nor ended. A run of byte pieces becomes one <unk>."""
         unk = self.model.unk_id()
         ids = [unk if self.model.is_byte(piece) else piece for piece in self.model.encode(text)]
-        return [piece for piece, before in zip(ids, [None, *ids], strict=False) if (piece, before) != (unk, unk)]
+        return [
+            piece
+            for piece, before in zip(ids, [None, *ids], strict=False)
+            if (piece, before) != (unk, unk)
+        ]
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """-> ids and mask, both [B, length] int64. Every prompt is cleaned, cut and ended with </s>; 0 is padding."""

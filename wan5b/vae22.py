@@ -64,8 +64,12 @@ class Stream:
     """
 
     first: bool = True  # whether the chunk being processed, or the next one, holds the first frame of the video
-    history: dict[nn.Module, Tensor] = field(default_factory=dict)  # layer -> the last frames of its input
-    fold: Callable[[nn.Conv2d], Tensor] = field(default_factory=lambda: cache(fold_upsampling))  # once a video
+    history: dict[nn.Module, Tensor] = field(
+        default_factory=dict
+    )  # layer -> the last frames of its input
+    fold: Callable[[nn.Conv2d], Tensor] = field(
+        default_factory=lambda: cache(fold_upsampling)
+    )  # once a video
 
 
 class RMSNorm(nn.Module):
@@ -76,7 +80,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)  # the eps only guards an all-zero pixel
+        return F.rms_norm(
+            x, x.shape[-1:], self.gamma.flatten(), eps=1e-24
+        )  # the eps only guards an all-zero pixel
 
 
 @fused
@@ -94,7 +100,9 @@ def add_residual_(h: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """Conv2d on [N, H, W, C] or Conv3d on [B, T, H, W, C], channels-last for torch; no bias: torch's pass is slow."""
     run = F.conv2d if x.ndim == 4 else F.conv3d
-    return run(x.movedim(-1, 1), conv.weight, stride=conv.stride, padding=conv.padding).movedim(1, -1)
+    return run(x.movedim(-1, 1), conv.weight, stride=conv.stride, padding=conv.padding).movedim(
+        1, -1
+    )
 
 
 def pointwise(conv: nn.Module, x: Tensor) -> Tensor:
@@ -107,7 +115,13 @@ def causal_conv3d(dim: int, out_dim: int, kernel: tuple[int, int, int] = (3, 3, 
     return nn.Conv3d(dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
 
-def convolve_causal(conv: nn.Conv3d, x: Tensor, state: Stream, norm: RMSNorm | None = None, bias: Tensor | None = None):
+def convolve_causal(
+    conv: nn.Conv3d,
+    x: Tensor,
+    state: Stream,
+    norm: RMSNorm | None = None,
+    bias: Tensor | None = None,
+):
     """conv(x), or conv(silu(norm(x + bias))), behind the input frames before x: zeros at the start of the stream.
 
     They are two, or one at stride 2. conv's own bias is left to the next step. Input and history are written once, into
@@ -130,14 +144,18 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim: int, out_dim: int):
         super().__init__()
         conv1, conv2 = causal_conv3d(dim, out_dim), causal_conv3d(out_dim, out_dim)
-        self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": conv1, "3": RMSNorm(out_dim), "6": conv2})
+        self.residual = nn.ModuleDict(
+            {"0": RMSNorm(dim), "2": conv1, "3": RMSNorm(out_dim), "6": conv2}
+        )
         self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else None
 
     def forward(self, x: Tensor, state: Stream) -> Tensor:
         norm1, conv1, norm2, conv2 = self.residual.values()
         h = convolve_causal(conv1, x, state, norm1)
         h = convolve_causal(conv2, h, state, norm2, conv1.bias)
-        return add_residual_(h, conv2.bias, x if self.shortcut is None else pointwise(self.shortcut, x))
+        return add_residual_(
+            h, conv2.bias, x if self.shortcut is None else pointwise(self.shortcut, x)
+        )
 
 
 class Attention(nn.Module):
@@ -150,7 +168,9 @@ class Attention(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, state: Stream) -> Tensor:
-        qkv = pointwise(self.to_qkv, self.norm(x)).flatten(2, 3).flatten(0, 1)[:, None]  # [B*T, 1, H*W, 3*C], one head
+        qkv = (
+            pointwise(self.to_qkv, self.norm(x)).flatten(2, 3).flatten(0, 1)[:, None]
+        )  # [B*T, 1, H*W, 3*C], one head
         h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))  # [B*T, 1, H*W, C]
         return pointwise(self.proj, h.reshape(x.shape)).add_(x)
 
@@ -184,7 +204,9 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, state: Stream) -> Tensor:
         conv, padded = self.resample["1"], F.pad(x, (0, 0, 0, 1, 0, 1))  # right and bottom
         x = convolve(conv, padded.flatten(0, 1)).unflatten(0, x.shape[:2]).add_(conv.bias)
-        if self.time_conv is not None and state.first:  # the frames behind it see the first one, not zeros
+        if (
+            self.time_conv is not None and state.first
+        ):  # the frames behind it see the first one, not zeros
             state.history[self.time_conv] = x[:, :1].clone()
         return resample_time(self.time_conv, x, state)
 
@@ -229,7 +251,11 @@ class Upsample(nn.Module):
         """x [B, T, H, W, C], shortcut: the stage's input -> [B, T', 2H, 2W, C]"""
         conv, factor_t = self.resample["1"], 1 if self.time_conv is None else 2
         x = resample_time(self.time_conv, x, state).flatten(0, 1)
-        phases = F.conv2d(x.movedim(-1, 1), state.fold(conv), padding=1).movedim(1, -1).unflatten(-1, (2, 2, -1))
+        phases = (
+            F.conv2d(x.movedim(-1, 1), state.fold(conv), padding=1)
+            .movedim(1, -1)
+            .unflatten(-1, (2, 2, -1))
+        )
         return assemble(phases, conv.bias, shortcut, factor_t, state.first)
 
 
@@ -251,7 +277,9 @@ class DownStage(nn.Module):
     def __init__(self, dim: int, out_dim: int, blocks: int, factor_t: int, factor_s: int):
         super().__init__()
         self.fold = (out_dim, factor_t, factor_s)
-        self.downsamples = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise([dim] + [out_dim] * blocks))
+        self.downsamples = nn.ModuleList(
+            ResidualBlock(a, b) for a, b in pairwise([dim] + [out_dim] * blocks)
+        )
         if factor_s > 1:
             self.downsamples.append(Downsample(out_dim, temporal=factor_t > 1))
 
@@ -267,7 +295,9 @@ class UpStage(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, blocks: int, factor_t: int, factor_s: int):
         super().__init__()
-        self.upsamples = nn.ModuleList(ResidualBlock(a, b) for a, b in pairwise([dim] + [out_dim] * blocks))
+        self.upsamples = nn.ModuleList(
+            ResidualBlock(a, b) for a, b in pairwise([dim] + [out_dim] * blocks)
+        )
         if factor_s > 1:
             self.upsamples.append(Upsample(out_dim, temporal=factor_t > 1))
 
@@ -295,15 +325,22 @@ class Coder(nn.ModuleDict):
         x = convolve_causal(conv1, x, state).add_(conv1.bias)
         for layer in layers:
             x = layer(x, state)
-        parts = [convolve_causal(conv2, last(up(part, state), state), state, norm) for part in x.split(FRAMES, dim=1)]
+        parts = [
+            convolve_causal(conv2, last(up(part, state), state), state, norm)
+            for part in x.split(FRAMES, dim=1)
+        ]
         state.first = False
         return torch.cat(parts, dim=1).add_(conv2.bias)
 
 
-def stages(kind: type[nn.Module], widths: list[int], blocks: int, temporal: tuple[bool, ...]) -> nn.ModuleList:
+def stages(
+    kind: type[nn.Module], widths: list[int], blocks: int, temporal: tuple[bool, ...]
+) -> nn.ModuleList:
     """A stage between every two widths. All fold or unfold space, and time if temporal; the last keeps the size."""
     factors = [(2 if t else 1, 2) for t in temporal] + [(1, 1)]  # time, space
-    return nn.ModuleList(kind(a, b, blocks, *f) for (a, b), f in zip(pairwise(widths), factors, strict=True))
+    return nn.ModuleList(
+        kind(a, b, blocks, *f) for (a, b), f in zip(pairwise(widths), factors, strict=True)
+    )
 
 
 def space_to_depth(video: Tensor) -> Tensor:
@@ -323,11 +360,15 @@ def _check(video: Tensor, cfg: VAEConfig) -> None:
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
     names = ("frame count", "height", "width")
-    for value, what, step, offset in zip(video.shape[2:], names, cfg.strides, (1, 0, 0), strict=True):
+    for value, what, step, offset in zip(
+        video.shape[2:], names, cfg.strides, (1, 0, 0), strict=True
+    ):
         below = (value - offset) // step * step + offset
         valid = [v for v in (below, below + step) if v > 0]
         if value not in valid:
-            raise ValueError(f"{what} {value} must be {step}k + {offset}; nearest: {' or '.join(map(str, valid))}")
+            raise ValueError(
+                f"{what} {value} must be {step}k + {offset}; nearest: {' or '.join(map(str, valid))}"
+            )
 
 
 class VAE22(nn.Module):
@@ -339,11 +380,15 @@ class VAE22(nn.Module):
     def __init__(self, cfg: VAEConfig):
         super().__init__()
         self.cfg = cfg
-        assert not cfg.temperal_downsample[0], "the decoder's last two stages must leave time as it is"
+        assert not cfg.temperal_downsample[0], (
+            "the decoder's last two stages must leave time as it is"
+        )
         # space-to-depth pixels [B, T, H, W, 12] -> mean and log-variance [B, T', H', W', 2 * z_dim]
         widths = [cfg.dim * m for m in (1, *cfg.dim_mult)]
         down = stages(DownStage, widths, cfg.num_res_blocks, cfg.temperal_downsample)
-        self.encoder = Coder(12, widths, 2 * cfg.z_dim, {"downsamples": down, "middle": middle(widths[-1])})
+        self.encoder = Coder(
+            12, widths, 2 * cfg.z_dim, {"downsamples": down, "middle": middle(widths[-1])}
+        )
         self.conv1 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
         self.conv2 = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
         # latents [B, T, H, W, z_dim] -> space-to-depth pixels [B, T', H', W', 12]
@@ -366,11 +411,23 @@ class VAE22(nn.Module):
         """
         _check(video, self.cfg)
         stride, state = self.cfg.strides[0], self.stream()
-        cuts = range(1 + (ENCODED - 1) * stride, video.shape[2], ENCODED * stride)  # latent frame 0 is a pixel frame
-        chunks = (chunk.to(self.conv1.weight.dtype) for chunk in video.tensor_split(list(cuts), dim=2))
-        encoded = [pointwise(self.conv1, self.encoder(space_to_depth(chunk), state)) for chunk in chunks]
-        mean = torch.cat(encoded, dim=1)[..., : self.cfg.z_dim].float()  # the rest is the log-variance
-        return ((mean - mean.new_tensor(LATENT_MEAN)) / mean.new_tensor(LATENT_STD)).movedim(-1, 1).contiguous()
+        cuts = range(
+            1 + (ENCODED - 1) * stride, video.shape[2], ENCODED * stride
+        )  # latent frame 0 is a pixel frame
+        chunks = (
+            chunk.to(self.conv1.weight.dtype) for chunk in video.tensor_split(list(cuts), dim=2)
+        )
+        encoded = [
+            pointwise(self.conv1, self.encoder(space_to_depth(chunk), state)) for chunk in chunks
+        ]
+        mean = torch.cat(encoded, dim=1)[
+            ..., : self.cfg.z_dim
+        ].float()  # the rest is the log-variance
+        return (
+            ((mean - mean.new_tensor(LATENT_MEAN)) / mean.new_tensor(LATENT_STD))
+            .movedim(-1, 1)
+            .contiguous()
+        )
 
     def decode(self, latent: Tensor) -> Tensor:
         """Normalised latents [B, z_dim, T, H, W] -> pixels [B, 3, 1 + 4(T - 1), 16H, 16W], about [-1, 1], not clamped.
@@ -386,10 +443,15 @@ class VAE22(nn.Module):
         4n pixel frames, or 1 + 4(n - 1) at the start of the stream: together the same frames as one `decode`.
         """
         if latent.ndim != 5 or latent.shape[1] != self.cfg.z_dim or 0 in latent.shape:
-            raise ValueError(f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}")
+            raise ValueError(
+                f"latent must be [B, {self.cfg.z_dim}, T, H, W], got {list(latent.shape)}"
+            )
         z = latent.movedim(1, -1).float()
         z = (z * z.new_tensor(LATENT_STD) + z.new_tensor(LATENT_MEAN)).to(self.conv2.weight.dtype)
-        parts = [depth_to_space(self.decoder(pointwise(self.conv2, part), state)) for part in z.split(DECODED, dim=1)]
+        parts = [
+            depth_to_space(self.decoder(pointwise(self.conv2, part), state))
+            for part in z.split(DECODED, dim=1)
+        ]
         return torch.cat(parts, dim=2)
 
 
@@ -413,8 +475,15 @@ class LinearCodec(nn.Module):
         """As VAE22's. The first latent frame is that of the first pixel frame repeated."""
         _check(video, self.cfg)
         lead = video[:, :, :1].expand(-1, -1, self.cfg.strides[0] - 1, -1, -1)
-        planes = torch.cat([lead, video], dim=2).flatten(0, 1)[:, None].to(self.basis.dtype)  # [B*3, 1, T, H, W]
-        return F.conv3d(planes, self.basis, stride=self.cfg.strides).unflatten(0, (-1, 3)).flatten(1, 2).float()
+        planes = (
+            torch.cat([lead, video], dim=2).flatten(0, 1)[:, None].to(self.basis.dtype)
+        )  # [B*3, 1, T, H, W]
+        return (
+            F.conv3d(planes, self.basis, stride=self.cfg.strides)
+            .unflatten(0, (-1, 3))
+            .flatten(1, 2)
+            .float()
+        )
 
     decode = VAE22.decode
 
@@ -422,7 +491,11 @@ class LinearCodec(nn.Module):
     def decode_chunk(self, latent: Tensor, state: Stream) -> Tensor:
         """As VAE22's. The video's first frame is the mean of those of its patch."""
         z = latent.unflatten(1, (3, -1)).flatten(0, 1).to(self.dual.dtype)  # [B*3, C/3, n, H, W]
-        video = F.conv_transpose3d(z, self.dual, stride=self.cfg.strides).unflatten(0, (-1, 3)).squeeze(2)
+        video = (
+            F.conv_transpose3d(z, self.dual, stride=self.cfg.strides)
+            .unflatten(0, (-1, 3))
+            .squeeze(2)
+        )
         if state.first:
             lead, rest = video.tensor_split([self.cfg.strides[0]], dim=2)
             video = torch.cat([lead.mean(2, keepdim=True), rest], dim=2)

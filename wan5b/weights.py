@@ -26,7 +26,14 @@ from wan5b.t5 import T5Config, T5Encoder
 from wan5b.vae22 import VAE22, LinearCodec, VAEConfig
 
 # What wrappers and trainers put into keys; upstream's own names contain none of these words.
-WRAPPERS = {"model", "diffusion_model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+WRAPPERS = {
+    "model",
+    "diffusion_model",
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 LFS_POINTER = b"version https://git-lfs"
 Device = str | torch.device
 HEAD_DIM = 128  # of every released Wan; the tensors' shapes don't tell it
@@ -44,7 +51,11 @@ T5_AXES = {
     "blocks.0.ffn.fc1.weight": ("dim_ffn", "dim"),
     "blocks.0.pos_embedding.embedding.weight": ("num_buckets", "num_heads"),
 }
-VAE_AXES = {"conv2.weight": ("z_dim",), "encoder.conv1.weight": ("dim",), "decoder.head.0.gamma": ("dec_dim",)}
+VAE_AXES = {
+    "conv2.weight": ("z_dim",),
+    "encoder.conv1.weight": ("dim",),
+    "decoder.head.0.gamma": ("dec_dim",),
+}
 
 # ------------------------------------------------------------------------------------------------------- files
 
@@ -58,10 +69,14 @@ def _locate(path: Path, *patterns: str) -> Path:
     for pattern in patterns:
         found = sorted(path.glob(pattern))
         if len(found) > 1:
-            raise ValueError(f"{path} holds {len(found)} of {pattern}: name one, or download the index of the shards")
+            raise ValueError(
+                f"{path} holds {len(found)} of {pattern}: name one, or download the index of the shards"
+            )
         if found:
             return found[0]
-    raise ValueError(f"{path} holds no weights ({', '.join(patterns)}); download them, in the original layout")
+    raise ValueError(
+        f"{path} holds no weights ({', '.join(patterns)}); download them, in the original layout"
+    )
 
 
 def _read(path: Path) -> tuple[dict, dict]:
@@ -70,28 +85,49 @@ def _read(path: Path) -> tuple[dict, dict]:
         raise ValueError(f"{path}: no such file, but it belongs there; download or copy it too")
     with path.open("rb") as f:
         if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+            raise ValueError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+            )
     try:
         if path.suffix == ".json":
             return dict(json.loads(path.read_text(encoding="utf-8"))), {}
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
-                tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
-            return tensors, {key: json.loads(metadata[key]) for key in metadata if "config" in metadata}
+                tensors, metadata = (
+                    {name: f.get_tensor(name) for name in f.keys()},
+                    f.metadata() or {},
+                )  # noqa: SIM118
+            return tensors, {
+                key: json.loads(metadata[key]) for key in metadata if "config" in metadata
+            }
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
     except pickle.UnpicklingError as e:
         way_out = "save a plain state dict with torch.save where it was made"
-        raise ValueError(f"{path} is a pickle that needs code execution, which is refused; {way_out}") from e
-    except (ValueError, TypeError, SafetensorError, RuntimeError, OSError) as e:  # the first two: bad JSON, no dict
-        kind = {".json": "not JSON", ".safetensors": "no safetensors file"}.get(path.suffix, "no zip of a state dict")
-        raise ValueError(f"{path} is truncated, corrupt or {kind}; download it again or resave: {first_line(e)}") from e
+        raise ValueError(
+            f"{path} is a pickle that needs code execution, which is refused; {way_out}"
+        ) from e
+    except (
+        ValueError,
+        TypeError,
+        SafetensorError,
+        RuntimeError,
+        OSError,
+    ) as e:  # the first two: bad JSON, no dict
+        kind = {".json": "not JSON", ".safetensors": "no safetensors file"}.get(
+            path.suffix, "no zip of a state dict"
+        )
+        raise ValueError(
+            f"{path} is truncated, corrupt or {kind}; download it again or resave: {first_line(e)}"
+        ) from e
 
 
 def _clean(key: str) -> str:
     return ".".join(word for word in key.split(".") if word not in WRAPPERS)
 
 
-def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path, dict[str, Tensor], dict]:
+def open_tensors(
+    path: str | Path, *patterns: str, part: str = ""
+) -> tuple[Path, dict[str, Tensor], dict]:
     """The file, upstream's key -> tensor mapped from it (nothing is read yet), and what an export says of itself.
 
     path: a .safetensors file, an index of shards (.json) or a pickle, of which part names the entry to take (default:
@@ -103,21 +139,38 @@ def open_tensors(path: str | Path, *patterns: str, part: str = "") -> tuple[Path
         facts, _ = _read(file.with_name("facts.json"))
         return file, fsdp.read_weights(file.parent), facts
     tensors, metadata = _read(file)
-    if file.suffix == ".json":  # each key from the shard that the index names; others are kept, to be found unexpected
+    if (
+        file.suffix == ".json"
+    ):  # each key from the shard that the index names; others are kept, to be found unexpected
         shard_of, tensors = dict(tensors.get("weight_map") or {}), {}
         for shard in sorted(set(shard_of.values())):
             found, _ = _read(file.parent / shard)
-            tensors |= {key: tensor for key, tensor in found.items() if shard_of.get(key, shard) == shard}
+            tensors |= {
+                key: tensor for key, tensor in found.items() if shard_of.get(key, shard) == shard
+            }
     elif file.suffix != ".safetensors":  # a plain state dict, or a training checkpoint with parts
         if part and part not in tensors:
-            raise ValueError(f"{file} has no part {part!r}; it holds {', '.join(map(str, tensors))[:200]}")
-        tensors = next((tensors[name] for name in (part, "generator_ema", "generator") if tensors.get(name)), tensors)
-        other = [str(k) for k, value in tensors.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
+            raise ValueError(
+                f"{file} has no part {part!r}; it holds {', '.join(map(str, tensors))[:200]}"
+            )
+        tensors = next(
+            (tensors[name] for name in (part, "generator_ema", "generator") if tensors.get(name)),
+            tensors,
+        )
+        other = [
+            str(k)
+            for k, value in tensors.items()
+            if not (isinstance(k, str) and isinstance(value, Tensor))
+        ]
         if other:
-            raise ValueError(f"{file} holds more than tensors ({', '.join(other[:3])}); name its part to load")
+            raise ValueError(
+                f"{file} holds more than tensors ({', '.join(other[:3])}); name its part to load"
+            )
     cleaned = {_clean(key): tensor for key, tensor in tensors.items()}
     if len(cleaned) < len(tensors):
-        raise ValueError(f"{file} holds keys that differ by a wrapper's prefix only; save one model per state dict")
+        raise ValueError(
+            f"{file} holds keys that differ by a wrapper's prefix only; save one model per state dict"
+        )
     return file, cleaned, metadata
 
 
@@ -129,9 +182,16 @@ def sizes(tensors: dict[str, Tensor], axes: dict[str, tuple[str, ...]]) -> dict[
 
     Absent keys, and shapes that contradict each other, are left to `blank`, which then names them.
     """
-    found = {axis: n for key in axes if key in tensors for axis, n in zip(axes[key], tensors[key].shape, strict=False)}
+    found = {
+        axis: n
+        for key in axes
+        if key in tensors
+        for axis, n in zip(axes[key], tensors[key].shape, strict=False)
+    }
     if any(key.startswith("blocks.") for key in axes.keys() & tensors.keys()):
-        found["num_layers"] = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+        found["num_layers"] = len(
+            {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+        )
     return found
 
 
@@ -140,10 +200,14 @@ def dit_config(tensors: dict[str, Tensor], named: dict) -> DiTConfig:
     shown = sizes(tensors, DIT_AXES)
     if "out_dim" in shown:
         shown["out_dim"] //= 4  # the pixels of a patch
-    presets = [asdict(preset) for preset in PRESETS.values() if shown.items() <= asdict(preset).items()]
+    presets = [
+        asdict(preset) for preset in PRESETS.values() if shown.items() <= asdict(preset).items()
+    ]
     heads, rest = divmod(shown.get("dim", DiTConfig.dim), HEAD_DIM)
     if rest and not presets and "num_heads" not in named:
-        raise ValueError(f"no released model has dim {shown['dim']}: name num_heads in a config.json beside it")
+        raise ValueError(
+            f"no released model has dim {shown['dim']}: name num_heads in a config.json beside it"
+        )
     base = presets[0] if presets else asdict(DiTConfig()) | {"num_heads": heads}
     return DiTConfig(**base | shown | {key: value for key, value in named.items() if key in base})
 
@@ -151,7 +215,9 @@ def dit_config(tensors: dict[str, Tensor], named: dict) -> DiTConfig:
 def _check_channels(path: Path, found: int, needed: int) -> None:
     if found != needed:
         spaces = "16: the 4x8x8 space of the Wan2.1 VAE (1.3B, 14B), 48: the 4x16x16 space of the Wan2.2 VAE (5B)"
-        raise ValueError(f"{path} is for {found} latent channels where {needed} are needed ({spaces}); don't mix them")
+        raise ValueError(
+            f"{path} is for {found} latent channels where {needed} are needed ({spaces}); don't mix them"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -161,33 +227,54 @@ def blank(build: type[nn.Module], cfg, tensors: dict[str, Tensor], path: Path) -
     """The model on the meta device. ValueError, with the first few of each kind, unless the tensors are its own."""
     with torch.device("meta"):
         model = build(cfg)
-    expected, given = ({k: list(v.shape) for k, v in held.items()} for held in (model.state_dict(), tensors))
+    expected, given = (
+        {k: list(v.shape) for k, v in held.items()} for held in (model.state_dict(), tensors)
+    )
     kinds = {
         "missing": [k for k in expected if k not in given],
         "unexpected": [k for k in given if k not in expected],
-        "misshapen": [f"{k} {given[k]}, not {v}" for k, v in expected.items() if given.get(k, v) != v],
+        "misshapen": [
+            f"{k} {given[k]}, not {v}" for k, v in expected.items() if given.get(k, v) != v
+        ],
     }
     texts = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in kinds.items() if keys]
     if texts:
-        raise ValueError(f"{path} (complete? config.json right?) has keys that don't fit {cfg}: {'; '.join(texts)}")
+        raise ValueError(
+            f"{path} (complete? config.json right?) has keys that don't fit {cfg}: {'; '.join(texts)}"
+        )
     return model
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], copy: Callable[[Tensor, Tensor], None] = Tensor.copy_) -> None:
+def fill(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    copy: Callable[[Tensor, Tensor], None] = Tensor.copy_,
+) -> None:
     """copy(parameter, tensor) for every name: cast and move on the way; fsdp.copy_part takes the shard that is ours."""
     targets = {name: p.detach() for name, p in model.named_parameters()}
     # Page faults limit a copy; torch's own threads, which share one tensor, wait for each other in them.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(copy, targets.values(), [tensors[name] for name in targets]))  # a list raises what a copy raised
+        list(
+            pool.map(copy, targets.values(), [tensors[name] for name in targets])
+        )  # a list raises what a copy raised
 
 
-def _build(build: type[nn.Module], cfg, tensors: dict[str, Tensor], path: Path, device: Device, dtype: torch.dtype):
+def _build(
+    build: type[nn.Module],
+    cfg,
+    tensors: dict[str, Tensor],
+    path: Path,
+    device: Device,
+    dtype: torch.dtype,
+):
     model = blank(build, cfg, tensors, path).to(dtype).to_empty(device=device)
     fill(model, tensors)
     return model.eval()
 
 
-def open_dit(path: str | Path, *, channels: int = 0, part: str = "") -> tuple[DiTConfig, dict[str, Tensor]]:
+def open_dit(
+    path: str | Path, *, channels: int = 0, part: str = ""
+) -> tuple[DiTConfig, dict[str, Tensor]]:
     """The sizes and tensors of the DiT in a release folder, its index, a .safetensors file or a training checkpoint.
 
     A checkpoint is a .pt file or a folder of train.py's (out/step-0000100), which is read, in float32, where others are
@@ -199,21 +286,29 @@ def open_dit(path: str | Path, *, channels: int = 0, part: str = "") -> tuple[Di
     name = "diffusion_pytorch_model*.safetensors"
     file, tensors, metadata = open_tensors(path, f"{name}.index.json", name, part=part)
     if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
-        raise ValueError(f"{file} has the diffusers layout, not supported yet; take the original Wan-AI/Wan2.2-TI2V-5B")
+        raise ValueError(
+            f"{file} has the diffusers layout, not supported yet; take the original Wan-AI/Wan2.2-TI2V-5B"
+        )
     beside = file.with_name("config.json")
-    cfg = dit_config(tensors, metadata.get("config") or (_read(beside)[0] if beside.exists() else {}))
+    cfg = dit_config(
+        tensors, metadata.get("config") or (_read(beside)[0] if beside.exists() else {})
+    )
     _check_channels(file, cfg.in_dim, channels or cfg.in_dim)
     blank(WanDiT, cfg, tensors, file)
     return cfg, tensors
 
 
-def load_dit(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, **options) -> WanDiT:
+def load_dit(
+    path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, **options
+) -> WanDiT:
     """The DiT that `open_dit` finds, in dtype on the device. options: channels and part, as there."""
     cfg, tensors = open_dit(path, **options)
     return _build(WanDiT, cfg, tensors, Path(path), device, dtype)
 
 
-def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> VAE22 | LinearCodec:
+def load_vae(
+    path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32
+) -> VAE22 | LinearCodec:
     """The Wan2.2 VAE of a release folder, or of the .pth or .safetensors file itself. Errors as in `load_dit`.
 
     A file that holds a `basis` is that of a LinearCodec, which stands in the VAE's place.
@@ -224,7 +319,9 @@ def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torc
     return _build(LinearCodec if "basis" in tensors else VAE22, cfg, tensors, file, device, dtype)
 
 
-def load_t5(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.bfloat16) -> T5Encoder:
+def load_t5(
+    path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> T5Encoder:
     """The umt5 encoder of a release folder, or of the .pth or .safetensors file itself. Errors as in `load_dit`."""
     file, tensors, _ = open_tensors(path, "models_t5*.pth", "models_t5*.safetensors")
     return _build(T5Encoder, T5Config(**sizes(tensors, T5_AXES)), tensors, file, device, dtype)
@@ -238,7 +335,9 @@ def tokenizer_path(folder: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------ export
 
 
-def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file, written beside path, then renamed: path is the old file or the whole new one, and a failure
     leaves nothing behind. Makes its folder.
     """
@@ -246,7 +345,9 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata
+        )
         partial.chmod(0o644)  # save_file makes it private
         with partial.open("rb") as f:
             os.fsync(f.fileno())
@@ -255,7 +356,9 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         partial.unlink(missing_ok=True)
 
 
-def save_dit(model: WanDiT, path: str | Path, metadata: dict, *, dtype=None, value=None, overwrite=False) -> None:
+def save_dit(
+    model: WanDiT, path: str | Path, metadata: dict, *, dtype=None, value=None, overwrite=False
+) -> None:
     """Write model as safetensors under upstream's names, in dtype (float32 or bfloat16; default: the model's own).
 
     metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it. path is the old file or
@@ -271,13 +374,23 @@ def save_dit(model: WanDiT, path: str | Path, metadata: dict, *, dtype=None, val
     dtype = dtype or model.patch_embedding.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"can't export as {dtype}; choose from torch.float32 and torch.bfloat16")
-    header = {key: json.dumps(entry) for key, entry in (metadata | {"config": asdict(model.cfg)}).items()}
+    header = {
+        key: json.dumps(entry) for key, entry in (metadata | {"config": asdict(model.cfg)}).items()
+    }
     state = model.state_dict()
-    write_tensors(path, {_clean(name): (value or state.get)(name).to("cpu", dtype) for name in state}, header)
+    write_tensors(
+        path, {_clean(name): (value or state.get)(name).to("cpu", dtype) for name in state}, header
+    )
 
 
 def read_metadata(path: str | Path) -> dict:
     """What `save_dit` was given as metadata, or train.py's checkpoint says of itself; else empty."""
     path, facts = Path(path), Path(path) / "facts.json"
-    known = _read(facts)[0] if facts.exists() else _read(path)[1] if path.suffix == ".safetensors" else {}
+    known = (
+        _read(facts)[0]
+        if facts.exists()
+        else _read(path)[1]
+        if path.suffix == ".safetensors"
+        else {}
+    )
     return {key: value for key, value in known.items() if key not in ("config", "optimizer_steps")}

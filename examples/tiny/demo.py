@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from world import LABELS, codec_basis, draw, pixel_blocks, score, summary
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the repository: its scripts are imported, not installed
+sys.path.insert(
+    0, str(Path(__file__).parents[2])
+)  # the repository: its scripts are imported, not installed
 
 import plot
 import prepare
@@ -50,7 +52,10 @@ SAMPLED = {  # stage -> (mode, levels) it is sampled with
 def make_release(folder: Path) -> None:
     """What stands in for a release: a codec in the VAE's place, a frozen random T5, the tokenizer."""
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    shutil.copy(HERE.parents[1] / "tests" / "golden" / "tokenizer" / "spiece.model", folder / "google" / "umt5-xxl")
+    shutil.copy(
+        HERE.parents[1] / "tests" / "golden" / "tokenizer" / "spiece.model",
+        folder / "google" / "umt5-xxl",
+    )
     torch.manual_seed(0)
     encoder = T5Encoder(T5Config(dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2))
     torch.save(encoder.state_dict(), folder / "models_t5_tiny.pth")
@@ -62,13 +67,27 @@ def make_data(out: Path, clips: int) -> None:
     """Embeddings of all captions (the ordinary way), latents of drawn clips."""
     captions = out / "captions.txt"
     captions.write_text("".join(f"{label}\n" for label in LABELS))
-    arguments = ["text", "--release", out / "release", "--prompts", captions, "--negative", "", "--out", out / "text"]
+    arguments = [
+        "text",
+        "--release",
+        out / "release",
+        "--prompts",
+        captions,
+        "--negative",
+        "",
+        "--out",
+        out / "text",
+    ]
     prepare.main([str(x) for x in arguments])
     codec = load_vae(out / "release")
     for shard in range(clips // 96):
         labels = [LABELS[i % len(LABELS)] for i in range(96)]
         latents = codec.encode(draw(labels, 4 * TRAINED - 3, seed=shard))
-        write_shard(out / "latents" / f"{shard:05}.safetensors", {"latent": latents}, [str(label) for label in labels])
+        write_shard(
+            out / "latents" / f"{shard:05}.safetensors",
+            {"latent": latents},
+            [str(label) for label in labels],
+        )
 
 
 def carrying(model: WanDiT) -> WanDiT:
@@ -80,8 +99,12 @@ def carrying(model: WanDiT) -> WanDiT:
     with torch.no_grad():
         model.init_weights(torch.Generator().manual_seed(0))
         inward, channels = model.patch_embedding.weight, model.cfg.in_dim
-        nn.init.orthogonal_(inward.view(model.cfg.dim, -1), generator=torch.Generator().manual_seed(0))
-        outward = inward.flatten(1).unflatten(1, (channels, 4)).permute(2, 1, 0).flatten(0, 1)  # [(ph, pw, C), D]
+        nn.init.orthogonal_(
+            inward.view(model.cfg.dim, -1), generator=torch.Generator().manual_seed(0)
+        )
+        outward = (
+            inward.flatten(1).unflatten(1, (channels, 4)).permute(2, 1, 0).flatten(0, 1)
+        )  # [(ph, pw, C), D]
         model.head.head.weight.copy_(outward * (4 * channels / model.cfg.dim) ** 0.5)
         model.head.modulation.mul_(0.1)
         for block in model.blocks:
@@ -106,20 +129,29 @@ def sample_clips(
 ) -> torch.Tensor:
     """Latents [48, C, frames, 4, 4], one clip a caption."""
     prompts = [str(label) for label in LABELS]
-    context = text.batch(prompts if mode == "few" else prompts + [""] * len(prompts), model.cfg.text_len)
-    noise = torch.randn(len(prompts), model.cfg.in_dim, frames, 4, 4, generator=torch.Generator().manual_seed(seed))
+    context = text.batch(
+        prompts if mode == "few" else prompts + [""] * len(prompts), model.cfg.text_len
+    )
+    noise = torch.randn(
+        len(prompts), model.cfg.in_dim, frames, 4, 4, generator=torch.Generator().manual_seed(seed)
+    )
     options = argparse.Namespace(mode=mode, guidance=2.0, solver="euler", window=None, sink=0)
     blocks = [frames]
     if mode != "bidirectional":
         options.window, blocks = TRAINED, [BLOCK] * (frames // BLOCK)
-    return torch.cat(list(sample.generate(options, model, noise, context, sigmas, blocks, None, seed)), 2)
+    return torch.cat(
+        list(sample.generate(options, model, noise, context, sigmas, blocks, None, seed)), 2
+    )
 
 
 def judge(latents: torch.Tensor, codec: LinearCodec) -> dict[str, float]:
     """The scorer's summary, plus the latents' spread in the first and the last block."""
     blocks = [BLOCK] * (latents.shape[2] // BLOCK)
     found = summary(score(codec.decode(latents), LABELS, pixel_blocks(blocks)))
-    return found | {"std_first": float(latents[:, :, :BLOCK].std()), "std_last": float(latents[:, :, -BLOCK:].std())}
+    return found | {
+        "std_first": float(latents[:, :, :BLOCK].std()),
+        "std_last": float(latents[:, :, -BLOCK:].std()),
+    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -140,18 +172,53 @@ def main(args: argparse.Namespace) -> None:
     steps = [] if args.steps is None else [f"steps={args.steps}"]
     start = f"weights={out / 'init.safetensors'}"
     minutes["teacher"] = run_stage(out, "teacher", "teacher.toml", start, latents, seed, *steps)
-    minutes["ar"] = run_stage(out, "ar", "ar.toml", f"weights={trained('teacher')}", latents, seed, *steps)
+    minutes["ar"] = run_stage(
+        out, "ar", "ar.toml", f"weights={trained('teacher')}", latents, seed, *steps
+    )
 
     began_ode = time.time()
-    arguments = ["trajectories", "--release", out / "release", "--weights", trained("ar"), "--text", out / "text"]
-    arguments += ["--out", out / "trajectories", "--size", "64x64", "--frames", 4 * TRAINED - 3, "--causal"]
-    arguments += ["--guidance", 2, "--steps", 12, "--batch", 48, "--per-shard", 48, "--seed", args.seed]
+    arguments = [
+        "trajectories",
+        "--release",
+        out / "release",
+        "--weights",
+        trained("ar"),
+        "--text",
+        out / "text",
+    ]
+    arguments += [
+        "--out",
+        out / "trajectories",
+        "--size",
+        "64x64",
+        "--frames",
+        4 * TRAINED - 3,
+        "--causal",
+    ]
+    arguments += [
+        "--guidance",
+        2,
+        "--steps",
+        12,
+        "--batch",
+        48,
+        "--per-shard",
+        48,
+        "--seed",
+        args.seed,
+    ]
     prepare.main([str(x) for x in [*arguments, "--repeats", 6]])
     paths = f"trajectories={out / 'trajectories'}"
     run_stage(out, "ode", "ode.toml", f"weights={trained('ar')}", paths, seed, *steps)
     minutes["ode"] = time.time() - began_ode
     for name, context in (("dmd", "self"), ("dmd-data", "data")):
-        ends = [f"weights={trained('ode')}", f"teacher={trained('teacher')}", latents, seed, f"context={context}"]
+        ends = [
+            f"weights={trained('ode')}",
+            f"teacher={trained('teacher')}",
+            latents,
+            seed,
+            f"context={context}",
+        ]
         minutes[name] = run_stage(out, name, "dmd.toml", *ends, *steps)
 
     text, codec, rows, clips = TextStore(out / "text"), load_vae(out / "release"), {}, {}
@@ -176,7 +243,9 @@ def main(args: argparse.Namespace) -> None:
     for name, latents in clips.items():
         video = codec.decode(latents[shown])
         columns = [round(i) for i in torch.linspace(0, video.shape[2] - 1, 8).tolist()]
-        tiles += [media.to_frames(video[row])[column].numpy() for row in range(4) for column in columns]
+        tiles += [
+            media.to_frames(video[row])[column].numpy() for row in range(4) for column in columns
+        ]
         print(f"sheet: 4 rows of {name}")
     media.write_sheet(out / "sheet.png", tiles, columns=8)
     plot.curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
@@ -187,10 +256,14 @@ def table(runs: list[Path]) -> None:
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
     spread = f"{len(runs)} training seeds" if len(runs) > 1 else "3 sampling seeds"
     print(
-        f"\n{'stage, length':14}{'steps':>6}{'ms/frame':>9}", *[f"{c:>16}" for c in COLUMNS], f"  mean +- sd, {spread}"
+        f"\n{'stage, length':14}{'steps':>6}{'ms/frame':>9}",
+        *[f"{c:>16}" for c in COLUMNS],
+        f"  mean +- sd, {spread}",
     )
     for name, found in reports[0]["rows"].items():
-        values = torch.tensor([[[one[c] for c in COLUMNS] for one in report["rows"][name]] for report in reports])
+        values = torch.tensor(
+            [[[one[c] for c in COLUMNS] for one in report["rows"][name]] for report in reports]
+        )
         values = values.mean(1) if len(runs) > 1 else values[0]
         pairs = zip(values.mean(0), values.std(0), strict=True)
         print(
@@ -203,13 +276,17 @@ def table(runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="out/demo")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clips", type=int, default=1536)
     parser.add_argument("--steps", type=int, help="of every stage, for a quick look")
-    parser.add_argument("--table", nargs="+", type=Path, metavar="DIR", help="only print the table of these runs")
+    parser.add_argument(
+        "--table", nargs="+", type=Path, metavar="DIR", help="only print the table of these runs"
+    )
     args = parser.parse_args()
     try:
         table(args.table) if args.table else main(args)

@@ -67,7 +67,9 @@ def draw(labels: list[Label], frames: int, seed: int = 0) -> Tensor:
     for clip, label in zip(clips, labels, strict=True):
         step = DIRECTIONS[label.direction]
         phase = PHASE * int(torch.randint(SIZE // PHASE, (), generator=g))
-        start = [phase if moving else SIZE // 2 for moving in step]  # where the middle of the shape is
+        start = [
+            phase if moving else SIZE // 2 for moving in step
+        ]  # where the middle of the shape is
         colour = torch.tensor(COLOURS[label.colour])[:, None, None]
         for t in range(frames):
             places = [a - SIZE // 2 + SPEED * t * b for a, b in zip(start, step, strict=True)]
@@ -93,7 +95,9 @@ def codec_basis(scale: float = 0.5, temporal_scale: float = 4.0) -> tuple[Tensor
 
     time, space = dct(4), dct(16)
     orders = [(t, y, x) for t in range(2) for y in range(4) for x in range(4) if t + y + x <= 3]
-    basis = torch.stack([torch.einsum("t,h,w->thw", time[t], space[y], space[x]) for t, y, x in orders])[:, None]
+    basis = torch.stack(
+        [torch.einsum("t,h,w->thw", time[t], space[y], space[x]) for t, y, x in orders]
+    )[:, None]
     factors = torch.tensor([scale * temporal_scale**t for t, _, _ in orders]).view(-1, 1, 1, 1, 1)
     return basis * factors, basis / factors
 
@@ -121,13 +125,21 @@ def score(video: Tensor, labels: list[Label], blocks: list[int]) -> dict[str, Te
     match, place = [], []
     for shape in SHAPES:
         template = shape_mask(shape)
-        response = torch.fft.irfft2(spectrum * torch.fft.rfft2(template).conj(), s=(SIZE, SIZE)).flatten(2)
+        response = torch.fft.irfft2(
+            spectrum * torch.fft.rfft2(template).conj(), s=(SIZE, SIZE)
+        ).flatten(2)
         best, where = response.max(2)
         match.append(best / (template.norm() * strength.flatten(2).norm(dim=2)).clamp(min=1e-6))
         place.append(torch.stack([where // SIZE, where % SIZE], 2))
-    match, place = torch.stack(match, 2), torch.stack(place, 2)  # [B, T', shapes], [B, T', shapes, 2]
+    match, place = (
+        torch.stack(match, 2),
+        torch.stack(place, 2),
+    )  # [B, T', shapes], [B, T', shapes, 2]
 
-    results = {key: torch.zeros(len(labels), len(blocks)) for key in ("colour", "shape", "direction", "area")}
+    results = {
+        key: torch.zeros(len(labels), len(blocks))
+        for key in ("colour", "shape", "direction", "area")
+    }
     wanted_colour = torch.tensor([list(COLOURS).index(label.colour) for label in labels])
     wanted_shape = torch.tensor([SHAPES.index(label.shape) for label in labels])
     wanted_step = torch.tensor([DIRECTIONS[label.direction] for label in labels]).float()
@@ -135,7 +147,9 @@ def score(video: Tensor, labels: list[Label], blocks: list[int]) -> dict[str, Te
     for b, n in enumerate(blocks):
         start, end = end, end + n
         results["area"][:, b] = area[:, start:end].mean(1)
-        cosine = torch.cosine_similarity(mean[:, start:end].sum(1)[:, None], palette, dim=2)  # [B, colours]
+        cosine = torch.cosine_similarity(
+            mean[:, start:end].sum(1)[:, None], palette, dim=2
+        )  # [B, colours]
         best, which = cosine.max(1)
         results["colour"][:, b] = ((which == wanted_colour) & (best > 0.9)).float()
         first, last = -(-start // EVERY), -(-end // EVERY)  # of the frames that the filter saw
