@@ -25,11 +25,11 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from plot import curves
 from sample import DEVICES, generate, write
 from wan5b import fsdp, fuse
 from wan5b.data import rng
 from wan5b.dit import PRESETS, DiTConfig
+from wan5b.extras.curves import curves
 from wan5b.flow import FEW_STEPS, sampling_sigmas
 from wan5b.media import script
 from wan5b.stages import GIB, STAGES, Run

@@ -26,7 +26,7 @@ torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 def golden(name: str) -> tuple[dict, dict]:
     """Tensors and config of a file of vectors."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["config"])  # noqa: SIM118
+        return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["config"])
 
 
 def golden_dit(name: str, device="cpu", dtype=torch.float32) -> WanDiT:

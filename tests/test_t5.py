@@ -33,7 +33,7 @@ def golden():
     with safe_open(GOLDEN / "t5.safetensors", "pt") as f:
         return {key: f.get_tensor(key) for key in f.keys()}, T5Config(
             **json.loads(f.metadata()["config"])
-        )  # noqa: SIM118
+        )
 
 
 @pytest.fixture(scope="module")

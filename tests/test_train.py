@@ -23,12 +23,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-import plot
 import train
 from wan5b import attention, fsdp, stages
 from wan5b.data import write_shard
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
+from wan5b.extras import curves
 from wan5b.flow import ar_loss_weight, few_step_sigmas
 from wan5b.kvcache import KVCache
 from wan5b.vae22 import VAE22
@@ -920,7 +920,7 @@ def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage,
 
 
 def test_curves_are_drawn_at_every_save(data, tmp_path, monkeypatch, capsys):
-    drawn, inner = [], plot.curves
+    drawn, inner = [], curves.curves
     monkeypatch.setattr(
         train,
         "curves",
@@ -931,11 +931,11 @@ def test_curves_are_drawn_at_every_save(data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "out").glob("*.partial"))
     assert "peak memory: " in capsys.readouterr().out
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(curves, "find_spec", lambda name: None)
     monkeypatch.setattr(train, "curves", inner)
-    plot.available.cache_clear()
+    curves.available.cache_clear()
     finish(config(data, "ar", tmp_path / "bare", steps=3))
-    plot.available.cache_clear()
+    curves.available.cache_clear()
     assert capsys.readouterr().out.count("matplotlib is not installed") == 1
     assert drawn == [2, 3]
     assert not (tmp_path / "bare/curves.png").exists()

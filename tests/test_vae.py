@@ -23,7 +23,7 @@ def rel(a, b):
 @pytest.fixture(scope="module")
 def golden():
     with safe_open(GOLDEN / "vae.safetensors", "pt") as f:
-        return json.loads(f.metadata()["config"]), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        return json.loads(f.metadata()["config"]), {key: f.get_tensor(key) for key in f.keys()}
 
 
 @pytest.fixture

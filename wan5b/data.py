@@ -79,7 +79,7 @@ class Store:
         shapes = [
             {name: tuple(f.get_slice(name).get_shape()[1:]) for name in f.keys()}
             for f in self.files
-        ]  # noqa: SIM118
+        ]
         self.facts, self.shapes = headers[0]["facts"], shapes[0]
         for path, header, shape in zip(paths, headers, shapes, strict=True):
             if apart := difference(self.facts | self.shapes, header["facts"] | shape):

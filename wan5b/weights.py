@@ -96,7 +96,7 @@ def _read(path: Path) -> tuple[dict, dict]:
                 tensors, metadata = (
                     {name: f.get_tensor(name) for name in f.keys()},
                     f.metadata() or {},
-                )  # noqa: SIM118
+                )
             return tensors, {
                 key: json.loads(metadata[key]) for key in metadata if "config" in metadata
             }

@@ -24,13 +24,13 @@ sys.path.insert(
     0, str(Path(__file__).parents[2])
 )  # the repository: its scripts are imported, not installed
 
-import plot
 import prepare
 import sample
 import train
 from wan5b import fsdp, media
 from wan5b.data import TextStore, write_shard
 from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras.curves import curves
 from wan5b.flow import few_step_sigmas, shift_sigma
 from wan5b.t5 import T5Config, T5Encoder
 from wan5b.vae22 import LinearCodec
@@ -248,7 +248,7 @@ def main(args: argparse.Namespace) -> None:
         ]
         print(f"sheet: 4 rows of {name}")
     media.write_sheet(out / "sheet.png", tiles, columns=8)
-    plot.curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
+    curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
 
 
 def table(runs: list[Path]) -> None:

@@ -1,12 +1,12 @@
 """Training at the size of the 5B with random weights: whole iterations of a stage through the Run of train.py.
 
-    python benchmarks/training.py --stage dmd                 # one H200
-    python benchmarks/training.py --stage dmd --offload       # one H100 80 GB
-    python benchmarks/training.py --stage ar --iterations 4   # teacher forcing: twice the tokens, flex_attention
-    python benchmarks/training.py --release /tmp/x --frames 3   # from a release on disk (20 GB), made if not there
-    torchrun --nproc_per_node=8 benchmarks/training.py --batch 16      # the losses are those of one process
-    torchrun --nproc_per_node=8 benchmarks/training.py --batch 16 --shard 4   # two replicas over four devices each
-    python benchmarks/training.py --preset tiny --device cpu --size 64x64 --frames 9     # shows that it runs
+    python tools/bench_training.py --stage dmd                 # one H200
+    python tools/bench_training.py --stage dmd --offload       # one H100 80 GB
+    python tools/bench_training.py --stage ar --iterations 4   # teacher forcing: twice the tokens, flex_attention
+    python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB), made if not there
+    torchrun --nproc_per_node=8 tools/bench_training.py --batch 16      # the losses are those of one process
+    torchrun --nproc_per_node=8 tools/bench_training.py --batch 16 --shard 4   # two replicas over four devices each
+    python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9     # shows that it runs
 
 Figures are means without the first of each kind, over exit levels as they were drawn (their mean, 1.5 in the long run,
 is printed). FLOP are arithmetic (wan5b/stages.py: forward_flop): "work" with what is done twice (checkpointing's
@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from loading import peak_memory
+from bench_loading import peak_memory
 from release import write_dit
 
 from train import Config, matmul_rate, memory_gib

@@ -1,6 +1,6 @@
 """flex_attention on the training masks of a 5B against cuDNN attention on the same arithmetic: rates, gradients.
 
-    python benchmarks/attention.py
+    python tools/bench_attention.py
 
 Forward and backward, bf16, random data, 704x1280, blocks of 3 latent frames. FLOP are those of the query-key pairs that
 the mask lets through: 4 D a pair forward, 10 D backward (with the scores a second time). cuDNN, which takes no such
@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import seconds
+
 from wan5b.attention import attention, causal_mask
 from wan5b.dit import PRESETS
 from wan5b.kvcache import block_sizes

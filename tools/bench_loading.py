@@ -1,6 +1,6 @@
 """Private memory and time of loading a float32 release of 4 GB (3 shards, page cache warm) into a bfloat16 DiT.
 
-    python benchmarks/loading.py
+    python tools/bench_loading.py
 
 Needs 4 GB of disk in the temporary folder and 8 GB of memory, and takes two minutes. Each figure comes from a fresh
 process, the best of three. "stream": the files through one 16 MB buffer, the least that reading can cost. "into

@@ -1,4 +1,4 @@
-"""Curves of runs: python plot.py runs/dmd-5b [more runs ...] -> curves.png in the first. Needs matplotlib."""
+"""Curves of runs: python -m wan5b.extras.curves runs/dmd-5b [more runs ...] -> curves.png in the first. Needs matplotlib."""
 
 import json
 import os
@@ -57,5 +57,5 @@ def curves(folders: list[Path]) -> Path | None:
 
 if __name__ == "__main__":
     if not sys.argv[1:] or not all(Path(name, "metrics.jsonl").exists() for name in sys.argv[1:]):
-        sys.exit("usage: python plot.py RUN [RUN ...], folders with a metrics.jsonl")
+        sys.exit("usage: python -m wan5b.extras.curves RUN [RUN ...], folders with a metrics.jsonl")
     print(curves([Path(name) for name in sys.argv[1:]]))

@@ -1,9 +1,9 @@
 """Sampling speed of the 5B geometry with random weights, each part against its bound; one table at the end.
 
-    python bench.py                                   # 704x1280, 81 frames, blocks of 3, 4 levels
-    python bench.py --geometry 480x832
-    python bench.py --block 8 --window 32 --sink 8 --frames 125
-    python bench.py --variants compiled --long 1437   # one minute over a window of 21 with a sink of 3
+    python tools/bench.py                                   # 704x1280, 81 frames, blocks of 3, 4 levels
+    python tools/bench.py --geometry 480x832
+    python tools/bench.py --block 8 --window 32 --sink 8 --frames 125
+    python tools/bench.py --variants compiled --long 1437   # one minute over a window of 21 with a sink of 3
 
 Bounds are arithmetic over ceilings measured in the same call: matrix products, cuDNN attention, channels-last conv3d.
 """
@@ -12,11 +12,14 @@ import argparse
 import copy
 import math
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from sample import random_context, random_networks
 from wan5b import fuse
 from wan5b.attention import attention
