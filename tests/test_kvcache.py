@@ -9,6 +9,7 @@ from common import PLACES, compiling, golden, golden_dit, gpu, new_cache, randn,
 from wan5b import dit, fuse
 from wan5b.attention import attention, interval_mask
 from wan5b.distill import rollout
+from wan5b.extras import graphs
 from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
 
@@ -336,17 +337,27 @@ def test_text_is_embedded_once_per_context_and_reset(model):
     handle = model.text_embedding.register_forward_hook(lambda *_: calls.append(1))
     try:
         x, cache, context, other = video(3), new_cache(model, 3), text(), text(8)
+        unkept = [model(x, 0.5, context, cache=cache) for _ in range(2)]
+        assert len(calls) == 2  # nobody has put a text in force: nothing is kept
+        calls.clear()
+        cache.use_text(context)
         v = [model(x, 0.5, context, cache=cache) for _ in range(3)]
         assert len(calls) == 1
+        assert torch.equal(v[0], unkept[1])
         assert torch.equal(v[0], v[2])
-        assert (
-            rel(model(x, 0.5, other, cache=cache), model(x, 0.5, other, cache=new_cache(model, 3)))
-            < 1e-6
-        )
+        expected = model(x, 0.5, other, cache=new_cache(model, 3))
+        # Another text than the one in force is never answered from the kept keys.
+        assert rel(model(x, 0.5, other, cache=cache), expected) < 1e-6
+        assert rel(model(x, 0.5, context, cache=cache), v[0]) < 1e-6
+        cache.use_text(other)
+        assert rel(model(x, 0.5, other, cache=cache), expected) < 1e-6
+        assert rel(model(x, 0.5, other, cache=cache), expected) < 1e-6
+        cache.use_text(context)
         assert rel(model(x, 0.5, context, cache=cache), v[0]) < 1e-6
         before, calls[:] = len(calls), []
-        assert before == 4
+        assert before == 5
         cache.reset()
+        cache.use_text(context)
         model(x, 0.5, context, cache=cache)
         model(x, 0.5, context, cache=cache)
         assert len(calls) == 1
@@ -477,20 +488,18 @@ def test_a_cache_made_for_other_latents_is_refused(model, batch, tokens):
 @torch.no_grad()
 def test_an_interrupted_forward_leaves_the_cache_usable(model):
     """Ctrl-C or out of memory between two layers, then the same call again."""
-    cache, x, context = new_cache(model, 3), video(3), text()
-    with (
-        mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        model(x, 0.5, context, cache=cache)
+    cache, x, context, other = new_cache(model, 3), video(3), text(), text(1)
     expected = model(x, 0.5, context, cache=new_cache(model, 3))
-    assert rel(model(x, 0.5, context, cache=cache), expected) < 1e-6
-    with (
-        mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt),
-        pytest.raises(KeyboardInterrupt),
-    ):
-        model(x, 0.5, text(1), cache=cache)  # the first chunk's keys are another text's now
-    assert rel(model(x, 0.5, context, cache=cache), expected) < 1e-6
+    for interrupted in (context, other):
+        cache.use_text(interrupted)
+        with (
+            mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            model(x, 0.5, interrupted, cache=cache)
+        cache.use_text(context)  # behind the second one, the first layer's keys are another text's
+        assert rel(model(x, 0.5, context, cache=cache), expected) < 1e-6
+        assert rel(model(x, 0.5, context, cache=cache), expected) < 1e-6
 
 
 @gpu
@@ -516,10 +525,24 @@ def test_graphs_repeat_the_forwards(options):
 
     cache = new_cache(net, frames, **options)
     with compiling(), torch.no_grad():
+        recorder = graphs.Graphs(net.compute)
         for seed in (0, 1, 2):
             net.blocks[0].modulation.mul_(1.1)
-            fuse.enable(False)
             plain = run(new_cache(net, frames, **options), seed)
+            net.compute = recorder
             fuse.enable()
             assert rel(run(cache, seed), plain) < 1e-5
-        assert sum(graph is not None for graph in cache.graphs.graphs.values()) > 2
+            fuse.enable(False)
+            graphs.forget(net)
+        assert sum(graph is not None for graph in recorder.of_cache[cache].values()) > 2
+
+
+@torch.no_grad()
+def test_the_place_of_a_forward_is_that_of_a_turn_of_the_ring_before(model):
+    """What a recorded forward is known by: memory alone, so a long video needs no new graphs."""
+    cache, places = new_cache(model, 7, window=7, sink=1), []
+    for _ in range(12):
+        places.append(cache.append(3).place)
+        cache.commit(3)
+    assert places[3:7] == places[5:9] == places[7:11]
+    assert len(set(places)) < 6

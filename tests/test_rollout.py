@@ -173,6 +173,56 @@ def test_many_step_sampling(model, solver):
 
 
 @torch.no_grad()
+def test_a_context_for_every_chunk(model):
+    """Each chunk's levels and its commit attend to its own text, as in forwards that keep none."""
+    texts = [text(1), text(2), text(1)]
+    cache = new_cache(model, 6)
+
+    def renoise(index, step, like):
+        return randn(*like.shape, seed=10 * index + step)
+
+    out = list(
+        rollout(model, video(6), texts, SIGMAS, [1, 2, 3], new_cache(model, 6), renoise=renoise)
+    )
+    for index, (x, own) in enumerate(zip(video(6).split([1, 2, 3], 2), texts, strict=True)):
+        for step, sigma in enumerate(SIGMAS[:-1]):
+            x = x - sigma * model(x, sigma, own, cache=cache)
+            following = SIGMAS[step + 1]
+            if following:
+                x = (1 - following) * x + following * renoise(index, step, x)
+        assert rel(out[index], x) < 1e-5
+        model(x, 0.0, own, cache=cache)
+        cache.commit(x.shape[2])
+    with pytest.raises(ValueError, match="2 contexts for 3 chunks"):
+        next(rollout(model, video(6), texts[:2], SIGMAS, [1, 2, 3], cache))
+
+
+@torch.no_grad()
+def test_few_step_bidirectional_sampling_is_the_same_solver(model):
+    """One chunk of the whole clip over a cache, and `solve` over the network without one."""
+    noise, context = video(3), text()
+    fresh = [randn(1, 48, 3, 4, 6, seed=step) for step in range(3)]
+    cache = new_cache(model, 3)
+    whole = next(
+        rollout(model, noise, context, SIGMAS, [3], cache, renoise=lambda c, s, like: fresh[s])
+    )
+
+    def field(x, sigma):
+        return model(x, sigma, context)
+
+    assert rel(solve(field, noise, SIGMAS, "renoise", lambda s, like: fresh[s]), whole) < 1e-5
+    torch.manual_seed(3)
+    drawn = solve(field, noise, SIGMAS, "renoise")
+    torch.manual_seed(3)
+    x = noise
+    for sigma, following in zip(SIGMAS, SIGMAS[1:], strict=False):
+        x = x - sigma * field(x, sigma)
+        if following:  # the last step draws nothing
+            x = (1 - following) * x + following * torch.randn_like(x)
+    assert rel(drawn, x) < 1e-6
+
+
+@torch.no_grad()
 def test_guided_rollout_equals_two_branches_by_hand(model):
     noise, cond, uncond, sigmas = video(6), text(), text(8), sampling_sigmas(5)
     context = torch.cat([cond, uncond])

@@ -1,137 +1,159 @@
-"""The rollout, used alike by training and sampling, and the distillation losses. Models come as arguments.
+"""The rollout, used alike by training and sampling, and the distillation losses. Models come as
+arguments.
 
-A generator is anything called as model(x, sigma, context, cache=...) -> v (`replay`: and chunks=...).
+A generator is anything called as model(x, sigma, context, cache=...) -> v (`replay`: and
+chunks=...).
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from wan5b.flow import add_noise, solve, x0_from_v
+from wan5b.flow import solve, x0_from_v
 from wan5b.kvcache import KVCache, chunk_sizes
+
+# ------------------------------------------------------------------------------------------ rollout
 
 
 def rollout(
-    generator,
-    noise,
-    context,
-    sigmas,
-    chunks,
-    cache,
+    generator: Callable,
+    noise: Tensor,
+    context: Tensor | list[Tensor],
+    sigmas: list[float],
+    chunks: list[int],
+    cache: KVCache,
     *,
-    exit_step=None,
-    renoise=None,
-    prefix=None,
-    solver="",
-    trace=None,
+    exit_step: int | None = None,
+    renoise: Callable | None = None,
+    prefix: Tensor | None = None,
+    solver: str = "",
+    trace: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Generate chunk by chunk over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
-    noise (Tensor [B, C, T, H, W]) covers the generated frames, cut into chunks (list of int; it may lie on the CPU: a
-    long video's is moved chunk by chunk); context: Tensor [B, L, D]; sigmas (list of float): the levels, falling, last
-    0; cache: KVCache.
-    Yields every finished chunk x0 [B, C, T_block, H, W]; the cache takes it in (one pass at sigma 0, without grad)
-    when the next one is asked for, so it must not be changed in place.
+    Yields every finished chunk x0 [B, C, T_chunk, H, W]. The cache takes it in (one pass at sigma
+    0, no grad) when the next one is asked for, so it must not be changed in place.
 
-    exit_step: index of the level whose x0 is the result (None: the last). Grad, where enabled, flows through that
-    level's forward alone; none crosses chunks, since committed keys carry none.
-    renoise(chunk index, step index, like) -> noise for the next level; default: fresh. prefix: clean frames
-    [B, C, T', H, W] (an image, a video to continue) committed ahead of the first chunk.
-    solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising (many-step sampling).
-    trace: a list that takes the input of every chunk's exit level, for `replay`.
+    - noise [B, C, T, H, W] covers the generated frames, cut into chunks. It may lie on the CPU: a
+      long video's is moved chunk by chunk.
+    - context [B, L, D], or a list of one for every chunk; sigmas: the levels, falling, the last one
+      0.
+    - exit_step: index of the level whose x0 is the result (None: the last). Grad, where enabled,
+      flows through that level's forward alone; none crosses chunks, since committed keys carry
+      none.
+    - renoise(chunk index, step index, like) -> noise for the next level; default: the global
+      generator's.
+    - prefix: clean frames [B, C, T', H, W] (an image, a video to continue) committed ahead of the
+      first chunk.
+    - solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising.
+    - trace: a list that takes the input of every chunk's exit level, for `replay`.
     """
     if sum(chunks) != noise.shape[2]:
         raise ValueError(
             f"chunks {chunks} add up to {sum(chunks)} frames, the noise has {noise.shape[2]}"
         )
-    exit_step = len(sigmas) - 2 if exit_step is None else exit_step
-    if not 0 <= exit_step < len(sigmas) - 1:
-        raise ValueError(
-            f"exit_step must be in 0 .. {len(sigmas) - 2} for levels {sigmas}, got {exit_step}"
-        )
-    if prefix is not None and prefix.shape[2]:
-        rest = prefix.shape[2] % max(chunks)  # goes in front: 7 frames in chunks of 3 are 1, 3, 3
-        for chunk in prefix.split(chunk_sizes(prefix.shape[2], max(chunks), rest), dim=2):
-            _commit(generator, chunk, context, cache)
+    last = len(sigmas) - 2
+    exit_step = last if exit_step is None else exit_step
+    if not 0 <= exit_step <= last:
+        raise ValueError(f"exit_step must be in 0 .. {last} for levels {sigmas}, got {exit_step}")
+    texts = context if isinstance(context, list) else [context] * len(chunks)
+    if len(texts) != len(chunks):
+        raise ValueError(f"{len(texts)} contexts for {len(chunks)} chunks: give one for each")
 
-    for index, x in enumerate(noise.split(chunks, dim=2)):
-        x = x.to(context.device)
-        if solver:
-            x0 = solve(
-                lambda x, sigma: generator(x, sigma, context, cache=cache), x, sigmas, solver
-            )
-        else:
-            for step in range(exit_step):
-                with torch.no_grad():
-                    x0 = x0_from_v(
-                        x, generator(x, sigmas[step], context, cache=cache), sigmas[step]
-                    )
-                    fresh = renoise(index, step, x0) if renoise else torch.randn_like(x0)
-                    x = add_noise(x0, fresh, sigmas[step + 1])
+    # The prefix, in chunks too, of which the first may be smaller: 7 frames in chunks of 3 are 1,
+    # 3, 3.
+    if prefix is not None and prefix.shape[2]:
+        size = max(chunks)
+        for part in prefix.split(chunk_sizes(prefix.shape[2], size, prefix.shape[2] % size), dim=2):
+            _commit(generator, part, texts[0], cache)
+
+    for index, (x, text) in enumerate(zip(noise.split(chunks, dim=2), texts, strict=True)):
+        cache.use_text(text)
+        field = partial(_velocity, generator, text, cache)
+        x = x.to(text.device)
+        if solver in ("", "renoise"):
+            # Down to the exit level without grad, then that level, with grad where it is enabled.
+            fresh = partial(renoise, index) if renoise else None
+            with torch.no_grad():
+                x = solve(field, x, sigmas[: exit_step + 1], "renoise", fresh)
             if trace is not None:
                 trace.append(x)
-            x0 = x0_from_v(
-                x, generator(x, sigmas[exit_step], context, cache=cache), sigmas[exit_step]
-            )
+            x0 = x0_from_v(x, field(x, sigmas[exit_step]), sigmas[exit_step])
+        else:
+            x0 = solve(field, x, sigmas, solver)
         yield x0
-        _commit(generator, x0, context, cache)
+        _commit(generator, x0, text, cache)
 
 
 def replay(
     generator: Callable, context: Tensor, sigma: float, trace: list[Tensor], cache: KVCache
 ) -> Tensor:
-    """The exit levels of the rollout that filled the cache again, now with grad -> x0 [B, C, T, H, W] of its chunks.
+    """The exit levels of the rollout that filled the cache again, now with grad -> x0 [B, C, T, H,
+    W].
 
-    One forward for all: each chunk's keys are its own and the committed ones, which are there and carry no grad. So
-    the rollout itself runs without grad, its loss, a function of x0 alone, is differentiated first, and sharded
-    weights are gathered, and their gradients reduced, once. Needs a cache of the whole video.
+    One forward for all chunks: each one's keys are its own and the committed ones, which are there
+    and carry no grad. So the rollout itself runs without grad, its loss, a function of x0 alone, is
+    differentiated first, and sharded weights are gathered, and their gradients reduced, once. Needs
+    a cache of the whole video.
     """
     x = torch.cat(trace, 2)
-    return x0_from_v(
-        x,
-        generator(x, sigma, context, chunks=[part.shape[2] for part in trace], cache=cache),
-        sigma,
-    )
+    chunks = [part.shape[2] for part in trace]
+    return x0_from_v(x, generator(x, sigma, context, chunks=chunks, cache=cache), sigma)
+
+
+def _velocity(generator: Callable, context: Tensor, cache: KVCache, x: Tensor, sigma: float):
+    return generator(x, sigma, context, cache=cache)
 
 
 @torch.no_grad()
 def _commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache) -> None:
+    cache.use_text(context)
     generator(x0.detach(), 0.0, context, cache=cache)
     cache.commit(x0.shape[2])
 
 
 def guided(model: Callable, guidance: float) -> Callable:
-    """Classifier-free guidance, sampling convention uncond + g (cond - uncond), as a model over a batch of two halves.
+    """Classifier-free guidance, sampling convention uncond + g (cond - uncond), over a batch of two
+    halves.
 
-    The returned model takes x [B, ...] and context [2B, L, D] (conditional rows, then unconditional) and, if any, a
-    cache of batch 2B, which keeps the two branches apart.
+    The returned model takes x [B, ...] and context [2B, L, D] (conditional rows, then
+    unconditional) and, if any, a cache of batch 2B, which keeps the two branches apart.
     """
 
-    def field(x: Tensor, sigma, context: Tensor, **kwargs) -> Tensor:
-        sigma = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+    def field(x: Tensor, sigma: float | Tensor, context: Tensor, **kwargs) -> Tensor:
+        if isinstance(sigma, Tensor) and sigma.ndim:
+            sigma = torch.cat([sigma, sigma])
         cond, uncond = model(torch.cat([x, x]), sigma, context, **kwargs).chunk(2)
         return uncond + guidance * (cond - uncond)
 
     return field
 
 
+# ------------------------------------------------------------------------------------------- losses
+
+
 @torch.no_grad()
 def dmd_gradient(
     x0: Tensor, fake: Tensor, real_cond: Tensor, real_uncond: Tensor, guidance: float
 ) -> Tensor:
-    """Distribution-matching gradient from three clean estimates [B, C, T, H, W] (DMD, arXiv 2311.18828, eqs. 7, 8).
+    """Distribution-matching gradient from clean estimates [B, C, T, H, W] (DMD, arXiv 2311.18828,
+    eqs. 7, 8).
 
-    guidance is in the DMD convention, real = cond + g (cond - uncond): g = 3 is scale 4 of the sampling convention.
+    guidance is in the DMD convention, real = cond + g (cond - uncond): g = 3 is scale 4 of the
+    sampling convention.
     """
     real = real_cond + guidance * (real_cond - real_uncond)
-    return ((fake - real) / (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)).nan_to_num()
+    scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
+    return ((fake - real) / scale).nan_to_num()
 
 
 def dmd_loss(x0: Tensor, grad: Tensor) -> Tensor:
     """0.5 mean((x0 - stopgrad(x0 - grad))^2), in float64: its derivative in x0 is grad / numel."""
     x0 = x0.double()
-    return 0.5 * (x0 - (x0 - grad.double()).detach()).square().mean()
+    target = (x0 - grad.double()).detach()
+    return 0.5 * (x0 - target).square().mean()
 
 
 def sid_loss(
@@ -141,17 +163,21 @@ def sid_loss(
     real_uncond: Tensor,
     guidance: float,
     alpha: float = 1.0,
-):
-    """Score identity distillation (SiD, arXiv 2404.04057, eq. 23), float64; grad runs through both networks into x0.
+) -> Tensor:
+    """Score identity distillation (SiD, arXiv 2404.04057, eq. 23), float64.
 
-    Arguments as dmd_gradient's; the normaliser carries no grad.
+    Grad runs through both networks into x0. Arguments as dmd_gradient's; the normaliser carries no
+    grad.
     """
     x0, fake, real_cond, real_uncond = (x.double() for x in (x0, fake, real_cond, real_uncond))
     real = real_cond + guidance * (real_cond - real_uncond)
     scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True).detach()
-    return ((real - fake) * ((real - x0) - alpha * (real - fake)) / scale).mean()
+    product = (real - fake) * ((real - x0) - alpha * (real - fake))
+    return (product / scale).mean()
 
 
 def critic_loss(v_fake: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Flow-matching loss of the critic, mean((v_fake - (noise - x0))^2) in float32 (DMD2, arXiv 2405.14867)."""
+    """Flow-matching loss of the critic, mean((v_fake - (noise - x0))^2), float32 (DMD2, arXiv
+    2405.14867).
+    """
     return (v_fake.float() - (noise.float() - x0.float())).square().mean()

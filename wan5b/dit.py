@@ -1,9 +1,11 @@
-"""The Wan diffusion transformer: bidirectional, block-causal, teacher-forced or cached, by what `forward` is given.
+"""The Wan diffusion transformer: bidirectional, block-causal, teacher-forced or cached.
 
-B batch, C channels, T latent frames, H W latent size, P tokens per frame, S = T * P, L text tokens, D width,
-N heads, K head dim. Residual stream [B, T, P, D]; latents [B, C, T, H, W]; sigma in [0, 1].
-Precision: linear layers and attention in the weights' dtype; norms, modulation, gates, RoPE, time embedding and head
-in float32 by hand, whatever the weights' dtype.
+Which of these it is depends on what `forward` is given.
+
+B batch, C channels, T latent frames, H W latent size, P tokens per frame, S = T * P, L text tokens,
+D width, N heads, K head dim. Residual stream [B, T, P, D]; latents [B, C, T, H, W]; sigma in [0,
+1]. Precision: linear layers and attention in the weights' dtype; norms, modulation, gates, RoPE,
+time embedding and head in float32 by hand, whatever the weights' dtype.
 """
 
 import math
@@ -18,11 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 from wan5b.attention import attention, causal_mask
 from wan5b.fuse import fused
+from wan5b.kvcache import KVCache
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of a network; field names as in a release's config.json. Derived geometry only through the methods."""
+    """Sizes of a network; field names as in a release's config.json. Derived geometry only through
+    the methods.
+    """
 
     dim: int = 3072
     ffn_dim: int = 14336
@@ -55,7 +60,7 @@ class DiTConfig:
         return self.dim // self.num_heads
 
     def tokens_per_frame(self, height: int, width: int) -> int:
-        """Tokens of a latent frame of height x width. ValueError if it can't be cut into patches."""
+        """Tokens of a latent frame of height x width. ValueError if no patches fit."""
         if height % 2 or width % 2:
             raise ValueError(f"latent size {height}x{width} is not a multiple of the patch 2x2")
         return height * width // 4
@@ -68,7 +73,7 @@ PRESETS = {
     "tiny": DiTConfig(256, 512, 8, 3, text_dim=64, text_len=24, freq_dim=64),
 }
 
-# --------------------------------------------------------------------------------------------------------- RoPE
+# --------------------------------------------------------------------------------------------- RoPE
 
 
 def frequencies(n: int, device: torch.device) -> Tensor:
@@ -77,40 +82,40 @@ def frequencies(n: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept is for forwards with grad too
+@torch.inference_mode(False)  # the table is kept, and later forwards may carry grad
 def rope_table(
     head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device
 ) -> Tensor:
-    """Rotations of frames start .. start + frames (RoFormer): (cos, cos) and (-sin, sin) of each channel pair's angle.
+    """Rotations of frames start .. start + frames (RoFormer, arXiv 2104.09864), [2, 1, S, 1, K]
+    float32.
 
-    [2, 1, S, 1, K] float32. Computed from float64 angles at the positions asked for, so no length limit. The K/2 pairs
-    are split over (time, row, column), each axis with a frequency table of its own.
+    They are (cos, cos) and (-sin, sin) of each channel pair's angle. Angles are float64, of the
+    very positions asked for, so no length limit. The K/2 pairs are split over (time, row, column),
+    each axis with a frequency table of its own.
     """
     spatial = head_dim // 6
+    pairs = (head_dim // 2 - 2 * spatial, spatial, spatial)
     ranges = ((start, start + frames), (0, height), (0, width))
-    grid = torch.meshgrid(
-        [torch.arange(*ends, dtype=torch.float64, device=device) for ends in ranges], indexing="ij"
-    )
-    counts = (head_dim // 2 - 2 * spatial, spatial, spatial)
-    angles = [
-        x.reshape(-1, 1, 1) * frequencies(n, device) for x, n in zip(grid, counts, strict=True)
-    ]
-    angle = torch.cat(angles, -1)[None].repeat_interleave(2, -1)  # [1, S, 1, K]
-    return torch.stack(
-        [angle.cos(), angle.sin() * angle.new_tensor([-1, 1]).repeat(head_dim // 2)]
-    ).float()
+    axes = [torch.arange(*ends, dtype=torch.float64, device=device) for ends in ranges]
+
+    angles = []
+    for positions, n in zip(torch.meshgrid(axes, indexing="ij"), pairs, strict=True):
+        angles.append(positions.reshape(-1, 1, 1) * frequencies(n, device))
+    angle = torch.cat(angles, -1)[None]  # [1, S, 1, K/2]
+    angle = angle.repeat_interleave(2, -1)  # [1, S, 1, K]
+    signs = angle.new_tensor([-1, 1]).repeat(head_dim // 2)
+    return torch.stack([angle.cos(), angle.sin() * signs]).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate adjacent channel pairs of x [B, S, N, K] in float32; the result has the dtype of x."""
     cos, sin = rope
-    swapped = (
-        x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    )  # compiles to one kernel, where a stack of halves takes two
+    # A flip compiles to one kernel, where a stack of the two halves takes two.
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (x.float() * cos + swapped.float() * sin).to(x.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------- blocks
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -120,9 +125,8 @@ def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """norm(x) * (1 + scale) + shift, in float32; x [B, T, P, D], shift and scale [B, T, 1, D]."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).to(
-        x.dtype
-    )
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
 
 
 def mlp(dim: int, hidden: int, out_dim: int) -> nn.Sequential:
@@ -131,17 +135,24 @@ def mlp(dim: int, hidden: int, out_dim: int) -> nn.Sequential:
     )
 
 
+def attend_whole(mask, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Self-attention over a whole sequence, [B, S, N, K] each; every layer's is alike."""
+    return attention(q, k, v, mask)
+
+
 class Attention(nn.Module):
     """The projections of one attention; the attention itself is the caller's."""
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
         self.heads = cfg.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (
-            nn.RMSNorm(cfg.dim, cfg.eps),
-            nn.RMSNorm(cfg.dim, cfg.eps),
-        )  # over all heads together
+        self.q = nn.Linear(cfg.dim, cfg.dim)
+        self.k = nn.Linear(cfg.dim, cfg.dim)
+        self.v = nn.Linear(cfg.dim, cfg.dim)
+        self.o = nn.Linear(cfg.dim, cfg.dim)
+        # Over all heads together.
+        self.norm_q = nn.RMSNorm(cfg.dim, cfg.eps)
+        self.norm_k = nn.RMSNorm(cfg.dim, cfg.eps)
 
     def split(self, x: Tensor) -> Tensor:
         """[B, ..., D] -> [B, S, N, K]"""
@@ -159,15 +170,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, cut at its two attentions: `before`, self-attention, `between`, cross-attention, `after`.
+    """One layer: `before`, self-attention, `between`, cross-attention, `after`.
 
-    The three pieces have shapes that don't depend on how much is cached, so each compiles once.
+    It is cut at its two attentions: the three pieces have shapes that don't depend on how much is
+    cached, so each compiles once.
     """
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
         self.eps = cfg.eps
-        self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
+        self.self_attn = Attention(cfg)
+        self.cross_attn = Attention(cfg)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
         self.ffn = mlp(cfg.dim, cfg.ffn_dim, cfg.dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
@@ -178,16 +191,16 @@ class Block(nn.Module):
         shift, scale = self._modulation(mod, 0, 1)
         h = modulated_norm(x, shift, scale, self.eps)
         k, v = self.self_attn.keys_values(h)
-        return rotate(self.self_attn.queries(h), rope), rotate(k, rope), v
+        q = self.self_attn.queries(h)
+        return rotate(q, rope), rotate(k, rope), v
 
     @fused
     def between(self, x: Tensor, y: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after self-attention's y, and the queries to the text."""
         (gate,) = self._modulation(mod, 2)
         x = torch.addcmul(x.float(), self.self_attn.output(y, x).float(), gate).to(x.dtype)
-        h = F.layer_norm(
-            x.float(), x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps
-        )
+        norm = self.norm3
+        h = F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), self.eps)
         return x, self.cross_attn.queries(h.to(x.dtype))
 
     @fused
@@ -199,7 +212,7 @@ class Block(nn.Module):
         return torch.addcmul(x.float(), h.float(), gate).to(x.dtype)
 
     def _modulation(self, mod: Tensor, *rows: int) -> list[Tensor]:
-        """Rows of the parameter + the projected time mod [B, T, 6, D], float32, each [B, T, 1, D]."""
+        """Rows of the parameter + the projected time mod [B, T, 6, D]: float32 [B, T, 1, D] each."""
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
     def forward(
@@ -209,19 +222,24 @@ class Block(nn.Module):
         rope: Tensor,
         context: Tensor | None,
         attend: Callable,
-        text=None,
-    ):
+        text: Tensor | None = None,
+    ) -> Tensor:
         """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D] -> [B, T, P, D]
 
-        attend(q, k, v): self-attention. text [2, B, L, N, K]: where the text's keys and values go, or, without context,
-        are.
+        attend(q, k, v): self-attention. text [2, B, L, N, K]: where the text's keys and values are
+        put, or, with context None, are.
         """
         q, k, v = self.before(x, mod, rope)
         x, q = self.between(x, attend(q, k, v), mod)
-        keys_values = text if context is None else self.cross_attn.keys_values(context)
-        if text is not None and context is not None:
-            text[0], text[1] = keys_values
-        return self.after(x, attention(q, *keys_values), mod)
+
+        if context is None:
+            keys, values = text
+        else:
+            keys, values = self.cross_attn.keys_values(context)
+            if text is not None:
+                text[0] = keys
+                text[1] = values
+        return self.after(x, attention(q, keys, values), mod)
 
 
 class Head(nn.Module):
@@ -233,146 +251,162 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """x [B, T, P, D], e [B or 1, T or 1, D] -> [B, T, P, 4 * C] float32"""
-        shift, scale = (self.modulation.float() + e.unsqueeze(2)).unsqueeze(3).unbind(2)
+        rows = self.modulation.float() + e.unsqueeze(2)  # [B, T, 2, D]
+        shift, scale = rows.unsqueeze(3).unbind(2)  # [B, T, 1, D] each
         return linear32(self.head, modulated_norm(x.float(), shift, scale, self.eps))
 
 
 class WanDiT(nn.Module):
-    """v = model(x, sigma, context): the velocity noise - x0. Parameters carry upstream's names; there are no buffers.
+    """v = model(x, sigma, context): the velocity noise - x0. Parameters carry upstream's names;
+    there are no buffers.
 
     `checkpointing = True` recomputes every block in backward.
     """
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
-        self.cfg, self.checkpointing = cfg, False
-        self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
-        self.text_embedding = mlp(cfg.text_dim, cfg.dim, cfg.dim)
+        self.cfg = cfg
+        self.checkpointing = False
+        dim = cfg.dim
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, cfg.patch_size, cfg.patch_size)
+        self.text_embedding = mlp(cfg.text_dim, dim, dim)
         self.time_embedding = nn.Sequential(
-            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
+            nn.Linear(cfg.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.head = Head(cfg)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> "WanDiT":
-        """Random weights to train from, or to measure with: Xavier, zero biases, gates at 1 so that all blocks act."""
+        """Random weights to train from, or to measure with: Xavier, no biases, gates at 1 so that
+        all blocks act.
+        """
         for name, w in self.named_parameters():
             if name.endswith("modulation"):
                 w.normal_(0, self.cfg.dim**-0.5, generator=generator)
                 w[:, 2::3] += 1  # the gates, of which the head has none
             elif w.ndim >= 2:
-                w.normal_(0, (2 / (w.shape[0] + w[0].numel())) ** 0.5, generator=generator)
+                fans = w.shape[0] + w[0].numel()
+                w.normal_(0, (2 / fans) ** 0.5, generator=generator)
+            elif "norm" in name and name.endswith("weight"):
+                w.fill_(1.0)
             else:
-                w.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+                w.fill_(0.0)
         return self
 
     def forward(
         self,
         x: Tensor,
-        sigma,
+        sigma: float | Tensor,
         context: Tensor,
         *,
-        chunks=None,
-        window=None,
-        clean=None,
-        clean_sigma=None,
-        cache=None,
+        chunks: list[int] | None = None,
+        window: int | None = None,
+        clean: Tensor | None = None,
+        clean_sigma: float | Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The velocity at x, shaped like x.
 
         x [B, C, T, H, W]; sigma float, [B] or [B, T]; context [B, text_len, text_dim], zero-padded.
         - nothing more: bidirectional
-        - chunks (list, frames of each; window: int, in frames): block-causal mask over the whole sequence
-        - chunks and clean [B, C, T, H, W]: teacher forcing, clean half at clean_sigma (default 0); v of the noisy half
-        - cache (KVCache): x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent
-        - cache and chunks: x takes the place of the last chunks run through the cache, each seeing what it saw then
+        - chunks (frames of each; window: int, in frames): block-causal mask over the whole sequence
+        - chunks and clean [B, C, T, H, W]: teacher forcing, the clean half at clean_sigma (default
+          0); v of the noisy half
+        - cache: x continues the committed frames; `cache.commit(T)` then makes its keys permanent
+        - cache and chunks: a replay; x takes the place of the last chunks that ran through the
+          cache
         """
-        (batch, _, frames, height, width), dtype = x.shape, x.dtype
-        p = self.cfg.tokens_per_frame(height, width)
         self._check(x, context, chunks, window, clean, cache)
-        sigma = self._levels(sigma, x)
-        spans = cache and cache.spans(frames, chunks, self.cfg.num_layers, batch, p)
-        rope = rope_table(
-            self.cfg.head_dim,
-            spans[0].start if cache else 0,
-            frames,
-            height // 2,
-            width // 2,
-            x.device,
-        )
+        batch, _, frames, height, width = x.shape
+        tokens = self.cfg.tokens_per_frame(height, width)
+        v_dtype = x.dtype
+        sigma = self._levels(sigma, x)  # [B or 1, T]
 
-        if clean is not None:
-            levels = (self._levels(0.0 if clean_sigma is None else clean_sigma, x), sigma)
-            sigma = torch.cat([level.expand(batch, -1) for level in levels], 1)  # [B, 2T]
-            rope, x = torch.cat([rope, rope], 2), torch.cat([clean, x], 2)
-        mask = (
-            causal_mask(tuple(chunks), p, window, clean is not None, x.device)
-            if chunks and not cache
-            else None
-        )
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if not cache:
-                return attention(q, k, v, mask)
-            parts = zip(
-                spans,
-                *(x.split([n * p for n in chunks or [frames]], 1) for x in (q, k, v)),
-                strict=True,
-            )
-            y = [attention(q, *cache.extend(layer, k, v, span)) for span, q, k, v in parts]
-            return y[0] if len(y) == 1 else torch.cat(y, 1)
-
-        run = partial(self._run, frames, attend)
-        if cache is None or torch.is_grad_enabled():
-            v = run(context, [None] * len(self.blocks), x, sigma, rope)
-        elif cache.context is context:
-            key = (self, x.shape, sigma.shape, str(spans[0][1:]))
-            v = cache.graphs.run(key, partial(run, None, cache.text), x, sigma, rope)
+        # Self-attention in one of three ways: the whole sequence at once, masked if it is causal;
+        # the next frames behind the cache's; or the cache's last chunks again.
+        start = 0
+        if cache is None:
+            mask = None
+            if chunks:
+                mask = causal_mask(tuple(chunks), tokens, window, clean is not None, x.device)
+            attend = partial(attend_whole, mask)
+        elif chunks is None:
+            attend = cache.append(frames)
+            start = attend.start
         else:
-            cache.context = None  # what is kept is a mixture, if this forward does not end
-            v, cache.context = run(context, cache.text, x, sigma, rope), context
-        return v.to(dtype)
+            attend = cache.replay(chunks)
+            start = attend.start
+        rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
 
-    def _run(
+        # Teacher forcing: the sequence is [clean, noisy], both at the same positions.
+        if clean is not None:
+            clean_level = self._levels(0.0 if clean_sigma is None else clean_sigma, x)
+            both = (clean_level.expand(batch, -1), sigma.expand(batch, -1))
+            sigma = torch.cat(both, 1)  # [B, 2T]
+            rope = torch.cat([rope, rope], 2)
+            x = torch.cat([clean, x], 2)
+
+        # The text's keys are kept for the next forward where the cache knows this text and no grad
+        # is asked for: kept ones carry no graph.
+        if cache is None or torch.is_grad_enabled() or context is not cache.context:
+            v = self.compute(x, sigma, rope, frames, attend, context)
+        elif cache.text_kept:
+            v = self.compute(x, sigma, rope, frames, attend, None, cache.text)
+        else:
+            v = self.compute(x, sigma, rope, frames, attend, context, cache.text)
+            cache.text_kept = True
+        return v.to(v_dtype)
+
+    def compute(
         self,
-        frames: int,
-        attend: Callable,
-        context: Tensor | None,
-        text,
         x: Tensor,
         sigma: Tensor,
         rope: Tensor,
-    ):
-        """The network itself -> v of the last `frames` frames, float32. Works on tensors alone, waits for nothing.
+        frames: int,
+        attend: Callable,
+        context: Tensor | None,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        """The network itself -> v of the last `frames` frames of x, float32.
 
-        text: for every block, what it takes by that name; context None: text holds the keys and values.
+        Works on tensors alone and waits for nothing, so that extras can record it as a CUDA graph.
+
+        attend(layer, q, k, v): self-attention. text [layers, 2, B, L, N, K]: where the text's keys
+        and values are put, or, with context None, are.
         """
         h = self._patchify(x)  # [B, T, P, D]
-        e = linear32(
-            self.time_embedding[2], F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma)))
-        )
+        e = F.silu(linear32(self.time_embedding[0], self._sinusoid(sigma)))
+        e = linear32(self.time_embedding[2], e)  # [B, T, D]
         mod = linear32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))  # [B, T, 6, D]
         if context is not None:
             context = self.text_embedding(context.to(h.dtype))  # [B, L, D]
-        recomputed = self.checkpointing and torch.is_grad_enabled()
-        for layer, (block, kept) in enumerate(zip(self.blocks, text, strict=True)):
-            run = partial(checkpoint, block, use_reentrant=False) if recomputed else block
-            h = run(h, mod, rope, context, partial(attend, layer), kept)
-        h = self.head(h[:, -frames:], e[:, -frames:])
+
+        for layer, block in enumerate(self.blocks):
+            kept = None if text is None else text[layer]
+            arguments = (h, mod, rope, context, partial(attend, layer), kept)
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                h = block(*arguments)
+        h = self.head(h[:, -frames:], e[:, -frames:])  # [B, T, P, 4 * C]
         return self._unpatchify(h, *x.shape[3:])
 
     def _check(self, x, context, chunks, window, clean, cache) -> None:
-        cfg, frames = self.cfg, x.shape[2]
-        if x.shape[1] != cfg.in_dim:
+        cfg = self.cfg
+        batch, channels, frames, height, width = x.shape
+        tokens = cfg.tokens_per_frame(height, width)
+        if channels != cfg.in_dim:
             raise ValueError(
-                f"latents have {x.shape[1]} channels, this model takes {cfg.in_dim}: another latent space"
+                f"latents have {channels} channels, this model takes {cfg.in_dim}: "
+                "another latent space"
             )
-        want = (len(x), cfg.text_len, cfg.text_dim)
-        if context.shape != want:
+        expected = (batch, cfg.text_len, cfg.text_dim)
+        if context.shape != expected:
             raise ValueError(
-                f"context must be [B, text_len, text_dim] {want}, zero-padded, got {tuple(context.shape)}"
+                f"context must be [B, text_len, text_dim] {expected}, zero-padded, "
+                f"got {tuple(context.shape)}"
             )
         if chunks and sum(chunks) != frames:
             raise ValueError(
@@ -382,10 +416,12 @@ class WanDiT(nn.Module):
             raise ValueError(
                 f"a chunk of {max(chunks)} frames does not fit in a window of {window}"
             )
-        if cache is not None and (clean is not None or window):
-            raise ValueError(
-                "a cached forward has clean frames and window from the cache: give neither of them"
-            )
+        if cache is not None:
+            if clean is not None or window:
+                raise ValueError(
+                    "a cached forward has clean frames and window from the cache: give neither"
+                )
+            cache.check(cfg.num_layers, batch, tokens)
         if clean is not None and (not chunks or clean.shape != x.shape):
             raise ValueError(
                 f"teacher forcing takes chunks and a clean half of x's shape {tuple(x.shape)}"
@@ -393,36 +429,41 @@ class WanDiT(nn.Module):
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
+        batch, _, frames = x.shape[:3]
         if not isinstance(sigma, Tensor):
-            return torch.full(
-                (1, x.shape[2]), sigma, dtype=torch.float64, device=x.device
-            )  # no copy, no wait
-        sigma = sigma.to(x.device, torch.float64).reshape(len(sigma) if sigma.ndim else 1, -1)
-        if sigma.shape[0] not in (1, len(x)) or sigma.shape[1] not in (1, x.shape[2]):
+            # Filled on the device: a copy would wait for the GPU.
+            return torch.full((1, frames), sigma, dtype=torch.float64, device=x.device)
+        rows = len(sigma) if sigma.ndim else 1
+        level = sigma.to(x.device, torch.float64).reshape(rows, -1)
+        if level.shape[0] not in (1, batch) or level.shape[1] not in (1, frames):
             raise ValueError(
-                f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, got {tuple(sigma.shape)}"
+                f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, "
+                f"got {tuple(level.shape)}"
             )
-        return sigma.expand(-1, x.shape[2])
+        return level.expand(-1, frames)
 
     def _sinusoid(self, sigma: Tensor) -> Tensor:
-        """cos, then sin, of 1000 sigma over geometric frequencies: [B, T] float64 -> [B, T, freq_dim] float32."""
+        """cos, then sin, of 1000 sigma over geometric frequencies: [B, T] -> [B, T, freq_dim]
+        float32.
+        """
         angle = 1000 * sigma.unsqueeze(-1) * frequencies(self.cfg.freq_dim // 2, sigma.device)
         return torch.cat([angle.cos(), angle.sin()], -1).float()
 
     def _patchify(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, T, P, D], tokens in (row, column) order: the Conv3d as a matrix product."""
+        """[B, C, T, H, W] -> [B, T, P, D], tokens in (row, column) order: the Conv3d as a matrix
+        product.
+        """
         conv = self.patch_embedding
-        x = (
-            x.to(conv.weight.dtype).unflatten(4, (-1, 2)).unflatten(3, (-1, 2))
-        )  # [B, C, T, H/2, 2, W/2, 2]
-        x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)  # [B, T, P, C * 4]
+        x = x.to(conv.weight.dtype)
+        x = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # [B, C, T, H/2, 2, W/2, 2]
+        x = x.permute(0, 2, 3, 5, 1, 4, 6)  # [B, T, H/2, W/2, C, 2, 2]
+        x = x.flatten(4).flatten(2, 3)  # [B, T, P, C * 4]
         return F.linear(x, conv.weight.flatten(1), conv.bias)
 
     def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         """[B, T, P, 2 * 2 * C] -> [B, C, T, H, W]"""
-        x = x.unflatten(-1, (2, 2, -1)).unflatten(
-            2, (height // 2, width // 2)
-        )  # [B, T, H/2, W/2, 2, 2, C]
-        return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(
-            len(x), -1, x.shape[1], height, width
-        )  # no view, as FSDP2 wants
+        batch, frames = x.shape[:2]
+        x = x.unflatten(-1, (2, 2, -1))  # [B, T, P, 2, 2, C]
+        x = x.unflatten(2, (height // 2, width // 2))  # [B, T, H/2, W/2, 2, 2, C]
+        x = x.permute(0, 6, 1, 2, 4, 3, 5)  # [B, C, T, H/2, 2, W/2, 2]
+        return x.reshape(batch, -1, frames, height, width)  # a copy: FSDP2 takes no view as output

@@ -1,166 +1,265 @@
 """Keys and values of committed frames, with window and sink; the partition of a video into chunks.
 
-Contract: committed memory is read-only. A forward puts its own keys behind the committed frames, where the next
-forward replaces them; `commit` makes the last ones permanent by moving an integer. Past the capacity the frames
-beyond the sink form a ring: the oldest are replaced in place. Nothing is ever moved, since attention does not care
-about the order of its keys (RoPE is already in them).
+The memory, here with window 6, sink 2 and room for 6 frames, while frames 8 and 9 are generated:
+
+    slot      0   1   2   3   4   5
+    frame     0   1   6   7   8   9       8 and 9 have replaced 4 and 5, which left the window
+              sink    ring                as 6 and 7 had replaced 2 and 3
+
+Nothing ever moves: attention does not care about the order of its keys, in which RoPE is already.
+
+**Committed memory is read-only.** A forward in the mode `append` puts its own keys behind the
+committed frames, where the next forward replaces them, until `commit` moves an integer. What runs
+again over committed frames (the mode `replay`; checkpointing's recomputation in a backward) only
+reads.
 """
 
-from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wan5b.fuse import Graphs
+from wan5b.attention import attention
 
 
 def chunk_sizes(frames: int, size: int = 3, first: int | None = None) -> list[int]:
-    """Partition of latent frames into causal chunks: (21, 3) -> [3]*7; (31, 3, first=1) -> [1] + [3]*10.
+    """Partition of latent frames into causal chunks.
 
+    (21, 3) -> [3]*7; (31, 3, first=1) -> [1] + [3]*10.
     Raises ValueError with the nearest valid frame counts when they do not come out even.
     """
-    head = first or 0
-    if size < 1 or head < 0:
+    first = first or 0
+    if size < 1 or first < 0:
         raise ValueError(f"chunk sizes must be positive, got size {size}, first {first}")
-    whole, rest = divmod(frames - head, size)
-    if rest or frames < max(head, 1):
-        below = head + max(whole, 0) * size
+    whole, rest = divmod(frames - first, size)
+    if rest or frames < max(first, 1):
+        below = first + max(whole, 0) * size
         nearest = " or ".join(str(n) for n in (below, below + size) if n > 0)
-        plan = f"a first chunk of {head} and chunks of {size}" if head else f"chunks of {size}"
+        plan = f"chunks of {size}"
+        if first:
+            plan = f"a first chunk of {first} and {plan}"
         raise ValueError(
             f"{frames} latent frames do not divide into {plan}; nearest valid: {nearest}"
         )
-    return [head] * (head > 0) + [size] * whole
+    sizes = [size] * whole
+    return [first, *sizes] if first else sizes
 
 
 class Span(NamedTuple):
-    """Where a forward reads and writes: Python integers, so that a recomputation reads the same memory."""
+    """The place of one chunk in the memory, as (begin, end) ranges of its tokens.
 
-    start: int  # frames in front of these
-    seen: list[
-        slice
-    ]  # of the memory's tokens: the committed frames it sees, without grad the current ones too
-    own: list[slice]  # the current frames, in order
+    These are Python integers, so that a recomputation reads what its forward read.
+    """
+
+    start: int  # index of the chunk's first frame in the video
+    frames: int
+    reads: tuple[tuple[int, int], ...]  # what it attends to; without grad its own among them
+    own: tuple[tuple[int, int], ...]  # its own frames, in their order
+
+
+class CachedAttention:
+    """Self-attention of one forward over the memory: called as (layer, q, k, v), [B, S, N, K] each.
+
+    `append` and `replay` of KVCache make it. start: index of the forward's first frame in the
+    video. place: the memory that it reads and writes; nothing else of its position is in there.
+    """
+
+    def __init__(self, cache: "KVCache", spans: list[Span]):
+        self.cache = cache
+        self.spans = spans
+        self.start = spans[0].start
+        self.place = tuple((span.reads, span.own) for span in spans)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sizes = [span.frames * self.cache.tokens_per_frame for span in self.spans]
+        out = []
+        for span, q_own, k_own, v_own in zip(
+            self.spans, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True
+        ):
+            keys, values = self.cache.extend(layer, k_own, v_own, span)
+            out.append(attention(q_own, keys, values))
+        return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
 class KVCache:
-    """Rotated keys and values of all layers, one tensor [layers, 2, B, frames * P, N, K] (P tokens a frame).
+    """Rotated keys and values of all layers, one tensor [layers, 2, B, frames * P, N, K] (P tokens
+    a frame).
 
-    frames: how many frames the memory holds. window: the frames that a chunk sees, itself and the first `sink`
-    frames of the video included; with a window the video may be longer than the memory, and frames = window is
-    enough. A rollout that carries grad needs frames >= the whole video: nothing it has read may be replaced.
+    frames: how many frames the memory holds. window: the frames that a chunk sees, itself and the
+    first `sink` frames of the video included; with a window the video may be longer than the
+    memory, and frames = window is enough. A rollout that carries grad needs frames >= the whole
+    video: nothing that it has read may be replaced.
     """
 
     def __init__(
-        self, cfg, batch, frames, tokens_per_frame, window=None, sink=0, device=None, dtype=None
+        self,
+        cfg,
+        batch: int,
+        frames: int,
+        tokens_per_frame: int,
+        window: int | None = None,
+        sink: int = 0,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         if sink and not 0 < sink < (window or 0):
             raise ValueError(
                 f"a sink must be smaller than the window: sink {sink}, window {window}"
             )
-        shape = (cfg.num_layers, 2, batch, frames * tokens_per_frame, cfg.num_heads, cfg.head_dim)
+        self.tokens_per_frame = tokens_per_frame
+        self.capacity = frames
+        self.window = window
+        self.sink = sink
+
+        rows = frames * tokens_per_frame
+        shape = (cfg.num_layers, 2, batch, rows, cfg.num_heads, cfg.head_dim)
         self.memory = torch.empty(shape, device=device, dtype=dtype)
-        # Of the text of `context`: filled by a forward without grad, read by those that follow with the same tensor.
-        self.text = self.memory.new_empty(*shape[:3], cfg.text_len, *shape[4:])
-        self.made_for = cfg.num_layers, batch, tokens_per_frame
-        self.capacity, self.window, self.sink, self.graphs = frames, window, sink, Graphs()
+        # The keys and values of the text in force, which all layers' cross-attentions read.
+        shape = (cfg.num_layers, 2, batch, cfg.text_len, cfg.num_heads, cfg.head_dim)
+        self.text = torch.empty(shape, device=device, dtype=dtype)
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; also needed when the weights have changed."""
-        self.frames = self.written = 0  # committed; end of the last forward's frames
-        self.context = None  # the embedded text whose keys and values are kept
+        self.frames = 0  # committed
+        self.written = 0  # end of the last forward's frames
+        self.context = None  # the text in force
+        self.text_kept = False  # whether `text` holds its keys and values
+
+    def use_text(self, context: Tensor) -> None:
+        """Put a text in force: the next forward without grad keeps its keys, those that follow read
+        them.
+
+        Without this call a forward makes them anew each time. The tensor must not change in place.
+        """
+        if context is not self.context:
+            self.context = context
+            self.text_kept = False
+
+    def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
+        """ValueError if the cache was made for another network, batch or latent size."""
+        made_for = (self.memory.shape[0], self.memory.shape[2], self.tokens_per_frame)
+        given = (layers, batch, tokens_per_frame)
+        if made_for != given:
+            raise ValueError(
+                f"the cache is for layers, batch, tokens a frame {made_for}, "
+                f"the forward has {given}"
+            )
+
+    # ------------------------------------------------------------------------------------- modes
+
+    def append(self, n_frames: int) -> CachedAttention:
+        """Run the next n_frames frames behind the committed ones, where an earlier forward's are
+        replaced.
+        """
+        span = self._span(self.frames, n_frames)
+        self.written = self.frames + n_frames
+        return CachedAttention(self, [span])
+
+    def replay(self, chunks: list[int]) -> CachedAttention:
+        """Run the last chunks written once more, with grad, each seeing what it saw then."""
+        frames = sum(chunks)
+        if not torch.is_grad_enabled() or not frames <= self.written <= self.capacity:
+            raise ValueError(
+                f"chunks over a cache repeat, with grad, what it holds: "
+                f"{chunks}, {self.written} frames"
+            )
+        spans = []
+        start = self.written - frames
+        for size in chunks:
+            spans.append(self._span(start, size))
+            start += size
+        return CachedAttention(self, spans)
 
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
-        if not (pending := self.written - self.frames) >= n_frames > 0:
+        pending = self.written - self.frames
+        if not 0 < n_frames <= pending:
             raise ValueError(
                 f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones"
             )
         self.frames += n_frames
 
-    def ends(self, frames: int, chunks: list[int] | None) -> list[int]:
-        """Where a forward starts in the video, and where each of its chunks ends: see `spans`."""
-        return list(
-            accumulate(chunks or [frames], initial=self.written - frames if chunks else self.frames)
-        )
+    # ------------------------------------------------------------------------------------ memory
 
-    def spans(self, frames: int, chunks: list[int] | None, *sizes: int) -> list[Span]:
-        """Plan a forward on frames behind the committed ones; with chunks, one with grad over the last frames written,
-        each chunk seeing what it saw then. sizes: layers, batch, tokens a frame. ValueError if something does not fit.
+    def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """All keys and values that a chunk sees, its own k, v [B, S, N, K] included: [B, S', N, K]
+        each.
+
+        With grad its own carry the graph, the committed ones do not. Without, they are read back
+        from the memory, which costs no copy where the frames lie together (always, but for a sink
+        in a memory longer than the window).
         """
-        if self.made_for != sizes:
-            raise ValueError(
-                f"the cache is for layers, batch, tokens a frame {self.made_for}, the forward has {sizes}"
-            )
-        if chunks and not (torch.is_grad_enabled() and frames <= self.written <= self.capacity):
-            raise ValueError(
-                f"chunks over a cache repeat, with grad, what it holds: {chunks}, {self.written} frames"
-            )
-        return [
-            self._span(start, end, sizes[-1]) for start, end in pairwise(self.ends(frames, chunks))
-        ]
+        keys, values = self.memory[layer]
 
-    def _span(self, start: int, end: int, tokens: int) -> Span:
-        room, window = self.capacity - self.sink, self.window or max(end, self.capacity)
+        # Committed memory is read-only: a replay or a recomputation finds its own keys there
+        # already.
+        committed = span.start < self.frames
+        if not committed:
+            done = 0
+            for begin, end in span.own:
+                part = slice(done, done + end - begin)
+                keys[:, begin:end] = k[:, part].detach()
+                values[:, begin:end] = v[:, part].detach()
+                done = part.stop
+
+        seen_k = [keys[:, begin:end] for begin, end in span.reads]
+        seen_v = [values[:, begin:end] for begin, end in span.reads]
+        if torch.is_grad_enabled():
+            seen_k.append(k)
+            seen_v.append(v)
+        if len(seen_k) == 1:
+            return seen_k[0], seen_v[0]
+        return torch.cat(seen_k, 1), torch.cat(seen_v, 1)
+
+    def _span(self, start: int, n_frames: int) -> Span:
+        """Where frames start .. start + n_frames read and write. Changes nothing."""
+        end = start + n_frames
+        window = self.window or max(end, self.capacity)
+        self._check_room(start, end, window)
+
+        oldest = max(self.sink, end - (window - self.sink))
+        ring = self.capacity - self.sink
+        assert oldest >= self.written - ring, (
+            "a longer forward has replaced frames that are still seen"
+        )
+        past = [*range(min(self.sink, start)), *range(oldest, start)]
+        own = list(range(start, end))
+        # With grad the chunk's own keys come from the graph, not from the memory.
+        seen = past if torch.is_grad_enabled() else past + own
+        reads = sorted(self._slot(frame) for frame in seen)
+        return Span(start, n_frames, self._ranges(reads), self._ranges(map(self._slot, own)))
+
+    def _check_room(self, start: int, end: int, window: int) -> None:
         if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
-            way_out = (
-                "a rollout with grad needs room for the whole video"
-                if self.window
-                else "no window is set"
-            )
+            way_out = "no window is set"
+            if self.window:
+                way_out = "a rollout with grad needs room for the whole video"
             raise ValueError(
-                f"the cache holds {self.capacity} frames; {start} + {end - start} do not fit: {way_out}"
+                f"the cache holds {self.capacity} frames; {start} + {end - start} do not fit: "
+                f"{way_out}"
             )
         if end - start > window - self.sink:
             raise ValueError(
-                f"a chunk of {end - start} frames does not fit in window {window} with sink {self.sink}"
+                f"a chunk of {end - start} frames does not fit in window {window} "
+                f"with sink {self.sink}"
             )
-        recent = max(self.sink, end - (window - self.sink))
-        assert recent >= self.written - room, (
-            "a longer forward has replaced frames that are still seen"
-        )
-        past = [*range(min(self.sink, start)), *range(recent, start)]
-        past, own = list(map(self._slot, past)), list(map(self._slot, range(start, end)))
-        self.written = end if start == self.frames else self.written
-        seen = sorted(past if torch.is_grad_enabled() else past + own)
-        return Span(start, _runs(seen, tokens), _runs(own, tokens))
-
-    def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Write the current chunk's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
-
-        Without grad the result is a view where the frames lie together (always, but for a sink with a memory longer
-        than the window). With grad the current keys carry the graph and the committed ones do not. What repeats a
-        forward writes nothing once its frames are committed, before that what is there already.
-        """
-        memory = self.memory[layer]
-        if span.start == self.frames:
-            sizes = [run.stop - run.start for run in span.own]
-            for run, *parts in zip(
-                span.own, *(x.detach().split(sizes, 1) for x in (k, v)), strict=True
-            ):
-                memory[0, :, run], memory[1, :, run] = parts
-        seen = [memory[:, :, run] for run in span.seen]
-        if torch.is_grad_enabled():
-            return tuple(
-                torch.cat([*(past[i] for past in seen), x], 1) for i, x in enumerate((k, v))
-            )
-        return tuple(seen[0] if len(seen) == 1 else torch.cat(seen, 2))
 
     def _slot(self, frame: int) -> int:
-        """Where a frame of the video lies in memory."""
-        return (
-            frame
-            if frame < self.sink
-            else self.sink + (frame - self.sink) % (self.capacity - self.sink)
-        )
+        """Where a frame of the video lies: the sink stays, the others go round in a ring."""
+        if frame < self.sink:
+            return frame
+        return self.sink + (frame - self.sink) % (self.capacity - self.sink)
 
-
-def _runs(slots: list[int], tokens: int) -> list[slice]:
-    """Consecutive slots as slices of tokens, so many a slot: ([0, 1, 2, 5], 10) -> [0:30, 50:60]."""
-    runs = [
-        [slot for _, slot in run]
-        for _, run in groupby(enumerate(slots), lambda pair: pair[1] - pair[0])
-    ]
-    return [slice(run[0] * tokens, (run[-1] + 1) * tokens) for run in runs]
+    def _ranges(self, slots) -> tuple[tuple[int, int], ...]:
+        """Slots as ranges of tokens, neighbours joined: 0, 1, 2, 5 of 10 tokens -> (0, 30), (50,
+        60).
+        """
+        ranges: list[tuple[int, int]] = []
+        for slot in slots:
+            begin = slot * self.tokens_per_frame
+            end = begin + self.tokens_per_frame
+            if ranges and ranges[-1][1] == begin:
+                begin = ranges.pop()[0]
+            ranges.append((begin, end))
+        return tuple(ranges)

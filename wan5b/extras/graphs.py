@@ -1,0 +1,78 @@
+"""CUDA graphs around a network's cached forwards, from outside: `record(model)`.
+
+Starting a thousand kernels one by one takes longer than fast ones run, so a forward that works on the same
+memory as an earlier one is replayed as one launch. For weights that stay where they are: those of FSDP
+don't.
+"""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from wan5b.dit import WanDiT
+from wan5b.kvcache import CachedAttention
+
+
+class Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]  # the graph reads its inputs from here
+    out: Tensor  # and writes its result here
+
+
+class Graphs:
+    """Stands in the place of `WanDiT.compute` and takes its arguments.
+
+    A graph knows by its address all memory that a forward reads and writes besides its inputs: the
+    weights, the places of the cache that `CachedAttention.place` names, the text that the cache keeps.
+    The position in the video is in one of the inputs, the RoPE table, so graphs serve again at every turn
+    of the cache's ring. They go with their cache, and share one pool of memory.
+    """
+
+    def __init__(self, compute):
+        self.compute = compute
+        self.of_cache = (
+            WeakKeyDictionary()
+        )  # cache -> key -> Recorded, or None after a first forward
+        self.pool = None
+
+    def __call__(self, x, sigma, rope, frames, attend, context, text=None) -> Tensor:
+        cached = isinstance(attend, CachedAttention) and context is None
+        if not cached or not x.is_cuda or torch.is_grad_enabled():
+            return self.compute(x, sigma, rope, frames, attend, context, text)
+
+        recorded = self.of_cache.setdefault(attend.cache, {})
+        key = (x.shape, sigma.shape, attend.place)
+        if key not in recorded:
+            # The first forward of its kind runs as usual: it may compile, which can't be recorded.
+            recorded[key] = None
+            return self.compute(x, sigma, rope, frames, attend, None, text)
+
+        inputs = (x, sigma, rope)
+        if recorded[key] is None:
+            recorded[key] = self._record(inputs, frames, attend, text)
+        graph, own, out = recorded[key]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return out.clone()  # the next replay writes there again
+
+    def _record(self, inputs, frames, attend, text) -> Recorded:
+        graph = torch.cuda.CUDAGraph()
+        own = tuple(x.clone() for x in inputs)
+        # Thread-local: other threads may copy meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            out = self.compute(*own, frames, attend, None, text)
+        self.pool = graph.pool()
+        return Recorded(graph, own, out)
+
+
+def record(model: WanDiT) -> None:
+    """Put CUDA graphs around the model's cached forwards without grad; nothing changes elsewhere."""
+    model.compute = Graphs(model.compute)
+
+
+def forget(model: WanDiT) -> None:
+    """Undo `record`, for weights that have been replaced or will move."""
+    del model.compute
