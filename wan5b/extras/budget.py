@@ -1,0 +1,261 @@
+"""What a run costs: the memory that it will need, before anything is loaded, and the FLOP that it
+does.
+
+All of it is arithmetic over the config and the networks' sizes; benchmarks hold it against what is
+measured.
+"""
+
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from wan5b.dit import DiTConfig, WanDiT
+from wan5b.extras.offload import HostStorage
+from wan5b.fsdp import World
+from wan5b.kvcache import KVCache, chunk_sizes
+from wan5b.optim import state_groups
+
+GIB = 2**30
+Parts = dict[str, float]  # what is held -> bytes
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What decides how much the peak of a backward holds, beside the weights.
+
+    tokens: of the forward, all samples together. graphs: forwards that share one backward (SiD's).
+    late: bytes of weight gradients, counted elsewhere, that come only as the activations go, so
+    that the larger of the two makes the peak. keys: how many keys self-attention reads besides the
+    tokens' own (copies of a cache's).
+    """
+
+    tokens: int
+    itemsize: int  # of the compute dtype
+    checkpointing: bool
+    graphs: int = 1
+    late: float = 0
+    keys: int = 0
+
+    def activations(self, cfg: DiTConfig) -> float:
+        """Bytes held at the peak."""
+        tokens = self.tokens
+        width = cfg.dim * self.itemsize
+        wide = cfg.dim * 4
+        hidden = cfg.ffn_dim * self.itemsize
+
+        # What a layer keeps of a token for its backward, in values: 12 D in the compute dtype
+        # (inputs of the projections, of the query and key norms, of both attentions, and their
+        # outputs), 7 D in float32 (three normed inputs, two outputs of norms, two gated branches),
+        # twice the
+        # hidden
+        # layer.
+        layer = tokens * (12 * width + 7 * wide + 2 * hidden)
+        if self.keys:
+            # A replay copies the keys and values that it reads, and joins outputs made in parts.
+            layer += (2 * self.keys + tokens) * width
+
+        # With checkpointing only the inputs of all layers and one layer's values are there at once.
+        if self.checkpointing:
+            kept = cfg.num_layers * self.graphs * tokens * width
+        else:
+            kept = (cfg.num_layers * self.graphs - 1) * layer
+
+        # On top come gradients, at most of the hidden layer and of D twice in float32, and what the
+        # heads of further graphs keep, 3 D in float32.
+        gradients = tokens * (hidden + 2 * wide)
+        heads = tokens * (self.graphs - 1) * 3 * wide
+        return layer + gradients + heads + max(kept - self.late, 0)
+
+
+def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> dict[str, Parts]:
+    """Bytes that this process comes to hold, on the "device" (of a CPU: all) and on the "host".
+
+    cfg: train.py's Config. model: the trained network; scores: critic and teacher of a
+    distillation. Gradients are float32 and of one network at a time; replicas (HSDP) add theirs up
+    in a second copy.
+    """
+    dtype = getattr(torch, cfg.dtype)
+    size = dtype.itemsize
+    generator = parameters(model) / world.shards
+    critic = parameters(scores) / world.shards if scores else 0
+    copies = 2 if world.size > world.shards else 1
+
+    device = {
+        "weights": size * (generator + 2 * critic),
+        "gradients": 4 * max(generator, critic) * copies,
+    }
+    host = {}
+    if dtype != torch.float32:
+        host["masters while saving"] = 4 * (generator + critic)
+
+    # The optimizers' state, group by group, where it is kept.
+    groups = state_groups(dtype, cfg.beta1, cfg.ema > 0)
+    hosted = HostStorage(world.device, cfg.offload).hosted(groups)
+    for group, kind in groups.items():
+        place = host if group in hosted else device
+        weights = generator if group == "ema" else generator + critic
+        place[f"optimizer: {group}"] = kind.itemsize * weights
+
+    tokens = cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)  # of one sample
+    if scores:
+        positions = cfg.micro_batch * (tokens + model.text_len)
+        device["KV cache"] = 2 * model.num_layers * positions * model.dim * size
+    device["activations"] = activations(cfg, world, model, scores, device["gradients"])
+    if world.size > 1:
+        # FSDP gathers two layers in a backward, with the gradients of one, and all of them in a
+        # rollout, which keeps no activations.
+        whole = max(generator, critic) * world.shards
+        device["activations"] += (3 * size + 4) * whole / model.num_layers
+        if scores:
+            gathered = generator * world.shards * size
+            device["activations"] = max(device["activations"], gathered)
+    if world.device.type == "cuda":
+        return {"device": device, "host": host}
+    return {"device": device | host}
+
+
+def activations(
+    cfg, world: World, model: DiTConfig, scores: DiTConfig | None, gradients: float
+) -> float:
+    """Of the longest forward with grad, over a whole sequence."""
+    size = getattr(torch, cfg.dtype).itemsize
+    tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
+    common = (size, cfg.checkpointing)
+
+    # With one micro-batch a phase, weight gradients come as activations go.
+    one = len(world.share(cfg.batch)) == cfg.micro_batch
+    late = gradients if one else 0
+
+    if scores is None:
+        clean_half = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher"
+        whole = 2 * tokens if clean_half else tokens
+        return Backward(whole, *common, late=late).activations(model)
+
+    # The critic's step; for SiD its forward and both of the teacher's are in one graph.
+    graphs = 1
+    if cfg.stage == "sid":
+        graphs = 3 if cfg.guidance else 2
+    scored = Backward(tokens, *common, graphs, late).activations(scores)
+
+    # The replay, which reads all committed keys that its chunks see.
+    ends = accumulate(chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix))
+    seen = sum(min(end, cfg.window or end) for end in ends)
+    keys = (seen - cfg.frames) * tokens // cfg.frames
+    replayed = Backward(tokens, *common, 1, late, keys).activations(model)
+    return max(scored, replayed)
+
+
+def parameters(cfg: DiTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in WanDiT(cfg).parameters())
+
+
+def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
+    """Print the budget. ValueError, with what would help, if more is needed than is free."""
+    for place, parts in budget.items():
+        needed = sum(parts.values())
+        if world.rank == 0:
+            for part, size in [*parts.items(), ("in all", needed), ("free", free[place])]:
+                if size:
+                    print(f"{place:8}{part:24}{size / GIB:8.2f} GiB")
+        if needed <= free[place]:
+            continue
+
+        helps = ["processes on more machines", "or offload = false"]
+        if place == "device":
+            helps = []
+            if world.device.type == "cuda" and not cfg.offload:
+                helps.append("offload = true")
+            if not cfg.checkpointing:
+                helps.append("checkpointing = true")
+            if cfg.micro_batch > 1:
+                helps.append("a smaller micro_batch")
+            helps.append("more processes")
+        raise ValueError(
+            f"{needed / GIB:.2f} GiB are needed on the {place}, {free[place] / GIB:.2f} are free; "
+            f"what helps: {', '.join(helps)}"
+        )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far, in GiB: of a GPU's tensors, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --------------------------------------------------------------------------------------------- FLOP
+
+
+def forward_flop(
+    cfg: DiTConfig,
+    x: Tensor,
+    *,
+    cache: KVCache | None = None,
+    chunks: list[int] | None = None,
+    window: int | None = None,
+    clean: Tensor | None = None,
+) -> tuple[float, float]:
+    """FLOP of the layers' projections and of their attention in a forward; arguments are WanDiT's.
+
+    Left out: what is done once a text, a frame or a forward.
+    """
+    frames = x.shape[2]
+    start = 0
+    if cache is not None:
+        window = cache.window
+        start = cache.written - frames if chunks else cache.frames
+
+    pairs = 0  # of frames, (query, key)
+    for begin, end in pairwise(accumulate(chunks or [frames], initial=start)):
+        pairs += (end - begin) * min(end, window or end)
+
+    sequences = len(x) if clean is None else 2 * len(x)
+    per_frame = cfg.tokens_per_frame(*x.shape[3:])
+    tokens = sequences * frames * per_frame
+    linear = 2 * tokens * (6 * cfg.dim**2 + 2 * cfg.dim * cfg.ffn_dim)
+    attention = 4 * cfg.dim * (sequences * pairs * per_frame**2 + tokens * cfg.text_len)
+    return cfg.num_layers * linear, cfg.num_layers * attention
+
+
+class FlopCount:
+    """FLOP done so far by the networks that it watches, by arithmetic.
+
+    torch's own counter would switch compiled flex_attention off.
+    """
+
+    def __init__(self):
+        self.done = 0.0
+
+    def watch(self, model: WanDiT) -> None:
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: WanDiT, args: tuple, options: Mapping) -> None:
+        """Before a forward: add its FLOP, and with grad the recomputation's and the backward's to
+        come.
+        """
+        known = {name: value for name, value in options.items() if name != "clean_sigma"}
+        linear, attention = forward_flop(model.cfg, args[0], **known)
+        self.done += linear + attention
+        if not torch.is_grad_enabled():
+            return
+        if model.checkpointing:
+            self.done += linear + attention
+        # Two products of a layer's backward, or one where the input needs grad and the weights
+        # don't (SiD); attention's recomputes the scores: 2.5 forwards.
+        products = 1 if args[0].requires_grad else 2
+        self.done += products * linear + 2.5 * attention
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product on this device: what MFU is measured by."""
+    n = 8192 if device.type == "cuda" else 768
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(10).mean
