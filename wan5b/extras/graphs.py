@@ -1,8 +1,8 @@
 """CUDA graphs around a network's cached forwards, from outside: `record(model)`.
 
-Starting a thousand kernels one by one takes longer than fast ones run, so a forward that works on the same
-memory as an earlier one is replayed as one launch. For weights that stay where they are: those of FSDP
-don't.
+Starting a thousand kernels one by one takes longer than fast ones run, so a forward that works on
+the same memory as an earlier one is replayed as one launch. For weights that stay where they are:
+those of FSDP don't.
 """
 
 from typing import NamedTuple
@@ -25,9 +25,9 @@ class Graphs:
     """Stands in the place of `WanDiT.compute` and takes its arguments.
 
     A graph knows by its address all memory that a forward reads and writes besides its inputs: the
-    weights, the places of the cache that `CachedAttention.place` names, the text that the cache keeps.
-    The position in the video is in one of the inputs, the RoPE table, so graphs serve again at every turn
-    of the cache's ring. They go with their cache, and share one pool of memory.
+    weights, the places of the cache that `CachedAttention.place` names, the text that the cache
+    keeps. The position in the video is in one of the inputs, the RoPE table, so graphs serve again
+    at every turn of the cache's ring. They go with their cache, and share one pool of memory.
     """
 
     def __init__(self, compute):
@@ -69,7 +69,7 @@ class Graphs:
 
 
 def record(model: WanDiT) -> None:
-    """Put CUDA graphs around the model's cached forwards without grad; nothing changes elsewhere."""
+    """Put CUDA graphs around the model's cached forwards without grad."""
     model.compute = Graphs(model.compute)
 
 

@@ -1,0 +1,123 @@
+"""What is wrong with a run of train.py before it begins: everything that can be known, in one
+place.
+
+Each check is a ValueError that names the values and the way out.
+"""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from wan5b.data import Data
+from wan5b.dit import DiTConfig
+from wan5b.extras.formats import read_metadata
+from wan5b.flow import few_step_sigmas
+from wan5b.fsdp import World
+from wan5b.kvcache import chunk_sizes
+from wan5b.stages import DISTILLATIONS, STAGES
+
+# What each stage learns from; the others from latents.
+LEARNS_FROM = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}
+# A run may go on with another value of these: what is trained does not depend on them.
+FREE = {
+    *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
+    *("save_every", "keep", "vae", "sample_every", "sample_prompts", "sample_guidance"),
+}
+
+
+def check_config(cfg, world: World) -> None:
+    """What a config says by itself. cfg: train.py's Config."""
+    for needed in ("out", "text", LEARNS_FROM.get(cfg.stage, "latents")):
+        if not getattr(cfg, needed):
+            raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
+    if cfg.sample_prompts and not cfg.vae:
+        raise ValueError("sample_prompts need the release of their VAE: name vae")
+    distilling = cfg.stage in DISTILLATIONS
+    if distilling and (cfg.prefix or cfg.rollout == "data") and not cfg.latents:
+        raise ValueError(
+            "prefix = 1 and rollout = 'data' take frames from real clips: name latents"
+        )
+
+    chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
+    few_step_sigmas(cfg.levels, cfg.shift)
+    if cfg.window and cfg.window < cfg.chunk:
+        raise ValueError(f"a chunk of {cfg.chunk} frames does not fit in a window of {cfg.window}")
+    own = len(world.share(cfg.batch))
+    if own % cfg.micro_batch:
+        raise ValueError(
+            f"batch {cfg.batch} is {own} a process, not a multiple of "
+            f"micro_batch {cfg.micro_batch}; "
+            f"micro_batch={math.gcd(own, cfg.micro_batch)} would do"
+        )
+
+
+def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig) -> None:
+    """Whether data, config and networks fit each other. scores: the sizes of critic and teacher."""
+    model.tokens_per_frame(cfg.height, cfg.width)
+    _check_stages(cfg)
+    takes = (model.text_dim, model.text_len)
+    other = (scores.text_dim, scores.text_len)
+    if takes != other:
+        raise ValueError(
+            f"weights and teacher take different texts (width, length): {takes} and {other}"
+        )
+    if not data.prompts:
+        source = data.store.folder if data.store else cfg.text
+        raise ValueError(f"{source} holds nothing to train on")
+    texts = [*data.prompts, *cfg.sample_prompts]
+    if cfg.stage != "ode":
+        texts.append(cfg.negative)
+    data.text.check(texts, *takes)
+    if data.store:
+        _check_store(cfg, data, model.in_dim)
+
+
+def _check_stages(cfg) -> None:
+    """Weights are of a release, of this stage or of an earlier one; a teacher is of the stage
+    teacher.
+    """
+    earlier = STAGES[: STAGES.index(cfg.stage) + 1]
+    allowed = {cfg.weights: earlier}
+    if cfg.stage in DISTILLATIONS:
+        allowed = {cfg.weights: earlier[1:], cfg.teacher: STAGES[:1]}
+    for path, stages in allowed.items():
+        made = read_metadata(path).get("stage") if path else None
+        if made and made not in stages:
+            raise ValueError(
+                f"{path} is of stage {made}; {cfg.stage} takes a release there, or one of {stages}"
+            )
+
+
+def _check_store(cfg, data: Data, channels: int) -> None:
+    """Latents or trajectories of the config's size; trajectories at the config's levels."""
+    sigmas = few_step_sigmas(cfg.levels, cfg.shift)
+    store = data.store
+    name = "latent"
+    shape = (channels, cfg.frames, cfg.height, cfg.width)
+    if cfg.stage == "ode":
+        name = "x"
+        shape = (len(sigmas), *shape)
+    if store.shapes.get(name) != shape:
+        raise ValueError(
+            f"{store.folder} holds {store.shapes}, this run needs {name} {shape}, "
+            "(levels,) channels, frames, height, width: change these, or make it again"
+        )
+    if cfg.stage == "ode":
+        levels = store.facts["sigmas"]
+        if any(abs(a - b) > 1e-3 for a, b in zip(levels, sigmas, strict=True)):
+            raise ValueError(
+                f"{store.folder} has levels {levels}, not {sigmas}: change levels and shift"
+            )
+
+
+def check_unchanged(cfg, checkpoint: Path) -> None:
+    """Whether a checkpoint is of a run with the same settings, but for those in FREE."""
+    saved = read_metadata(checkpoint).get("training", {})
+    now = json.loads(json.dumps(asdict(cfg)))
+    free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
+    changed = [key for key, value in now.items() if saved.get(key) != value and key not in free]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was made with another {', '.join(changed)}; choose another out"
+        )

@@ -1,0 +1,88 @@
+"""Options in a dataclass: what a field may be stands at the field; values come from TOML and
+key=value.
+
+    @dataclass(frozen=True)
+    class Config(Options):
+        stage: str = one_of(("teacher", "ar"), "ar")
+        batch: int = at_least(1, 64)
+
+    read(Config, ["run.toml", "batch=8"])
+"""
+
+import math
+import tomllib
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+def one_of(known, default):
+    """A field that takes one of the known values."""
+    return field(default=default, metadata={"known": tuple(known)})
+
+
+def within(low: float, high: float, default):
+    """A field with low <= value < high."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+def at_least(low: float, default):
+    return within(low, math.inf, default)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checks every field against what it may be. ValueError with the name and the value."""
+
+    def __post_init__(self):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            known = option.metadata.get("known")
+            if known and value not in known:
+                choices = " ".join(map(str, known))
+                raise ValueError(f"{option.name} must be one of {choices}, got {value!r}")
+            if "range" in option.metadata:
+                low, high = option.metadata["range"]
+                if not low <= value < high:  # NaN is not, either
+                    raise ValueError(
+                        f"{option.name} must be at least {low} and below {high}, got {value}"
+                    )
+
+
+def read(kind: type, arguments: list[str]):
+    """A TOML file and key=value overrides -> an instance of kind, a dataclass.
+
+    A string is given as it is, other values in TOML. ValueError for unknown keys and wrong types.
+    """
+    kinds = {option.name: option.type for option in fields(kind)}
+    try:
+        values = tomllib.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        for override in arguments[1:]:
+            key, given, value = override.partition("=")
+            if not given:
+                raise ValueError(f"overrides are key=value, got {override!r}")
+            if kinds.get(key, str) is str:
+                values[key] = value
+            else:
+                values |= tomllib.loads(f"{key} = {value}")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
+
+    unknown = values.keys() - kinds.keys()
+    if unknown:
+        raise ValueError(f"unknown keys {sorted(unknown)}; known: {list(kinds)}")
+    return kind(**{key: _typed(key, value, kinds[key]) for key, value in values.items()})
+
+
+def _typed(key: str, value, kind):
+    """A TOML value as a field of this type; an integer will do for a float."""
+    many = typing.get_origin(kind) is tuple
+    if many:
+        kind = typing.get_args(kind)[0]
+    items = value if many and isinstance(value, list) else [value]
+    if kind is float:
+        items = [float(item) if type(item) is int else item for item in items]
+    if many != isinstance(value, list) or any(type(item) is not kind for item in items):
+        wanted = f"a list of {kind.__name__}" if many else kind.__name__
+        raise ValueError(f"{key} must be {wanted}, got {value!r}")
+    return tuple(items) if many else items[0]
