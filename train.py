@@ -19,6 +19,7 @@ import time
 import tomllib
 import typing
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from wan5b import fsdp, fuse
 from wan5b.data import rng
 from wan5b.dit import PRESETS, DiTConfig
 from wan5b.extras.curves import curves
+from wan5b.extras.offload import HostStorage
 from wan5b.flow import FEW_STEPS, sampling_sigmas
 from wan5b.media import script
 from wan5b.stages import GIB, STAGES, Run
@@ -271,7 +273,8 @@ def main(cfg: Config, world: fsdp.World) -> None:
         else None
     )
     fuse.enable(cfg.compile, graphs=False)
-    run = Run(cfg, world)
+    offload = cfg.offload and world.device.type == "cuda"  # a CPU's memory is the host's
+    run = Run(cfg, world, partial(HostStorage, world.device, offload))
     start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
     log = out / "metrics.jsonl"
     if leading:

@@ -17,6 +17,7 @@ from wan5b.distill import critic_loss, dmd_gradient, dmd_loss, replay, rollout, 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, x0_from_v
 from wan5b.kvcache import KVCache, block_sizes
+from wan5b.optim import AdamW, Storage, state_groups
 from wan5b.weights import fill, open_dit, read_metadata
 
 GIB = 2**30
@@ -87,9 +88,12 @@ class Draws:
 
 
 class Run:
-    """The networks, optimizers and data of a run, and its phases: each one global batch through one network."""
+    """The networks, optimizers and data of a run, and its phases: each one global batch through one network.
 
-    def __init__(self, cfg, world: fsdp.World):
+    storage: makes the storage of an optimizer's state.
+    """
+
+    def __init__(self, cfg, world: fsdp.World, storage: Callable[[], Storage] = Storage):
         self.cfg, self.world, self.device, self.dtype = (
             cfg,
             world,
@@ -107,7 +111,7 @@ class Run:
         self.prompts = (
             self.store.prompts if folder else [p for p in self.text.prompts if p not in negative]
         )
-        self.offload = cfg.offload and self.device.type == "cuda"  # a CPU's memory is the host's
+        self.storage = storage
         self.flop = 0.0  # done so far
         source = open_dit(cfg.weights) if cfg.weights else (PRESETS[cfg.preset], {})
         scores = (
@@ -124,16 +128,19 @@ class Run:
             cfg.lr,
             (cfg.beta1, cfg.beta2),
             cfg.weight_decay,
-            self.offload,
         )  # `update` sets the rate
         self.optimizers = {
-            "generator": fsdp.AdamW(self.generator, world, tensors, *options, ema=cfg.ema > 0)
+            "generator": AdamW(
+                self.generator, world, tensors, *options, ema=cfg.ema > 0, storage=storage()
+            )
         }
         if self.distilling:
             self.teacher, _ = self.network(*scores)
             self.teacher.requires_grad_(False)
             self.critic, tensors = self.network(*scores)
-            self.optimizers["critic"] = fsdp.AdamW(self.critic, world, tensors, *options)
+            self.optimizers["critic"] = AdamW(
+                self.critic, world, tensors, *options, storage=storage()
+            )
             tokens = self.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
             sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
             self.cache = KVCache(self.generator.cfg, *sizes, device=self.device, dtype=self.dtype)
@@ -193,11 +200,11 @@ class Run:
             "gradients": 4 * max(n, m) * (1 + (self.world.size > shards)),
         }
         host = {"masters while saving": 4 * (n + m) * (self.dtype != torch.float32)}
-        places = fsdp.placed(self.dtype, cfg.beta1, cfg.ema > 0, self.offload, self.device)
-        for place, groups in zip((device, host), places, strict=True):
-            place |= {
-                f"optimizer: {g}": fsdp.GROUPS[g].itemsize * (n + m * (g != "ema")) for g in groups
-            }
+        groups = state_groups(self.dtype, cfg.beta1, cfg.ema > 0)
+        hosted = self.storage().hosted(groups)
+        for group, dtype in groups.items():
+            place = host if group in hosted else device
+            place[f"optimizer: {group}"] = dtype.itemsize * (n + m * (group != "ema"))
         tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
         doubled, texts = (
             cfg.stage in ("ar", "ode") and cfg.forcing == "teacher",
@@ -228,7 +235,7 @@ class Run:
 
     def afford(self, free: dict[str, float]) -> None:
         """Print the budget. ValueError, with what would help, if more is needed than is free."""
-        ways = ["offload = true"] * (self.device.type == "cuda" and not self.offload)
+        ways = ["offload = true"] * (self.device.type == "cuda" and not self.cfg.offload)
         ways += ["checkpointing = true"] * (not self.cfg.checkpointing)
         ways += ["a smaller micro_batch"] * (self.cfg.micro_batch > 1) + ["more processes"]
         for place, parts in self.budget.items():
