@@ -13,7 +13,7 @@ made with one set of options. Videos are files with the caption beside (fox.mp4,
 (fox/, fox.txt), or lines {"video": path, "caption": text} of a .jsonl file; --clips takes several clips of each, one
 behind the other. wan5b/data.py says what a shard holds.
 With --latents, a trajectory goes on from the first frame of each clip there, by its caption: image to video, for stages
-with first = 1 (blocks of 1, 3, 3, ... latent frames: --frames 85 in place of 81).
+with prefix = 1 (chunks of 1, 3, 3, ... latent frames: --frames 85 in place of 81).
 Trajectories of 81 frames of 704x1280 take 14 GB of GPU memory for every prompt of --batch, beside the model's 10.
 """
 
@@ -41,7 +41,7 @@ from wan5b.data import (
 )
 from wan5b.distill import guided, rollout
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
-from wan5b.kvcache import KVCache, block_sizes
+from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import UNREADABLE, fit, latent_frames, parse_size, script
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer
 from wan5b.vae22 import VAEConfig
@@ -161,16 +161,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--causal",
         action="store_true",
-        help="block by block over the KV cache, as an AR model runs",
+        help="chunk by chunk over the KV cache, as an AR model runs",
     )
     add(
-        "--block",
+        "--chunk",
         type=int,
         default=argparse.SUPPRESS,
         help="of --causal, in frames (default: the export's, or 3)",
     )
     args = parser.parse_args(argv)
-    for name in ("per_shard", "batch", "clips", "fps", "repeats", "shift", "block"):
+    for name in ("per_shard", "batch", "clips", "fps", "repeats", "shift", "chunk"):
         if not vars(args).get(name, 1) > 0:
             raise ValueError(f"--{name.replace('_', '-')} {vars(args)[name]}: must be above 0")
     return args
@@ -299,15 +299,15 @@ def integrate(
     context,
     sigmas,
     kept: list[float],
-    blocks,
+    chunks,
     cache,
     causal,
 ):
     """The states of the Euler solution at the levels kept, of which the last is 0: [B, len(kept), C, T, H, W].
 
-    clean [B, C, T', H, W]: given frames (T' may be 0), in front of all states; x: noise of the blocks behind them; the
+    clean [B, C, T', H, W]: given frames (T' may be 0), in front of all states; x: noise of the chunks behind them; the
     other arguments are `rollout`'s. A causal model finds the given frames in the cache. A bidirectional one, for which
-    the rest is one block, is shown them at level 0 beside it at every step, as Wan2.2-TI2V is trained.
+    the rest is one chunk, is shown them at level 0 beside it at every step, as Wan2.2-TI2V is trained.
     """
     states = {sigma: [] for sigma in kept[:-1]}
     first, shown = (clean, clean[:, :, :0]) if causal else (None, clean)
@@ -320,11 +320,11 @@ def integrate(
         level[:, : shown.shape[2]] = 0
         return model(x, level, context, **cached)[:, :, shown.shape[2] :]
 
-    # no more than len(blocks) are asked for: the last block needs no commit
+    # no more than len(chunks) are asked for: the last chunk needs no commit
     ends = list(
         islice(
-            rollout(recorded, x, context, sigmas, blocks, cache, first=first, solver="euler"),
-            len(blocks),
+            rollout(recorded, x, context, sigmas, chunks, cache, prefix=first, solver="euler"),
+            len(chunks),
         )
     )
     return torch.stack([torch.cat([clean, *x], 2) for x in [*states.values(), ends]], 1)
@@ -349,7 +349,7 @@ def trajectories(args: argparse.Namespace) -> None:
         )
     # Recorded with the other options.
     vars(args).update(
-        {"block": trained.get("block", 3), "shift": trained.get("shift", 5.0)} | vars(args)
+        {"chunk": trained.get("chunk", 3), "shift": trained.get("shift", 5.0)} | vars(args)
     )
     shape = (
         VAEConfig.z_dim,
@@ -361,7 +361,7 @@ def trajectories(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{args.latents} has latents {held}; {args.size} takes {shape[0], 'any', *size}, --frames > 1"
         )
-    blocks = block_sizes(frames, args.block if args.causal else frames - first, first)
+    chunks = chunk_sizes(frames, args.chunk if args.causal else frames - first, first)
     prompts = (
         clips.prompts
         if first
@@ -374,8 +374,8 @@ def trajectories(args: argparse.Namespace) -> None:
         "trained": trained,
         "negative": negative,
         "sigmas": kept,
-        "blocks": blocks,
-        "first": first,
+        "chunks": chunks,
+        "prefix": first,
     }
     todo = pending(args, list(enumerate(prompts * args.repeats)), source, **facts)
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
@@ -407,7 +407,7 @@ def trajectories(args: argparse.Namespace) -> None:
             dtype=dtype,
         )
         x = integrate(
-            guided(model, args.guidance), *given, sigmas, kept, blocks[first:], cache, args.causal
+            guided(model, args.guidance), *given, sigmas, kept, chunks[first:], cache, args.causal
         )
         yield {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
 

@@ -1,4 +1,4 @@
-"""Prompt (and image, or video) -> mp4, block by block.
+"""Prompt (and image, or video) -> mp4, chunk by chunk.
 
     python sample.py --release Wan2.2-TI2V-5B --weights distilled.safetensors --prompt "A red fox in deep snow"
     python sample.py --release Wan2.2-TI2V-5B --weights distilled.safetensors --prompt "It runs" --image fox.jpg
@@ -27,7 +27,7 @@ from wan5b.distill import guided, rollout
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas, solve
 from wan5b.fp8 import quantize_blocks
-from wan5b.kvcache import KVCache, block_sizes
+from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
 from wan5b.vae22 import VAE22, VAEConfig
 from wan5b.weights import (
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="a video to go on from: the clip starts with its last frames",
     )
-    add("--context", type=int, default=9, help="how many last frames of --video are given (4k + 1)")
+    add("--prefix", type=int, default=9, help="how many last frames of --video are given (4k + 1)")
     add("--mode", default="few", choices=["few", "many", "bidirectional"])
     add(
         "--size",
@@ -92,12 +92,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--frames",
         type=int,
-        help="pixel frames, given ones included (4k + 1; default 81, or what blocks fill next)",
+        help="pixel frames, given ones included (4k + 1; default 81, or what chunks fill next)",
     )
     add("--seed", type=int, nargs="+", default=[0])
-    add("--block", type=int, help="latent frames a block (default: the checkpoint's, or 3)")
+    add("--chunk", type=int, help="latent frames a chunk (default: the checkpoint's, or 3)")
     add(
-        "--window", type=int, help="latent frames that a block sees, itself included (default: all)"
+        "--window", type=int, help="latent frames that a chunk sees, itself included (default: all)"
     )
     add("--sink", type=int, default=0, help="first latent frames that stay in the window")
     add("--steps", type=int, help="steps of the modes with CFG (default 50; 40 with an image)")
@@ -151,8 +151,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def block_plan(args: argparse.Namespace, given: int, size: int, first: int | None) -> list[int]:
-    """Latent frames of each generated block, behind `given` latent frames. first: a block of its own, if none given."""
+def chunk_plan(args: argparse.Namespace, given: int, size: int, first: int | None) -> list[int]:
+    """Latent frames of each generated chunk, behind `given` latent frames. first: a chunk of its own, if none given."""
     if args.mode == "bidirectional":
         size, first = 1, None
     start, first = (given, None) if given else (first or 0, first)
@@ -163,10 +163,10 @@ def block_plan(args: argparse.Namespace, given: int, size: int, first: int | Non
     if total <= given or (total - start) % size:
         valid = media.nearest(args.frames, 4 * size, 4 * (first or given + size) - 3)
         raise ValueError(
-            f"--frames {args.frames} is not {start} latent frames and blocks of {size}; nearest: {valid}"
+            f"--frames {args.frames} is not {start} latent frames and chunks of {size}; nearest: {valid}"
         )
     return (
-        [total - given] if args.mode == "bidirectional" else block_sizes(total - given, size, first)
+        [total - given] if args.mode == "bidirectional" else chunk_sizes(total - given, size, first)
     )
 
 
@@ -187,8 +187,8 @@ def random_networks(preset: str, device: torch.device, dtype: torch.dtype) -> tu
     return model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(0)), vae
 
 
-def generate(args, model, noise, context, sigmas, blocks, clean, seed, new_cache=KVCache):
-    """Latents of the clip, piece by piece: the given frames first, then every finished block.
+def generate(args, model, noise, context, sigmas, chunks, clean, seed, new_cache=KVCache):
+    """Latents of the clip, piece by piece: the given frames first, then every finished chunk.
 
     new_cache: called as KVCache is, may return one that has been used; CUDA graphs stay with a cache.
     """
@@ -208,7 +208,7 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed, new_cache
 
         yield solve(denoise, noise.to(context.device), sigmas, solver)
         return
-    total = given + sum(blocks)
+    total = given + sum(chunks)
     sizes = (
         len(context),
         min(args.window or total, total),
@@ -218,15 +218,15 @@ def generate(args, model, noise, context, sigmas, blocks, clean, seed, new_cache
     cache.reset()
     draws = rng(context.device, seed, "renoise")
 
-    def renoise(block, step, like):
+    def renoise(chunk, step, like):
         return torch.randn(like.shape, generator=draws, device=like.device)
 
     finished = rollout(
-        field, noise, context, sigmas, blocks, cache, renoise=renoise, first=clean, solver=solver
+        field, noise, context, sigmas, chunks, cache, renoise=renoise, prefix=clean, solver=solver
     )
     yield from islice(
-        finished, len(blocks)
-    )  # asking for no more: nothing needs the last block in the cache
+        finished, len(chunks)
+    )  # asking for no more: nothing needs the last chunk in the cache
 
 
 def write(
@@ -279,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {device}"
         )
-    for name in ("context", "block", "window", "steps", "shift"):
+    for name in ("prefix", "chunk", "window", "steps", "shift"):
         if vars(args)[name] is not None and not vars(args)[name] > 0:  # NaN is not, either
             raise ValueError(f"--{name} {vars(args)[name]}: must be above 0")
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
@@ -294,16 +294,16 @@ def main(args: argparse.Namespace) -> None:
         media.read_image(args.image) if args.image else None
     )  # the clip's first frames, uint8 [T, H, W, 3]
     if args.video:
-        pixels = media.read_video(args.video, last=args.context)
+        pixels = media.read_video(args.video, last=args.prefix)
     given = 0 if pixels is None else media.latent_frames(len(pixels))
     picture = (704, 1280) if pixels is None else pixels.shape[1:3]
     height, width = media.parse_size(args.size) if args.size else media.fitting_size(*picture)
-    blocks = block_plan(args, given, args.block or trained.get("block", 3), trained.get("first"))
-    args.frames = 4 * (given + sum(blocks)) - 3
-    room = (args.window or 0) - max(blocks)
+    chunks = chunk_plan(args, given, args.chunk or trained.get("chunk", 3), trained.get("prefix"))
+    args.frames = 4 * (given + sum(chunks)) - 3
+    room = (args.window or 0) - max(chunks)
     if args.mode != "bidirectional" and (args.window or args.sink) and not 0 <= args.sink <= room:
         raise ValueError(
-            f"--window {args.window}: no room for --sink {args.sink} and a block of {max(blocks)} frames"
+            f"--window {args.window}: no room for --sink {args.sink} and a chunk of {max(chunks)} frames"
         )
     shift = args.shift or trained.get("shift", 5.0)
     sigmas = sampling_sigmas(args.steps or (50 if pixels is None else 40), shift)
@@ -356,9 +356,9 @@ def main(args: argparse.Namespace) -> None:
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)
-    shape = (1, model.cfg.in_dim, sum(blocks), height // 16, width // 16)
+    shape = (1, model.cfg.in_dim, sum(chunks), height // 16, width // 16)
     print(
-        f"{len(clips)} x {args.frames} frames of {height}x{width}; latent frames {given} given, blocks {blocks}"
+        f"{len(clips)} x {args.frames} frames of {height}x{width}; latent frames {given} given, chunks {chunks}"
     )
 
     new_cache = functools.cache(KVCache)  # one for all clips
@@ -380,12 +380,12 @@ def main(args: argparse.Namespace) -> None:
         record = {
             "settings": settings,
             "size": [height, width],
-            "blocks": blocks,
+            "chunks": chunks,
             "sigmas": sigmas,
             "trained": trained,
         }
         return (
-            generate(args, model, noise, text, sigmas, blocks, clean, seed, new_cache),
+            generate(args, model, noise, text, sigmas, chunks, clean, seed, new_cache),
             path,
             record,
         )
@@ -393,7 +393,7 @@ def main(args: argparse.Namespace) -> None:
     made = (clip(i, seed, path) for (i, seed), path in zip(clips, paths, strict=True))
     if args.low_memory:
         made = [
-            ([chunk.cpu() for chunk in tqdm(latents, "blocks")], path, record)
+            ([chunk.cpu() for chunk in tqdm(latents, "chunks")], path, record)
             for latents, path, record in made
         ]
         del model, new_cache

@@ -40,8 +40,8 @@ from wan5b.weights import load_vae, read_metadata, save_dit
 
 CHOICES = {"stage": " ".join(STAGES), "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
 CHOICES |= {
-    "context": "self data",
-    "first": "0 1",
+    "rollout": "self data",
+    "prefix": "0 1",
     "dtype": "bfloat16 float32",
     "device": " ".join(DEVICES[:2]),
 }
@@ -49,7 +49,7 @@ RANGES = {
     (
         1,
         math.inf,
-    ): "frames height width block steps batch micro_batch ratio save_every keep sample_every"
+    ): "frames height width chunk steps batch micro_batch ratio save_every keep sample_every"
 }
 RANGES |= {
     (0, math.inf): "window warmup shard lr critic_lr weight_decay",
@@ -77,8 +77,8 @@ class Config:
     frames: int = 21  # latent frames
     height: int = 44  # of latents
     width: int = 80
-    block: int = 3
-    first: int = 0  # 1: image to video, a clean first frame outside the loss
+    chunk: int = 3
+    prefix: int = 0  # 1: image to video, a clean first frame outside the loss
     window: int = 0
     levels: tuple[int, ...] = FEW_STEPS
     shift: float = 5.0
@@ -101,7 +101,7 @@ class Config:
     dropout: float = 0.1  # teacher, ar: share of samples whose text becomes the negative prompt
     bell: bool = True  # teacher, ar: weight the flow loss over levels
     forcing: str = "teacher"  # ar, ode: "teacher" (clean context) or "diffusion" (noisy context)
-    context: str = "self"  # dmd: "self" rollouts, or "data": one block behind real frames (the paper's baseline)
+    rollout: str = "self"  # dmd: "self" rollouts, or "data": one chunk behind real frames (the paper's baseline)
     device: str = DEVICES[0]
     dtype: str = "bfloat16" if torch.cuda.is_available() else "float32"
     checkpointing: bool = True
@@ -169,10 +169,12 @@ def check(cfg: Config, world: fsdp.World) -> None:
             raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
     if cfg.sample_prompts and not cfg.vae:
         raise ValueError("sample_prompts need the release of their VAE: name vae")
-    if (cfg.first or cfg.context == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
-        raise ValueError("first = 1 and context = 'data' take frames from real clips: name latents")
-    if cfg.window and cfg.window < cfg.block:
-        raise ValueError(f"a block of {cfg.block} frames does not fit in a window of {cfg.window}")
+    if (cfg.prefix or cfg.rollout == "data") and cfg.stage in ("dmd", "sid") and not cfg.latents:
+        raise ValueError(
+            "prefix = 1 and rollout = 'data' take frames from real clips: name latents"
+        )
+    if cfg.window and cfg.window < cfg.chunk:
+        raise ValueError(f"a chunk of {cfg.chunk} frames does not fit in a window of {cfg.window}")
     if (part := len(world.share(cfg.batch))) % cfg.micro_batch:
         given = f"batch {cfg.batch} is {part} a process, not a multiple of micro_batch {cfg.micro_batch}"
         raise ValueError(f"{given}; micro_batch={math.gcd(part, cfg.micro_batch)} would do")
@@ -192,12 +194,12 @@ def memory_gib(device: torch.device) -> float:
 
 
 def facts(cfg: Config, network: DiTConfig, step: int) -> dict:
-    """What a checkpoint or export says of itself; sample.py reads levels, shift and block layout."""
+    """What a checkpoint or export says of itself; sample.py reads levels, shift and chunk layout."""
     layout = {
         "levels": cfg.levels,
         "shift": cfg.shift,
-        "block": cfg.block,
-        "first": cfg.first or None,
+        "chunk": cfg.chunk,
+        "prefix": cfg.prefix or None,
     }
     return {
         "stage": cfg.stage,
@@ -223,12 +225,12 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             noise = torch.randn(
-                (1, *run.shape(sum(run.blocks))), generator=rng("cpu", cfg.seed, "sample", i)
+                (1, *run.shape(sum(run.chunks))), generator=rng("cpu", cfg.seed, "sample", i)
             )
-            first = run.clips([i % len(run.store)])[:, :, : cfg.first] if cfg.first else None
+            first = run.clips([i % len(run.store)])[:, :, : cfg.prefix] if cfg.prefix else None
             context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
             pieces = list(
-                generate(how, run.generator, noise, context, sigmas, run.blocks, first, cfg.seed)
+                generate(how, run.generator, noise, context, sigmas, run.chunks, first, cfg.seed)
             )
             if run.world.rank == 0:
                 write(vae, pieces, folder / f"step-{step:07d}-{i}.mp4")

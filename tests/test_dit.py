@@ -13,7 +13,7 @@ from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table, rotate
 from wan5b.kvcache import KVCache
 
 TINY = DiTConfig(64, 112, 2, 2, 8, 8, text_dim=24, text_len=12, freq_dim=32)
-MASKED = {  # vector: (levels, blocks, options)
+MASKED = {  # vector: (levels, chunks, options)
     "block3": ("t_block3", [3, 3], {}),
     "block1": ("t_block1", [1] * 6, {}),
     "block1_local2": ("t_block1", [1] * 6, {"window": 2}),
@@ -33,14 +33,14 @@ def inputs(name, device="cpu", dtype=torch.float32):
 
 
 def masked(model, g, name):
-    levels, blocks, options = MASKED[name]
-    t, frames = g[levels] / 1000, sum(blocks)
+    levels, chunks, options = MASKED[name]
+    t, frames = g[levels] / 1000, sum(chunks)
     clean = g["clean"] if "teacher" in options else None
     return model(
         g["x"][:, :, :frames],
         t,
         g["context"],
-        blocks=blocks,
+        chunks=chunks,
         window=options.get("window"),
         clean=clean,
     )
@@ -117,7 +117,7 @@ def test_sigma_as_number_per_sample_and_per_frame(tiny):
     assert rel(tiny(x, torch.tensor([[0.625, 0.625, 0.2]]), context), v) > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"blocks": [1, 2]}, {"blocks": [1, 2], "clean": True}])
+@pytest.mark.parametrize("options", [{}, {"chunks": [1, 2]}, {"chunks": [1, 2], "clean": True}])
 @torch.no_grad()
 def test_batch_equals_singles_and_the_text_matters(tiny, options):
     x, context, sigma = randn(2, 8, 3, 4, 4), randn(2, 12, 24, seed=1), torch.tensor([0.9, 0.4])
@@ -137,11 +137,11 @@ def test_batch_equals_singles_and_the_text_matters(tiny, options):
 @pytest.mark.parametrize("level", [0.0, 0.25])
 @torch.no_grad()
 def test_clean_sigma_is_the_level_of_the_clean_half(tiny, level):
-    """A noisy block at the level, and with the content, of its clean twin sees what a plain causal forward sees."""
+    """A noisy chunk at the level, and with the content, of its clean twin sees what a plain causal forward sees."""
     x, context = randn(1, 8, 4, 4, 4), randn(1, 12, 24, seed=1)
-    plain = tiny(x, level, context, blocks=[2, 2])
-    assert rel(tiny(x, level, context, blocks=[2, 2], clean=x, clean_sigma=level), plain) < 1e-6
-    assert rel(tiny(x, level, context, blocks=[2, 2], clean=x, clean_sigma=0.9), plain) > 1e-3
+    plain = tiny(x, level, context, chunks=[2, 2])
+    assert rel(tiny(x, level, context, chunks=[2, 2], clean=x, clean_sigma=level), plain) < 1e-6
+    assert rel(tiny(x, level, context, chunks=[2, 2], clean=x, clean_sigma=0.9), plain) > 1e-3
 
 
 def test_rotation_is_a_product_of_complex_numbers():
@@ -174,15 +174,15 @@ LAYOUTS = [
 ]
 
 
-def by_definition(blocks, p, window, teacher):
+def by_definition(chunks, p, window, teacher):
     """The mask, frame by frame from model.md's words, as a boolean matrix over tokens."""
     end = [
         e
-        for size, e in zip(blocks, torch.tensor(blocks).cumsum(0).tolist(), strict=True)
+        for size, e in zip(chunks, torch.tensor(chunks).cumsum(0).tolist(), strict=True)
         for _ in range(size)
     ]
     start = [
-        e - size for size, e in zip(blocks, sorted(set(end)), strict=True) for _ in range(size)
+        e - size for size, e in zip(chunks, sorted(set(end)), strict=True) for _ in range(size)
     ]
     t = len(end)
     sees = torch.zeros(2 * t, 2 * t, dtype=torch.bool)
@@ -198,13 +198,13 @@ def by_definition(blocks, p, window, teacher):
 
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("window", [None, 2, 4])
-@pytest.mark.parametrize(("blocks", "p"), LAYOUTS)
-def test_causal_masks_and_their_block_form(blocks, p, window, teacher):
+@pytest.mark.parametrize(("chunks", "p"), LAYOUTS)
+def test_causal_masks_and_their_block_form(chunks, p, window, teacher):
     """The dense mask equals the definition; the BlockMask names every block that holds a key, and no other, rightly."""
-    window = window and max(window, *blocks)
-    expected = by_definition(blocks, p, window, teacher)
+    window = window and max(window, *chunks)
+    expected = by_definition(chunks, p, window, teacher)
     with mock.patch.object(attention_module, "interval_mask", lambda intervals: intervals):
-        intervals = causal_mask.__wrapped__(blocks, p, window, teacher, torch.device("cpu"))
+        intervals = causal_mask.__wrapped__(chunks, p, window, teacher, torch.device("cpu"))
     assert torch.equal(dense_mask(intervals), expected)
 
     mask = block_mask(intervals)
@@ -229,7 +229,7 @@ def test_causal_masks_and_their_block_form(blocks, p, window, teacher):
     assert torch.equal(mask.mask_mod(0, 0, q[:, None], q), expected)  # inside the partial blocks
 
 
-@pytest.mark.parametrize("options", [{}, {"blocks": [2, 3]}])
+@pytest.mark.parametrize("options", [{}, {"chunks": [2, 3]}])
 def test_training_after_inference_mode(options):
     """Tables and masks of a shape that inference mode was the first to ask for."""
     model, x, context = (
@@ -245,12 +245,12 @@ def test_training_after_inference_mode(options):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "p", "window"), [((3,) * 3, 23, None), ((1, 2, 3), 64, 4), ((2, 2), 32, None)]
+    ("chunks", "p", "window"), [((3,) * 3, 23, None), ((1, 2, 3), 64, 4), ((2, 2), 32, None)]
 )
-def test_both_masks_give_the_same_attention(blocks, p, window):
+def test_both_masks_give_the_same_attention(chunks, p, window):
     """With a padded tail and without; flex_attention not compiled, forward, as the CPU has it."""
     with mock.patch.object(attention_module, "interval_mask", lambda intervals: intervals):
-        intervals = causal_mask.__wrapped__(blocks, p, window, True, torch.device("cpu"))
+        intervals = causal_mask.__wrapped__(chunks, p, window, True, torch.device("cpu"))
     q, k, v = (randn(1, len(intervals), 2, 32, seed=i) for i in range(3))
     with mock.patch.object(attention_module, "_compiled_flex", attention_module.flex_attention):
         flex = attention(q, k, v, block_mask(intervals))
@@ -270,9 +270,9 @@ def test_both_masks_give_the_same_attention(blocks, p, window):
 @pytest.mark.parametrize("window", [None, 6])
 def test_flex_attention_forward_and_backward(window, head_dim, dtype, bar):
     """The compiled path with several blocks of 128, a padded tail and full blocks, against dense float32."""
-    blocks, p = (3,) * 7, 23
+    chunks, p = (3,) * 7, 23
     compare(
-        lambda *qkv: attention(*qkv, causal_mask(blocks, p, window, True, qkv[0].device)),
+        lambda *qkv: attention(*qkv, causal_mask(chunks, p, window, True, qkv[0].device)),
         [randn(1, 2 * 21 * p, 2, head_dim, seed=i) for i in range(4)],
         dtype,
         bar,
@@ -332,11 +332,11 @@ X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
         ({"context": CONTEXT.repeat(2, 1, 1)}, ("(1, 12, 24)", "(2, 12, 24)")),
         ({"sigma": torch.zeros(3)}, ("(1, 8, 4, 4, 4)", "(3, 1)")),
         ({"sigma": torch.zeros(1, 3)}, ("(1, 8, 4, 4, 4)", "(1, 3)")),
-        ({"blocks": [3, 3]}, ("[3, 3]", "6 frames", "x has 4")),
+        ({"chunks": [3, 3]}, ("[3, 3]", "6 frames", "x has 4")),
         ({"clean": X}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
-        ({"clean": X[:, :, :2], "blocks": [2, 2]}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
+        ({"clean": X[:, :, :2], "chunks": [2, 2]}, ("teacher forcing", "(1, 8, 4, 4, 4)")),
         (
-            {"cache": KVCache(TINY, 1, 4, 4), "blocks": [2, 2]},
+            {"cache": KVCache(TINY, 1, 4, 4), "chunks": [2, 2]},
             ("repeat, with grad, what it holds: [2, 2], 0 frames",),
         ),
         (

@@ -10,7 +10,7 @@ from wan5b import dit, fuse
 from wan5b.attention import attention, interval_mask
 from wan5b.distill import rollout
 from wan5b.flow import few_step_sigmas
-from wan5b.kvcache import KVCache, block_sizes
+from wan5b.kvcache import KVCache, chunk_sizes
 
 P = 6  # tokens of a 4 x 6 latent frame
 
@@ -28,10 +28,10 @@ def text(seed=9, batch=1):
     return randn(batch, 12, 24, seed=seed)
 
 
-def cached(model, x, sigma, context, blocks, cache, clean=None):
-    """v of x block by block. The next blocks attend to the pass over `clean` at sigma 0, or else to x as it was run."""
+def cached(model, x, sigma, context, chunks, cache, clean=None):
+    """v of x chunk by chunk. The next chunks attend to the pass over `clean` at sigma 0, or else to x as it was run."""
     out, start = [], 0
-    for size in blocks:
+    for size in chunks:
         part = slice(start, start + size)
         out.append(model(x[:, :, part], sigma[:, part], context, cache=cache))
         if clean is not None:
@@ -41,10 +41,10 @@ def cached(model, x, sigma, context, blocks, cache, clean=None):
     return torch.cat(out, 2)
 
 
-def levels(blocks):
-    """[1, T], another level for every block."""
+def levels(chunks):
+    """[1, T], another level for every chunk."""
     return torch.cat(
-        [torch.full((1, size), 1 - 0.8 * i / len(blocks)) for i, size in enumerate(blocks)], 1
+        [torch.full((1, size), 1 - 0.8 * i / len(chunks)) for i, size in enumerate(chunks)], 1
     )
 
 
@@ -53,10 +53,10 @@ def levels(blocks):
 
 @pytest.mark.parametrize(("device", "dtype", "bar"), PLACES)
 @pytest.mark.parametrize(
-    ("name", "blocks", "options", "frames", "grad"),
+    ("name", "chunks", "options", "frames", "grad"),
     [
-        (name, blocks, options, frames, grad)
-        for name, blocks, options in (
+        (name, chunks, options, frames, grad)
+        for name, chunks, options in (
             ("block3", [3, 3], {}),
             ("block1", [1] * 6, {}),
             ("first_then_block2", [1, 2, 2], {}),
@@ -65,20 +65,20 @@ def levels(blocks):
         )
         # the whole video in memory, or the window alone, which a rollout with grad does not allow
         for frames, grad in (
-            (sum(blocks), False),
-            (sum(blocks), True),
+            (sum(chunks), False),
+            (sum(chunks), True),
             (options.get("window"), False),
         )
         if frames
     ],
 )
-def test_vectors(name, blocks, options, frames, grad, device, dtype, bar):
+def test_vectors(name, chunks, options, frames, grad, device, dtype, bar):
     model = golden_dit("dit_kv_cache", device, dtype)
     g, _ = golden("dit_kv_cache")
     x, clean, context = (g[f"in.{key}"].to(device, dtype) for key in ("x", "clean", "context"))
     cache, out, start = new_cache(model, frames, 2, **options), [], 0
     with torch.set_grad_enabled(grad):
-        for size in blocks:
+        for size in chunks:
             part = slice(start, start + size)
             model(x[:, :, part], 1.0, context, cache=cache)
             out.append(
@@ -103,33 +103,33 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("blocks", "window"), LAYOUTS)
-def test_equals_teacher_forcing(model, blocks, window, grad):
-    """Clean blocks committed at sigma 0, then a noisy one: what teacher forcing does for all blocks at once."""
-    t = sum(blocks)
+@pytest.mark.parametrize(("chunks", "window"), LAYOUTS)
+def test_equals_teacher_forcing(model, chunks, window, grad):
+    """Clean chunks committed at sigma 0, then a noisy one: what teacher forcing does for all chunks at once."""
+    t = sum(chunks)
     x, clean, context, sigma = (
         video(t, batch=2),
         video(t, 1, batch=2),
         text(batch=2),
-        levels(blocks),
+        levels(chunks),
     )
     with torch.set_grad_enabled(grad):
-        v = cached(model, x, sigma, context, blocks, new_cache(model, t, 2, window=window), clean)
+        v = cached(model, x, sigma, context, chunks, new_cache(model, t, 2, window=window), clean)
     with torch.no_grad():
-        assert rel(v, model(x, sigma, context, blocks=blocks, window=window, clean=clean)) < 2e-6
+        assert rel(v, model(x, sigma, context, chunks=chunks, window=window, clean=clean)) < 2e-6
 
 
-@pytest.mark.parametrize(("blocks", "window"), LAYOUTS)
+@pytest.mark.parametrize(("chunks", "window"), LAYOUTS)
 @torch.no_grad()
-def test_equals_block_causal_forward(model, blocks, window):
-    """Every block committed as it was run, at its own level."""
-    t = sum(blocks)
-    x, context, sigma = video(t), text(), levels(blocks)
-    v = cached(model, x, sigma, context, blocks, new_cache(model, t, window=window))
-    assert rel(v, model(x, sigma, context, blocks=blocks, window=window)) < 2e-6
+def test_equals_block_causal_forward(model, chunks, window):
+    """Every chunk committed as it was run, at its own level."""
+    t = sum(chunks)
+    x, context, sigma = video(t), text(), levels(chunks)
+    v = cached(model, x, sigma, context, chunks, new_cache(model, t, window=window))
+    assert rel(v, model(x, sigma, context, chunks=chunks, window=window)) < 2e-6
 
 
-RINGS = [  # blocks, window, sink: the ring of window - sink slots is not a multiple of the blocks in most
+RINGS = [  # chunks, window, sink: the ring of window - sink slots is not a multiple of the chunks in most
     ([1] * 9, 3, 1),
     ([2] * 5, 5, 0),
     ([3] * 4, 7, 2),
@@ -140,25 +140,25 @@ RINGS = [  # blocks, window, sink: the ring of window - sink slots is not a mult
 ]
 
 
-@pytest.mark.parametrize(("blocks", "window", "sink"), RINGS)
+@pytest.mark.parametrize(("chunks", "window", "sink"), RINGS)
 @torch.no_grad()
-def test_ring_equals_long_memory_and_sink_mask(model, blocks, window, sink):
+def test_ring_equals_long_memory_and_sink_mask(model, chunks, window, sink):
     """Memories from just the window to the whole video, and a masked forward that has no memory, agree."""
-    t = sum(blocks)
-    x, context, sigma = video(t), text(), levels(blocks)
-    end = [sum(blocks[: i + 1]) for i, size in enumerate(blocks) for _ in range(size)]
+    t = sum(chunks)
+    x, context, sigma = video(t), text(), levels(chunks)
+    end = [sum(chunks[: i + 1]) for i, size in enumerate(chunks) for _ in range(size)]
     runs = [(0, min(sink, e), max(sink, e - (window - sink)), e) for e in end for _ in range(P)]
     mask = interval_mask(P * torch.tensor([(a, b, max(b, c), max(b, d)) for a, b, c, d in runs]))
     with mock.patch.object(dit, "causal_mask", return_value=mask):
-        expected = model(x, sigma, context, blocks=blocks)
+        expected = model(x, sigma, context, chunks=chunks)
     for frames in sorted({window, window + 1, window + 4, t}):
         cache = new_cache(model, frames, window=window, sink=sink)
         memory = cache.memory
         cached(
-            model, x[:, :, : max(sink, blocks[0])], sigma, context, [max(sink, blocks[0])], cache
+            model, x[:, :, : max(sink, chunks[0])], sigma, context, [max(sink, chunks[0])], cache
         )
         cache.reset()
-        assert rel(cached(model, x, sigma, context, blocks, cache), expected) < 2e-6, (
+        assert rel(cached(model, x, sigma, context, chunks, cache), expected) < 2e-6, (
             f"memory of {frames} frames"
         )
         assert cache.frames == t
@@ -197,14 +197,14 @@ def weighted(x):
     return (x * randn(*x.shape, seed=7).to(x)).sum()
 
 
-def play(model, blocks, exit_step, noise, context, checkpointing=False, **options):
+def play(model, chunks, exit_step, noise, context, checkpointing=False, **options):
     cache = new_cache(model, noise.shape[2] + 1, **options)
     renoise = lambda index, step, like: randn(*like.shape, seed=100 + 10 * index + step)  # noqa: E731
     sigmas, model.checkpointing = few_step_sigmas(), checkpointing
     try:
         out = list(
             rollout(
-                model, noise, context, sigmas, blocks, cache, exit_step=exit_step, renoise=renoise
+                model, noise, context, sigmas, chunks, cache, exit_step=exit_step, renoise=renoise
             )
         )
         return out, gradients(
@@ -230,11 +230,11 @@ def test_checkpointing_changes_no_gradient(model, exit_step, options):
     finally:
         handle.remove()
     assert rel(recomputed, plain) < 1e-6
-    assert len(calls) == once + 3  # each block's exit forward twice
+    assert len(calls) == once + 3  # each chunk's exit forward twice
 
 
 def test_recomputation_leaves_committed_memory_alone(model):
-    """One backward per block, oldest first: a recomputation that wrote would spoil what the next one reads."""
+    """One backward per chunk, oldest first: a recomputation that wrote would spoil what the next one reads."""
     noise, context, sigmas, cache = video(9), text(), few_step_sigmas(), new_cache(model, 9)
     _, expected = play(model, [3, 3, 3], 1, noise, context)
     model.checkpointing = True
@@ -253,10 +253,10 @@ def test_recomputation_leaves_committed_memory_alone(model):
     assert rel(ours, expected) < 1e-6
 
 
-@pytest.mark.parametrize(("blocks", "window"), [([3, 3], None), ([1, 2, 3], 4)])
+@pytest.mark.parametrize(("chunks", "window"), [([3, 3], None), ([1, 2, 3], 4)])
 @pytest.mark.parametrize("exit_step", [0, 2])
-def test_gradients_equal_teacher_forcing(model, blocks, window, exit_step):
-    """One masked forward over the exit level's inputs, with the finished blocks as its clean half, has no cache.
+def test_gradients_equal_teacher_forcing(model, chunks, window, exit_step):
+    """One masked forward over the exit level's inputs, with the finished chunks as its clean half, has no cache.
 
     Detached latents are not enough there: the keys of the clean half must be cut off from the parameters too.
     """
@@ -279,7 +279,7 @@ def test_gradients_equal_teacher_forcing(model, blocks, window, exit_step):
     out = torch.cat(
         list(
             rollout(
-                generator, noise, context, few_step_sigmas(), blocks, cache, exit_step=exit_step
+                generator, noise, context, few_step_sigmas(), chunks, cache, exit_step=exit_step
             )
         ),
         dim=2,
@@ -287,13 +287,13 @@ def test_gradients_equal_teacher_forcing(model, blocks, window, exit_step):
     ours = gradients(model, weighted(out))
     x = torch.cat(inputs, 2).detach()
     with mock.patch.object(dit, "attention", with_detached_keys):
-        v = model(x, sigma, context, blocks=blocks, window=window, clean=out.detach())
+        v = model(x, sigma, context, chunks=chunks, window=window, clean=out.detach())
     assert rel(out, x - sigma * v) < 2e-6
     assert rel(ours, gradients(model, weighted(x - sigma * v))) < 1e-5
 
 
 def test_no_gradient_crosses_blocks(model):
-    """A loss on the second block: nothing reaches the first one's noise, and the first may as well be given data."""
+    """A loss on the second chunk: nothing reaches the first one's noise, and the first may as well be given data."""
     noise, context, sigmas = video(6).requires_grad_(), text(), few_step_sigmas()
     first, second = rollout(model, noise, context, sigmas, [3, 3], new_cache(model, 6), exit_step=0)
     ours = gradients(model, weighted(second))
@@ -308,7 +308,7 @@ def test_no_gradient_crosses_blocks(model):
         [3],
         new_cache(model, 6),
         exit_step=0,
-        first=given,
+        prefix=given,
     )
     assert rel(alone, second) < 1e-6
     assert rel(gradients(model, weighted(alone)), ours) < 1e-6
@@ -320,10 +320,10 @@ def test_no_gradient_crosses_blocks(model):
 def test_rollout_gradients_in_other_places(model, device, dtype, bar):
     """A checkpointed rollout with grad on the GPU and in bf16 against float32 on the CPU."""
     noise, context = video(6), text()
-    blocks, reference = play(model, [3, 3], 0, noise, context)
+    chunks, reference = play(model, [3, 3], 0, noise, context)
     other = golden_dit("dit_causal_masks", device, dtype)
     out, grads = play(other, [3, 3], 0, noise.to(device), context.to(device), checkpointing=True)
-    assert rel(torch.cat(out, 2), torch.cat(blocks, 2)) < bar
+    assert rel(torch.cat(out, 2), torch.cat(chunks, 2)) < bar
     assert rel(grads, reference) < (1e-3 if dtype == torch.float32 else 6e-2)
 
 
@@ -375,24 +375,24 @@ def test_text_is_embedded_once_per_context_and_reset(model):
     ],
 )
 def test_block_sizes(arguments, sizes):
-    assert block_sizes(*arguments) == sizes
+    assert chunk_sizes(*arguments) == sizes
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((20, 3), ("20 latent", "blocks of 3", "valid: 18 or 21")),
-        ((21, 3, 1), ("21 latent", "first block of 1 and blocks of 3", "valid: 19 or 22")),
+        ((20, 3), ("20 latent", "chunks of 3", "valid: 18 or 21")),
+        ((21, 3, 1), ("21 latent", "first chunk of 1 and chunks of 3", "valid: 19 or 22")),
         ((2, 3), ("2 latent", "valid: 3")),
         ((0, 3), ("0 latent", "valid: 3")),
-        ((2, 3, 4), ("2 latent", "first block of 4", "valid: 4 or 7")),
+        ((2, 3, 4), ("2 latent", "first chunk of 4", "valid: 4 or 7")),
         ((6, 0), ("size 0",)),
         ((6, 3, -1), ("first -1",)),
     ],
 )
 def test_block_size_errors_name_the_nearest_valid_counts(arguments, says):
     with pytest.raises(ValueError, match=".") as error:
-        block_sizes(*arguments)
+        chunk_sizes(*arguments)
     assert all(part in str(error.value) for part in says), error.value
 
 
@@ -417,8 +417,8 @@ def test_cache_configuration_errors(model, options, says):
             ("holds 4 frames", "3 + 3"),
         ),  # the memory is smaller than the window
         (4, {"window": 4}, True, [3, 3], ("holds 4 frames", "3 + 3", "with grad")),
-        (6, {"window": 2}, False, [3], ("block of 3", "window 2", "sink 0")),
-        (6, {"window": 4, "sink": 2}, False, [1, 3], ("block of 3", "window 4", "sink 2")),
+        (6, {"window": 2}, False, [3], ("chunk of 3", "window 2", "sink 0")),
+        (6, {"window": 4, "sink": 2}, False, [1, 3], ("chunk of 3", "window 4", "sink 2")),
     ],
 )
 def test_forwards_that_do_not_fit(model, frames, options, grad, sizes, says):
@@ -489,7 +489,7 @@ def test_an_interrupted_forward_leaves_the_cache_usable(model):
         mock.patch.object(model.blocks[1], "forward", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
-        model(x, 0.5, text(1), cache=cache)  # the first block's keys are another text's now
+        model(x, 0.5, text(1), cache=cache)  # the first chunk's keys are another text's now
     assert rel(model(x, 0.5, context, cache=cache), expected) < 1e-6
 
 
@@ -509,9 +509,9 @@ def test_graphs_repeat_the_forwards(options):
             "renoise": lambda b, s, like: torch.randn(like.shape, generator=draws, device="cuda")
         }
         part = noise[:, :, seed : seed + (18 if options else 9)][:, :, : 16 if options else 9]
-        blocks = [2] * 8 if options else [3] * 3
+        chunks = [2] * 8 if options else [3] * 3
         return torch.cat(
-            [*rollout(net, part, text(seed).cuda(), few_step_sigmas(), blocks, cache, **again)], 2
+            [*rollout(net, part, text(seed).cuda(), few_step_sigmas(), chunks, cache, **again)], 2
         )
 
     cache = new_cache(net, frames, **options)

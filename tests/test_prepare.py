@@ -247,7 +247,7 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         "2",
         "--batch",
         "2",
-        *["--causal", "--block", "1"] * causal,
+        *["--causal", "--chunk", "1"] * causal,
     ]
     run("trajectories", "--release", release, "--text", embeddings, *SMALL, *options, "--out", out)
     store, text = Store(out), TextStore(embeddings)
@@ -262,7 +262,7 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         "shift": 5.0,
         "seed": 7,
         "causal": causal,
-        "first": 0,
+        "prefix": 0,
         "latents": None,
         "dtype": "float32",
         "model": "tiny",
@@ -270,7 +270,7 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         "negative": NEGATIVE_PROMPT,
         "size": "32x64",
         "sigmas": few_step_sigmas(),
-        "blocks": [1, 1, 1] if causal else [3],
+        "chunks": [1, 1, 1] if causal else [3],
     }
 
     model, sigmas = load_dit(release), [shift_sigma(1 - i / 12) for i in range(13)]
@@ -286,13 +286,13 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         if causal:
             tokens = model.cfg.tokens_per_frame(2, 4)
             cache = KVCache(model.cfg, 4, 3, tokens)
-            blocks = list(
+            chunks = list(
                 rollout(field, noise[i], context, sigmas, [1, 1, 1], cache, solver="euler")
             )
-            end = torch.cat(blocks, 2)
-            # the middle of the second block, by hand: behind the first one's end
+            end = torch.cat(chunks, 2)
+            # the middle of the second chunk, by hand: behind the first one's end
             cache = KVCache(model.cfg, 4, 3, tokens)
-            field(blocks[0], 0.0, context, cache=cache)
+            field(chunks[0], 0.0, context, cache=cache)
             cache.commit(1)
             half = noise[i][:, :, 1:2]
             for a, b in zip(sigmas[:6], sigmas[1:7], strict=True):
@@ -340,16 +340,16 @@ def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
         tmp_path / "latents",
         "--repeats",
         2,
-        *["--causal", "--block", 2] * causal,
+        *["--causal", "--chunk", 2] * causal,
     ]
     run("trajectories", "--release", release, "--text", embeddings, *options, "--out", out)
     store, text = Store(out), TextStore(embeddings)
     assert store.prompts == ["rain", "a red fox", "rain"] * 2
     assert store.shapes == {"x": (5, 48, 5, 2, 4)}
     facts = {
-        "first": 1,
+        "prefix": 1,
         "latents": str(tmp_path / "latents"),
-        "blocks": [1, 2, 2] if causal else [1, 4],
+        "chunks": [1, 2, 2] if causal else [1, 4],
     }
     assert facts.items() <= store.facts.items()
     x = torch.stack([item["x"] for item in store])  # [6, 5, C, T, H, W]
@@ -370,7 +370,14 @@ def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
             end = torch.cat(
                 list(
                     rollout(
-                        field, noise[i], context, sigmas, [2, 2], cache, solver="euler", first=first
+                        field,
+                        noise[i],
+                        context,
+                        sigmas,
+                        [2, 2],
+                        cache,
+                        solver="euler",
+                        prefix=first,
                     )
                 ),
                 2,
@@ -409,7 +416,7 @@ def test_the_image_matters(release, embeddings, tmp_path):
         (tmp_path / name).mkdir()
         latent = randn(1, 48, 1, 2, 4, seed=ord(name))
         write_shard(tmp_path / name / "0.safetensors", {"latent": latent}, ["rain"])
-        for causal in ([], ["--causal", "--block", 1]):
+        for causal in ([], ["--causal", "--chunk", 1]):
             out = tmp_path / f"{name}{len(causal)}"
             options = [*SMALL, "--steps", 4, "--latents", tmp_path / name, *causal, "--out", out]
             run("trajectories", "--release", release, "--text", embeddings, *options)
@@ -449,7 +456,7 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
     refused("--frames > 1", tmp_path / "latents", "--frames", 1)
     refused("--frames > 1", tmp_path / "latents", "--frames", 1, "--causal")
     refused(
-        "first block of 1 and blocks of 3; nearest valid: 1 or 4", tmp_path / "latents", "--causal"
+        "first chunk of 1 and chunks of 3; nearest valid: 1 or 4", tmp_path / "latents", "--causal"
     )
 
     command = [
@@ -466,7 +473,7 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
     ]
     run(*command, "--latents", tmp_path / "latents")
     with pytest.raises(
-        ValueError, match=r"is of another run: .*first 1 and 0, .*latents and None; delete it"
+        ValueError, match=r"is of another run: .*prefix 1 and 0, .*latents and None; delete it"
     ):
         run(*command)
 
@@ -478,14 +485,14 @@ def test_levels_are_exact():
 
 
 def test_trajectories_of_an_export(release, embeddings, tmp_path):
-    """The weights' own record goes with the trajectories, which may be stored as bfloat16; block and shift are its."""
-    record = {"stage": "ar", "step": 3, "block": 1, "shift": 3.0}
+    """The weights' own record goes with the trajectories, which may be stored as bfloat16; chunk and shift are its."""
+    record = {"stage": "ar", "step": 3, "chunk": 1, "shift": 3.0}
     save_dit(load_dit(release), tmp_path / "ar.safetensors", record)
     save_dit(load_dit(release), tmp_path / "teacher.safetensors", {"stage": "teacher"})
     common = ["trajectories", "--text", embeddings, *SMALL, "--steps", "4", "--release", release]
     weights = ["--weights", tmp_path / "ar.safetensors"]
     run(*common, *weights, "--causal", "--dtype", "bfloat16", "--out", tmp_path / "a")
-    run(*common, "--causal", "--block", "1", "--shift", 3, "--out", tmp_path / "b")
+    run(*common, "--causal", "--chunk", "1", "--shift", 3, "--out", tmp_path / "b")
     with pytest.raises(ValueError, match=r"ar.safetensors is of stage ar: give --causal"):
         run(*common, *weights, "--out", tmp_path / "c")
     with pytest.raises(ValueError, match=r"teacher.safetensors is of stage teacher: no --causal"):
@@ -499,7 +506,7 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
         )
     a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
     assert a.facts["trained"] == record
-    assert (a.facts["blocks"], a.facts["shift"]) == ([1, 1, 1], 3.0)
+    assert (a.facts["chunks"], a.facts["shift"]) == ([1, 1, 1], 3.0)
     assert a.facts["model"] == "ar.safetensors"
     assert torch.equal(a[1]["x"], b[1]["x"].bfloat16())
 
@@ -649,16 +656,16 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
     refused("--steps 0 must", *ode, "--steps", 0)
     refused(
-        "3 latent frames do not divide into blocks of 2; nearest valid: 2 or 4",
+        "3 latent frames do not divide into chunks of 2; nearest valid: 2 or 4",
         *ode,
         "--causal",
-        "--block",
+        "--chunk",
         2,
     )
     refused("--per-shard 0: must be above 0", *ode, "--per-shard", 0)
     refused("--batch -1: must be above 0", "text", "--prompts", prompts, "--batch", -1)
     refused("--repeats 0: must be above 0", *ode, "--repeats", 0)
-    refused("--block 0: must be above 0", *ode, "--causal", "--block", 0)
+    refused("--chunk 0: must be above 0", *ode, "--causal", "--chunk", 0)
     refused("--shift 0.0: must be above 0", *ode, "--shift", 0)
     refused("nowhere is no folder", "trajectories", "--text", tmp_path / "nowhere")
     refused("cannot read .*nowhere", "text", "--prompts", tmp_path / "nowhere")

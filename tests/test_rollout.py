@@ -42,7 +42,7 @@ def test_vectors(name, grad, device, dtype, bar):
     noise, renoise = frames_first(g["in.noise"]).to(device, dtype), g["in.renoise"]
     levels = few_step_sigmas(config["steps"], config["shift"])
     with torch.set_grad_enabled(grad):
-        blocks = rollout(
+        chunks = rollout(
             model,
             noise,
             g["in.context"].to(device, dtype),
@@ -50,9 +50,9 @@ def test_vectors(name, grad, device, dtype, bar):
             [config["frames_per_block"]] * 2,
             new_cache(model, 6),
             exit_step=config["exit_step"],
-            renoise=lambda block, step, like: frames_first(renoise[block, step]).to(like),
+            renoise=lambda chunk, step, like: frames_first(renoise[chunk, step]).to(like),
         )
-        x0 = torch.cat(list(blocks), 2)
+        x0 = torch.cat(list(chunks), 2)
     assert x0.requires_grad == grad
     assert rel(x0, frames_first(g["out.x0"])) < bar
 
@@ -60,7 +60,7 @@ def test_vectors(name, grad, device, dtype, bar):
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"window": 5, "sink": 1}])
 @pytest.mark.parametrize("exit_step", [0, 2, None])
 def test_grad_changes_nothing_but_the_graph(model, exit_step, options):
-    """Same noise (the global generator's for re-noising), same latents; only each block's exit forward has grad."""
+    """Same noise (the global generator's for re-noising), same latents; only each chunk's exit forward has grad."""
     results = []
     for grad in (False, True):
         recorder, state = Recorder(model), torch.manual_seed(5)
@@ -79,10 +79,10 @@ def test_grad_changes_nothing_but_the_graph(model, exit_step, options):
         results.append((torch.cat(out, 2), recorder.calls, state))
     assert rel(results[1][0], results[0][0]) < 1e-6
     last = 3 if exit_step is None else exit_step
-    per_block = [*SIGMAS[: last + 1], 0.0]
+    per_chunk = [*SIGMAS[: last + 1], 0.0]
     calls = results[1][1]
     assert [(frames, sigma) for frames, sigma, *_ in calls] == [
-        (n, s) for n in (1, 3, 3) for s in per_block
+        (n, s) for n in (1, 3, 3) for s in per_chunk
     ][:-1] + [(3, 0.0)]
     assert [grad for _, _, grad, _ in calls] == [
         i == last for _ in range(3) for i in range(last + 2)
@@ -93,15 +93,15 @@ def test_grad_changes_nothing_but_the_graph(model, exit_step, options):
 @torch.no_grad()
 def test_a_block_is_yielded_before_its_commit_pass(model):
     recorder, cache = Recorder(model), new_cache(model, 6)
-    blocks = rollout(recorder, video(6), text(), SIGMAS, [3, 3], cache)
-    assert not recorder.calls  # nothing runs until the first block is asked for
-    first = next(blocks)
+    chunks = rollout(recorder, video(6), text(), SIGMAS, [3, 3], cache)
+    assert not recorder.calls  # nothing runs until the first chunk is asked for
+    first = next(chunks)
     assert (len(recorder.calls), cache.frames) == (4, 0)
-    next(blocks)
+    next(chunks)
     assert (len(recorder.calls), cache.frames) == (9, 3)
     assert recorder.calls[4][1] == 0.0
     assert torch.equal(recorder.calls[4][3], first)
-    assert next(blocks, None) is None
+    assert next(chunks, None) is None
     assert (len(recorder.calls), cache.frames) == (10, 6)  # ready to be continued
 
 
@@ -111,8 +111,8 @@ def test_first_frames_continue_a_video(model, given):
     """Handing back the start of a generated video as clean frames makes the same rest: positions, levels, text."""
     noise, context, cache = video(10), text(), new_cache(model, 10)
 
-    def renoise_from(block):
-        return lambda index, step, like: randn(*like.shape, seed=100 * (block + index) + step)
+    def renoise_from(chunk):
+        return lambda index, step, like: randn(*like.shape, seed=100 * (chunk + index) + step)
 
     whole = torch.cat(
         list(rollout(model, noise, context, SIGMAS, [1, 3, 3, 3], cache, renoise=renoise_from(0))),
@@ -127,38 +127,40 @@ def test_first_frames_continue_a_video(model, given):
         [1, 3, 3, 3][done:],
         cache,
         renoise=renoise_from(done),
-        first=whole[:, :, :given],
+        prefix=whole[:, :, :given],
     )
     assert rel(torch.cat(list(rest), 2), whole[:, :, given:]) < 1e-5
     assert [call[:2] for call in recorder.calls[:done]] == [(n, 0.0) for n in (1, 3, 3)[:done]]
     assert cache.frames == 10
 
 
-@pytest.mark.parametrize(("given", "blocks"), [(1, [1]), (3, [3]), (5, [2, 3]), (7, [1, 3, 3])])
+@pytest.mark.parametrize(("given", "chunks"), [(1, [1]), (3, [3]), (5, [2, 3]), (7, [1, 3, 3])])
 @torch.no_grad()
-def test_given_frames_are_taken_in_blocks(model, given, blocks):
+def test_given_frames_are_taken_in_blocks(model, given, chunks):
     recorder = Recorder(model)
-    next(rollout(recorder, video(3), text(), SIGMAS, [3], new_cache(model, 10), first=video(given)))
-    assert [call[0] for call in recorder.calls[: len(blocks)]] == blocks
+    next(
+        rollout(recorder, video(3), text(), SIGMAS, [3], new_cache(model, 10), prefix=video(given))
+    )
+    assert [call[0] for call in recorder.calls[: len(chunks)]] == chunks
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
 @torch.no_grad()
 def test_many_step_sampling(model, solver):
-    """Equals a loop over masked whole-sequence forwards: finished blocks as clean half, the current one integrated."""
-    noise, context, sigmas, blocks = video(6), text(), sampling_sigmas(6), [1, 2, 3]
+    """Equals a loop over masked whole-sequence forwards: finished chunks as clean half, the current one integrated."""
+    noise, context, sigmas, chunks = video(6), text(), sampling_sigmas(6), [1, 2, 3]
     ours = torch.cat(
-        list(rollout(model, noise, context, sigmas, blocks, new_cache(model, 6), solver=solver)), 2
+        list(rollout(model, noise, context, sigmas, chunks, new_cache(model, 6), solver=solver)), 2
     )
     done = torch.zeros_like(noise)
-    for i, size in enumerate(blocks):
-        start = sum(blocks[:i])
+    for i, size in enumerate(chunks):
+        start = sum(chunks[:i])
         part = slice(start, start + size)
 
         def field(x, sigma, part=part):
             whole = done.clone()
             whole[:, :, part] = x
-            return model(whole, sigma, context, blocks=blocks, clean=done)[:, :, part]
+            return model(whole, sigma, context, chunks=chunks, clean=done)[:, :, part]
 
         x = noise[:, :, part]
         if solver == "euler":
@@ -177,14 +179,14 @@ def test_guided_rollout_equals_two_branches_by_hand(model):
     both = new_cache(model, 6, batch=2)
     ours = list(rollout(guided(model, 5.0), noise, context, sigmas, [3, 3], both, solver="euler"))
     caches = new_cache(model, 6), new_cache(model, 6)
-    for x, block in zip(noise.split(3, dim=2), ours, strict=True):
+    for x, chunk in zip(noise.split(3, dim=2), ours, strict=True):
         for sigma, following in zip(sigmas, sigmas[1:], strict=False):
             v, u = (
                 model(x, sigma, c, cache=cache)
                 for c, cache in zip((cond, uncond), caches, strict=True)
             )
             x = x + (following - sigma) * (u + 5.0 * (v - u))
-        assert rel(block, x) < 1e-5
+        assert rel(chunk, x) < 1e-5
         for c, cache in zip((cond, uncond), caches, strict=True):
             model(x, 0.0, c, cache=cache)
             cache.commit(3)
@@ -201,13 +203,13 @@ def test_guided_per_sample_and_per_frame_levels(model):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"blocks": [3, 2]}, r"\[3, 2\] add up to 5 frames, the noise has 6"),
+        ({"chunks": [3, 2]}, r"\[3, 2\] add up to 5 frames, the noise has 6"),
         ({"exit_step": 4}, r"0 \.\. 3 .* got 4"),
         ({"exit_step": -1}, r"0 \.\. 3 .* got -1"),
         ({"solver": "heun"}, "heun"),
     ],
 )
 def test_errors_name_the_values(model, given, says):
-    arguments = {"blocks": [3, 3], "cache": new_cache(model, 6), **given}
+    arguments = {"chunks": [3, 3], "cache": new_cache(model, 6), **given}
     with pytest.raises(ValueError, match=says):
         next(rollout(model, video(6), text(), SIGMAS, **arguments))

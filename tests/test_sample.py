@@ -107,7 +107,7 @@ def test_text_to_video(run, tmp_path):
     assert (meta["fps"], meta["duration"]) == (24, pytest.approx(33 / 24, abs=1e-3))
     record, settings = made.record, made.record["settings"]
     assert record["frames_written"] == 33
-    assert (record["size"], record["blocks"], record["sigmas"]) == (
+    assert (record["size"], record["chunks"], record["sigmas"]) == (
         [*SIZE],
         [3, 3, 3],
         few_step_sigmas(),
@@ -216,7 +216,7 @@ def test_order_of_memory(run, monkeypatch, low_memory):
 
 
 def test_a_single_frame_and_a_sheet(run, tmp_path):
-    made = run("--frames", 1, "--block", 1, "--sheet")
+    made = run("--frames", 1, "--chunk", 1, "--sheet")
     assert made.frames.shape == (1, *SIZE, 3)
     assert iio.imread(tmp_path / "a.png").shape == (32, 4 * 64, 3)
     run("--frames", 33, "--sheet", out="long")
@@ -234,7 +234,7 @@ def test_image_to_video(run, tmp_path, vae):
     images = [save_picture(tmp_path / f"{seed}.png", seed=seed) for seed in (1, 2)]
     clips = [run("--image", image, "--frames", 13, out=image.stem) for image in images]
     for clip, image in zip(clips, images, strict=True):
-        assert clip.record["blocks"] == [3]
+        assert clip.record["chunks"] == [3]
         first = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
         assert torch.equal(clip.latents[:, :, :1], first)
     assert (
@@ -262,15 +262,15 @@ def test_video_goes_on(run, tmp_path, vae):
         (torch.arange(12).view(12, 1, 1, 1) * torch.ones(12, 48, 80, 3) * 20).to(torch.uint8)
     )
     writer.close()
-    made = run("--video", tmp_path / "given.mp4", "--context", 5, "--frames", 17)
-    assert made.record["blocks"] == [3]
+    made = run("--video", tmp_path / "given.mp4", "--prefix", 5, "--frames", 17)
+    assert made.record["chunks"] == [3]
     given = iio.imread(tmp_path / "given.mp4", plugin="pyav")[-5:]
     assert torch.equal(made.latents[:, :, :2], vae.encode(media.fit(given, *SIZE)[None]))
     assert np.abs(made.latents[:, :, 2:].numpy()).max() > 0
     with pytest.raises(ValueError, match="12 frames, 13 are needed"):
-        run("--video", tmp_path / "given.mp4", "--context", 13, out="b")
+        run("--video", tmp_path / "given.mp4", "--prefix", 13, out="b")
     with pytest.raises(ValueError, match="6 frames are not 4k . 1; nearest valid: 5 or 9"):
-        run("--video", tmp_path / "given.mp4", "--context", 6, out="b")
+        run("--video", tmp_path / "given.mp4", "--prefix", 6, out="b")
 
 
 # --------------------------------------------------------------------------------------------------------- modes
@@ -289,7 +289,7 @@ def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
         made.latents[:, :, :1], vae.encode(media.fit(media.read_image(image), *SIZE)[None])
     )
     assert made.latents.isfinite().all()
-    assert made.record["blocks"] == [3]
+    assert made.record["chunks"] == [3]
     other = run(*options, "--negative", "a dog", out="negative")
     assert rel(other.latents, text.latents) > 1e-4
     plain = run(*options, "--negative", "a dog", "--guidance", 1, out="plain")
@@ -352,7 +352,7 @@ def test_a_batch_is_its_clips(mode, given):
     options = sample.parse(["--mode", mode, "--guidance", "2"])
     x, text = randn(2, 48, 3, 2, 4), randn(4, 24, 64, seed=1)
     clean, noise = (x[:, :, :given] if given else None), x[:, :, given:]
-    sigmas, blocks = (
+    sigmas, chunks = (
         (few_step_sigmas([1000]) if mode == "few" else sampling_sigmas(3)),
         [noise.shape[2]],
     )
@@ -363,7 +363,7 @@ def test_a_batch_is_its_clips(mode, given):
         with torch.no_grad():
             return torch.cat(
                 list(
-                    sample.generate(options, model, noise[rows], context, sigmas, blocks, start, 0)
+                    sample.generate(options, model, noise[rows], context, sigmas, chunks, start, 0)
                 ),
                 2,
             )
@@ -376,7 +376,7 @@ def test_a_batch_is_its_clips(mode, given):
 def test_metadata_of_an_export(run, release, tmp_path):
     weights = tmp_path / "export.safetensors"
     save_dit(
-        load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1}
+        load_dit(release), weights, {"levels": [1000, 500], "shift": 3.0, "chunk": 2, "prefix": 1}
     )
     args = [
         "--release",
@@ -396,16 +396,16 @@ def test_metadata_of_an_export(run, release, tmp_path):
         return json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
 
     made = record("--frames", "17")
-    assert made["trained"] == {"levels": [1000, 500], "shift": 3.0, "block": 2, "first": 1}
+    assert made["trained"] == {"levels": [1000, 500], "shift": 3.0, "chunk": 2, "prefix": 1}
     assert made["sigmas"] == few_step_sigmas([1000, 500], 3.0)
-    assert made["blocks"] == [1, 2, 2]
-    over = record("--frames", "17", "--block", "4", "--shift", "5")
+    assert made["chunks"] == [1, 2, 2]
+    over = record("--frames", "17", "--chunk", "4", "--shift", "5")
     assert over["sigmas"] == few_step_sigmas([1000, 500], 5.0)
-    assert over["blocks"] == [1, 4]
+    assert over["chunks"] == [1, 4]
     given = record(
-        "--frames", "13", "--block", "3", "--image", str(save_picture(tmp_path / "image.png"))
+        "--frames", "13", "--chunk", "3", "--image", str(save_picture(tmp_path / "image.png"))
     )
-    assert given["blocks"] == [3]  # the image is the first block
+    assert given["chunks"] == [3]  # the image is the first chunk
 
 
 def test_window_bounds_the_memory(run, monkeypatch):
@@ -524,7 +524,7 @@ def test_write_of_a_video_alone(tmp_path):
 
 def test_ctrl_c_in_a_terminal(tmp_path):
     """The signal itself, at whatever moment it comes."""
-    options = "--random-weights --preset tiny --size 32x64 --frames 4001 --block 1 --window 3 --prompt a --device cpu"
+    options = "--random-weights --preset tiny --size 32x64 --frames 4001 --chunk 1 --window 3 --prompt a --device cpu"
     command = [sys.executable, SCRIPT, *options.split(), "--out", tmp_path / "a"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -567,9 +567,9 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
     [
         ("--frames 82", "82 frames are not 4k + 1; nearest valid: 81 or 85"),
         ("--frames 0", "0 frames are not 4k + 1; nearest valid: 1"),
-        ("--frames 25", "blocks of 3; nearest: 21 or 33"),
-        ("--frames 5", "blocks of 3; nearest: 9"),
-        ("--frames 81 --image {image}", "1 latent frames and blocks of 3; nearest: 73 or 85"),
+        ("--frames 25", "chunks of 3; nearest: 21 or 33"),
+        ("--frames 5", "chunks of 3; nearest: 9"),
+        ("--frames 81 --image {image}", "1 latent frames and chunks of 3; nearest: 73 or 85"),
         ("--frames 5 --image {image}", "nearest: 13 or 25"),
         ("--frames 1 --image {image}", "nearest: 13 or 25"),
         ("--size 70x96", "nearest valid: 64 or 96 by 96 or 128"),
@@ -578,8 +578,8 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--image {text}", "cannot read the image {text}"),
         ("--video {dir}/none.mp4", "cannot read the video {dir}/none.mp4"),
         ("--video {text}", "cannot read the video {text}"),
-        ("--video {image} --context 5", "has 1 frames, 5 are needed"),
-        ("--video {image} --context 0", "--context 0: must be above 0"),
+        ("--video {image} --prefix 5", "has 1 frames, 5 are needed"),
+        ("--video {image} --prefix 0", "--prefix 0: must be above 0"),
         ("--image {image} --video {image}", "not both"),
         ("--prompts {dir}/none.txt", "cannot read the prompts {dir}/none.txt"),
         ("--prompts {latin}", "cannot read the prompts {latin}"),
@@ -592,11 +592,11 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--settings {other}", "{other} is not a JSON that this sample.py wrote"),
         ("--settings {older}", "{older} is not a JSON that this sample.py wrote: KeyError"),
         ("--window 2", "--window 2: no room"),
-        ("--window 3 --sink 1", "--window 3: no room for --sink 1 and a block of 3"),
+        ("--window 3 --sink 1", "--window 3: no room for --sink 1 and a chunk of 3"),
         ("--window 6 --sink -1", "no room for --sink -1"),
         ("--sink 1", "--window None: no room for --sink 1"),
         ("--window 0", "--window 0: must be above 0"),
-        ("--block 0", "--block 0: must be above 0"),
+        ("--chunk 0", "--chunk 0: must be above 0"),
         ("--steps 0", "--steps 0: must be above 0"),
         ("--shift 0", "--shift 0.0: must be above 0"),
         ("--shift nan", "--shift nan: must be above 0"),
@@ -676,7 +676,7 @@ def test_refusal_in_a_terminal(release):
 
 @pytest.mark.parametrize(
     ("mode", "given", "size", "first", "expected"),
-    [  # without --frames: 81, or what blocks fill next
+    [  # without --frames: 81, or what chunks fill next
         ("few", 0, 3, None, [3] * 7),
         ("few", 1, 3, None, [3] * 7),  # 85
         ("few", 0, 3, 1, [1] + [3] * 7),
@@ -688,7 +688,7 @@ def test_refusal_in_a_terminal(release):
     ],
 )
 def test_default_length(mode, given, size, first, expected):
-    assert sample.block_plan(sample.parse(["--mode", mode]), given, size, first) == expected
+    assert sample.chunk_plan(sample.parse(["--mode", mode]), given, size, first) == expected
 
 
 # ------------------------------------------------------------------------------------------------ compile and fp8

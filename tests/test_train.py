@@ -91,7 +91,7 @@ def values(data: Path, stage: str, out="unused", /, **changes) -> dict:
         "text": str(data / "text"),
         "weights": str(data / "generator.safetensors"),
     }
-    if stage in ("teacher", "ar") or changes.get("first") or changes.get("context") == "data":
+    if stage in ("teacher", "ar") or changes.get("prefix") or changes.get("rollout") == "data":
         given["latents"] = str(data / "latents")
     if stage == "ode":
         given["trajectories"] = str(data / "ode")
@@ -262,12 +262,12 @@ def test_accumulation_equals_a_larger_micro_batch(data, tmp_path, stage):
     ("stage", "changes"), [("teacher", {}), ("ar", {}), ("ar", {"bell": False, "window": 3})]
 )
 def test_flow_loss_by_hand(data, stage, changes):
-    """What the network sees is a clip at a level per block (or one for all), and how its answer is counted."""
+    """What the network sees is a clip at a level per chunk (or one for all), and how its answer is counted."""
     run, seen = make_run(data, stage, dropout=0.5, micro_batch=4, **changes), []
     run.generator.register_forward_hook(lambda *hook: seen.append(hook[1:]), with_kwargs=True)
     loss = run.data_phase(0)["loss"].item()
     ((x, sigma, context), options, v) = seen[0]
-    assert options.get("blocks") == ([3, 3] if stage == "ar" else None)
+    assert options.get("chunks") == ([3, 3] if stage == "ar" else None)
     assert options.get("window") == changes.get("window")
     chosen = [
         [i for i in range(8) if torch.allclose(row, run.context([PROMPTS[i]])[0])]
@@ -280,9 +280,9 @@ def test_flow_loss_by_hand(data, stage, changes):
     assert [] in chosen, "no text was dropped"
     x0 = run.clips(items)
     assert "clean" not in options or torch.equal(options["clean"], x0)
-    blocks = sigma.split(3, 1)
-    assert all((block == block[:, :1]).all() for block in blocks)
-    assert torch.equal(*blocks) == (stage == "teacher")
+    chunks = sigma.split(3, 1)
+    assert all((chunk == chunk[:, :1]).all() for chunk in chunks)
+    assert torch.equal(*chunks) == (stage == "teacher")
     expected = 0.0
     for i, frame in ((i, frame) for i in range(4) for frame in range(6)):
         level = sigma[i, frame].item()
@@ -295,11 +295,11 @@ def test_flow_loss_by_hand(data, stage, changes):
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("forcing", ["teacher", "diffusion"])
 def test_ode_loss_by_hand(data, tmp_path, forcing, first):
-    """Blocks at levels of a trajectory, its end the target, counted where the level is not 0, per sample."""
+    """Chunks at levels of a trajectory, its end the target, counted where the level is not 0, per sample."""
     frames = 6 + first
     x = torch.randn(8, 5, 48, frames, 4, 4, generator=torch.Generator().manual_seed(0))
     write_shard(tmp_path / "0.safetensors", {"x": x}, PROMPTS, sigmas=few_step_sigmas())
-    changes = {"frames": frames, "first": first, "trajectories": str(tmp_path), "latents": ""}
+    changes = {"frames": frames, "prefix": first, "trajectories": str(tmp_path), "latents": ""}
     run, seen = make_run(data, "ode", forcing=forcing, micro_batch=4, window=3, **changes), []
     run.generator.register_forward_hook(lambda *hook: seen.append(hook[1:]), with_kwargs=True)
     for step in range(3):
@@ -307,7 +307,7 @@ def test_ode_loss_by_hand(data, tmp_path, forcing, first):
         loss = run.data_phase(step)["loss"].item()
         ((x, sigma, _), options, v) = seen[0]
         _, items, _ = next(iter(run.micro_batches(step, "ode")))
-        assert (options["blocks"], options["window"]) == ([1] * first + [3, 3], 3)
+        assert (options["chunks"], options["window"]) == ([1] * first + [3, 3], 3)
         assert (sigma[:, :first] == 0).all()
         expected = 0.0
         for i, item in enumerate(items):
@@ -384,9 +384,9 @@ def test_counts_and_order(data, monkeypatch):
 def test_exit_level_is_uniform_and_one_for_all(data, monkeypatch):
     run, seen = make_run(data, "dmd", micro_batch=1), []
 
-    def fake(generator, noise, context, sigmas, blocks, cache, *, exit_step, **options):
+    def fake(generator, noise, context, sigmas, chunks, cache, *, exit_step, **options):
         seen.append(exit_step)
-        yield from noise.split(blocks, 2)
+        yield from noise.split(chunks, 2)
 
     monkeypatch.setattr(stages, "rollout", fake)
     levels = {}
@@ -418,25 +418,25 @@ def rollout_with_grad(run: stages.Run, step: int) -> list[torch.Tensor]:
     """The same rollout in one graph, as algorithm 1 of Self Forcing has it."""
     draws, items, context = next(iter(run.micro_batches(step, "generator")))
     *_, trace, exit_step = a_rollout(run, step)
-    blocks, given = [x.shape[2] for x in trace], run.cache.written - sum(x.shape[2] for x in trace)
+    chunks, given = [x.shape[2] for x in trace], run.cache.written - sum(x.shape[2] for x in trace)
     run.cache.reset()
-    noise = draws(torch.randn, *run.shape(sum(blocks)))
+    noise = draws(torch.randn, *run.shape(sum(chunks)))
     common = {
         "exit_step": exit_step,
         "renoise": lambda b, s, like: draws(torch.randn, *like.shape[1:]),
     }
-    common["first"] = run.clips(items)[:, :, :given] if given else None
-    made = rollout(run.generator, noise, context, run.sigmas, blocks, run.cache, **common)
-    return [block for _, block in zip(blocks, made, strict=False)]
+    common["prefix"] = run.clips(items)[:, :, :given] if given else None
+    made = rollout(run.generator, noise, context, run.sigmas, chunks, run.cache, **common)
+    return [chunk for _, chunk in zip(chunks, made, strict=False)]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize(
-    "changes", [{}, {"first": 1}, {"context": "data"}], ids=["text", "first", "data"]
+    "changes", [{}, {"prefix": 1}, {"rollout": "data"}], ids=["text", "first", "data"]
 )
 def test_replay_is_the_rollout_and_its_gradient(data, monkeypatch, checkpointing, window, changes):
-    frames, seen = 9 + changes.get("first", 0), set()
+    frames, seen = 9 + changes.get("prefix", 0), set()
     monkeypatch.setattr(stages.Run, "check", lambda *_: None)  # the stores are for 6 frames
     run = make_run(
         data, "dmd", checkpointing=checkpointing, window=window, frames=frames, **changes
@@ -474,7 +474,7 @@ def test_replay_is_the_rollout_and_its_gradient(data, monkeypatch, checkpointing
         assert error < 1e-4
         optimizer.grads.clear()
     assert len({exit_step for exit_step, _ in seen}) >= 3
-    assert {given for _, given in seen} == {"first": {1}, "context": {0, 3, 6}}.get(
+    assert {given for _, given in seen} == {"prefix": {1}, "rollout": {0, 3, 6}}.get(
         "".join(changes), {0}
     )
 
@@ -495,7 +495,7 @@ def test_only_exit_levels_carry_grad(data):
     )
     run.generator_phase(0)
     exit_step = a_rollout(run, 0)[-1]
-    assert [sigma for grad, sigma in seen if grad] == [run.sigmas[exit_step]]  # all blocks at once
+    assert [sigma for grad, sigma in seen if grad] == [run.sigmas[exit_step]]  # all chunks at once
     seen.clear()
     run.critic_phase(0)
     assert not any(grad for grad, _ in seen)
@@ -561,15 +561,15 @@ def test_a_parameter_without_gradient_is_found(data):
         run.iteration(0)
 
 
-@pytest.mark.parametrize("context", ["self", "data"])
-def test_context(data, monkeypatch, context):
-    """Whose first block the second one attends to: the clip's with context = "data", else the generator's own.
+@pytest.mark.parametrize("rollout", ["self", "data"])
+def test_context(data, monkeypatch, rollout):
+    """Whose first chunk the second one attends to: the clip's with rollout = "data", else the generator's own.
 
-    With "data" a step generates one block; the steps are gone through until it is the second.
+    With "data" a step generates one chunk; the steps are gone through until it is the second.
     """
 
-    def second_block(clip=0.0, own=0.0):
-        run = make_run(data, "dmd", context=context, latents=str(data / "latents"))
+    def second_chunk(clip=0.0, own=0.0):
+        run = make_run(data, "dmd", rollout=rollout, latents=str(data / "latents"))
         clips, draws = run.clips, stages.Draws.__call__
 
         def changed_clips(items):
@@ -579,7 +579,7 @@ def test_context(data, monkeypatch, context):
 
         def changed_noise(self, draw, *shape):
             x = draws(self, draw, *shape)
-            if len(shape) > 1 and shape[1] == 6:  # of the rollout; re-noising is by block
+            if len(shape) > 1 and shape[1] == 6:  # of the rollout; re-noising is by chunk
                 x[:, :, :3] += own
             return x
 
@@ -588,20 +588,20 @@ def test_context(data, monkeypatch, context):
             patch.setattr(stages.Draws, "__call__", changed_noise)
             rollouts = (a_rollout(run, step) for step in range(20))
             x0 = next(
-                x0 for _, _, x0, _, _ in rollouts if context == "self" or run.cache.written == 6
+                x0 for _, _, x0, _, _ in rollouts if rollout == "self" or run.cache.written == 6
             )
         return x0[:, :, -3:]
 
-    plain, by_clip, by_own = second_block(), second_block(clip=1.0), second_block(own=1.0)
-    assert torch.equal(plain, by_clip) == (context == "self")
-    assert torch.equal(plain, by_own) == (context == "data")
+    plain, by_clip, by_own = second_chunk(), second_chunk(clip=1.0), second_chunk(own=1.0)
+    assert torch.equal(plain, by_clip) == (rollout == "self")
+    assert torch.equal(plain, by_own) == (rollout == "data")
 
 
 FIRST = [(stage, {}) for stage in STAGES] + [
     ("ar", {"forcing": "diffusion"}),
     ("ode", {"forcing": "diffusion"}),
 ]
-FIRST += [("dmd", {"context": "data"})]
+FIRST += [("dmd", {"rollout": "data"})]
 
 
 @pytest.mark.parametrize(("stage", "changes"), FIRST)
@@ -611,7 +611,7 @@ def test_a_first_frame_is_clean_and_outside_the_loss(data, monkeypatch, stage, c
             patch.setattr(
                 stages.Run, "check", lambda self, model, scores: None
             )  # the stores are for 6 frames
-            run = make_run(data, stage, first=1, frames=7, **changes)
+            run = make_run(data, stage, prefix=1, frames=7, **changes)
         g = torch.Generator().manual_seed(0)
         clips = torch.randn(8, 48, 7, 4, 4, generator=g)
         paths = torch.randn(8, 5, 48, 7, 4, 4, generator=g)
@@ -691,7 +691,7 @@ def like_a_gpu(
     run.cfg = dataclasses.replace(run.cfg, offload=offload, **changes)
     run.device = torch.device("cuda")
     run.storage = partial(HostStorage, run.device, offload)
-    run.dtype, run.layout = torch.bfloat16, stages.block_sizes(run.cfg.frames)
+    run.dtype, run.layout = torch.bfloat16, stages.chunk_sizes(run.cfg.frames)
     run.budget = run.expected(model, model)
     return run.budget
 
@@ -774,9 +774,9 @@ class FusedNorm(torch.autograd.Function):
     [(False, 1, False), (True, 1, False), (True, 3, False), (True, 1, True)],
 )
 def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graphs, replayed):
-    """The peak of blocks as wide as the 5B's, at the size it is trained at, on tensors that hold no memory.
+    """The peak of chunks as wide as the 5B's, at the size it is trained at, on tensors that hold no memory.
 
-    Several graphs: into their common input, as SiD's. replayed: over a cache, seven blocks at once."""
+    Several graphs: into their common input, as SiD's. replayed: over a cache, seven chunks at once."""
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x))
     dit = dataclasses.replace(PRESETS["ti2v-5B"], num_layers=4)
     rope_table.cache_clear()
@@ -792,7 +792,7 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
         x = torch.randn(1, 48, 21, 44, 80, requires_grad=graphs > 1)
         cache = KVCache(dit, 1, 21, 880, dtype=torch.bfloat16)
         cache.frames, cache.written = 18, 21  # as after a rollout
-        options = {"blocks": [3] * 7, "cache": cache} if replayed else {}
+        options = {"chunks": [3] * 7, "cache": cache} if replayed else {}
         tracker = MemTracker()
         tracker.track_external(*models, cache.memory)
         with tracker:
@@ -809,7 +809,7 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_inputs_of_blocks_go_as_gradients_come(checkpointing):
-    """So both are never there at once: when the last gradients come, one block's input is left. With real memory."""
+    """So both are never there at once: when the last gradients come, one chunk's input is left. With real memory."""
     model, inputs, left = WanDiT(dataclasses.replace(DIT, num_layers=6)).init_weights(), [], []
     model.checkpointing = checkpointing
     hooks = [
@@ -818,7 +818,7 @@ def test_inputs_of_blocks_go_as_gradients_come(checkpointing):
     ]
     loss = model(torch.randn(1, *SIZES), 0.5, torch.randn(1, 8, 16)).square().mean()
     for hook in hooks:
-        hook.remove()  # before blocks are run again
+        hook.remove()  # before chunks are run again
     for block in model.blocks:
         weight = block.ffn[0].weight
         weight.register_post_accumulate_grad_hook(
@@ -896,7 +896,7 @@ def test_free_memory_is_the_machine_s(monkeypatch):
 @pytest.mark.parametrize("stage", ["teacher", "dmd", "sid"])
 def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage, checkpointing):
     """Where attention is made of matrix products, whose backward does not make the scores again. What is outside of the
-    blocks, and the text's keys, are 6 to 10% of so small a network; the counter finds it, `flop` leaves it out."""
+    chunks, and the text's keys, are 6 to 10% of so small a network; the counter finds it, `flop` leaves it out."""
     dit, extra, inner = (
         DiTConfig(128, 512, 2, 6, text_dim=16, text_len=8, freq_dim=16),
         [],
@@ -996,8 +996,8 @@ BAD = [
     ("ar", {"dtype": "float16"}, "dtype must be one of"),
     ("ar", {"device": "tpu"}, "device must be one of"),
     ("ar", {"forcing": "none"}, "forcing must be one of"),
-    ("dmd", {"context": "other"}, "context must be one of"),
-    ("ar", {"first": 2}, "first must be one of"),
+    ("dmd", {"rollout": "other"}, "rollout must be one of"),
+    ("ar", {"prefix": 2}, "prefix must be one of"),
     ("ar", {"batch": 0}, "batch must be at least 1 and below inf, got 0"),
     ("ar", {"save_every": 0}, "save_every must be at least 1"),
     ("ar", {"keep": 0}, "keep must be at least 1"),
@@ -1014,14 +1014,14 @@ BAD = [
         "batch 5 is 5 a process, not a multiple of micro_batch 2; micro_batch=1 would do",
     ),
     ("ar", {"frames": 7}, "nearest valid: 6 or 9"),
-    ("ar", {"frames": 6, "first": 1}, "nearest valid: 4 or 7"),
+    ("ar", {"frames": 6, "prefix": 1}, "nearest valid: 4 or 7"),
     ("ar", {"height": 3}, "3x4"),
-    ("ar", {"window": 2}, "a block of 3 frames does not fit in a window of 2"),
+    ("ar", {"window": 2}, "a chunk of 3 frames does not fit in a window of 2"),
     ("ar", {"latents": ""}, "stage ar needs latents"),
     ("ode", {"trajectories": ""}, "stage ode needs trajectories"),
     ("sid", {"teacher": ""}, "stage sid needs teacher"),
-    ("dmd", {"context": "data", "latents": ""}, "name latents"),
-    ("dmd", {"first": 1, "frames": 7, "latents": ""}, "name latents"),
+    ("dmd", {"rollout": "data", "latents": ""}, "name latents"),
+    ("dmd", {"prefix": 1, "frames": 7, "latents": ""}, "name latents"),
     ("ar", {"text": "/no/such"}, "/no/such is no folder"),
     ("ar", {"latents": "/no/such"}, "/no/such is no folder"),
     ("ode", {"trajectories": "/no/such"}, "/no/such is no folder"),
@@ -1035,7 +1035,7 @@ BAD = [
     ("ode", {"width": 6}, "this run needs x (5, 48, 6, 4, 6)"),
     ("ode", {"levels": [1000, 500]}, "this run needs x (3, 48, 6, 4, 4)"),
     ("ode", {"shift": 3.0}, "change levels and shift"),
-    ("dmd", {"first": 1, "frames": 7}, "this run needs latent (48, 7, 4, 4)"),
+    ("dmd", {"prefix": 1, "frames": 7}, "this run needs latent (48, 7, 4, 4)"),
 ]
 
 
@@ -1410,7 +1410,7 @@ def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, first)
     paths = torch.randn(2, 5, 48, 3 + first, 2, 2)
     write_shard(tmp_path / "ode/0.safetensors", {"x": paths}, PROMPTS[:2], sigmas=few_step_sigmas())
     changes |= {"latents": str(tmp_path / "clips"), "trajectories": str(tmp_path / "ode")}
-    changes |= {"frames": 3 + first, "first": first}
+    changes |= {"frames": 3 + first, "prefix": first}
     plain = finish(config(data, stage, tmp_path / "plain", **changes))
     changes |= {"vae": str(tmp_path), "sample_prompts": (PROMPTS[1], PROMPTS[0]), "sample_every": 2}
     assert same(finish(config(data, stage, tmp_path / "out", **changes)), plain)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
 import world  # noqa: E402
 
 LABELS = world.LABELS[::3]
-BLOCKS = world.pixel_blocks([3, 3, 3])
+BLOCKS = world.pixel_chunks([3, 3, 3])
 
 
 @pytest.fixture(scope="module")

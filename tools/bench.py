@@ -1,8 +1,8 @@
 """Sampling speed of the 5B geometry with random weights, each part against its bound; one table at the end.
 
-    python tools/bench.py                                   # 704x1280, 81 frames, blocks of 3, 4 levels
+    python tools/bench.py                                   # 704x1280, 81 frames, chunks of 3, 4 levels
     python tools/bench.py --geometry 480x832
-    python tools/bench.py --block 8 --window 32 --sink 8 --frames 125
+    python tools/bench.py --chunk 8 --window 32 --sink 8 --frames 125
     python tools/bench.py --variants compiled --long 1437   # one minute over a window of 21 with a sink of 3
 
 Bounds are arithmetic over ceilings measured in the same call: matrix products, cuDNN attention, channels-last conv3d.
@@ -27,7 +27,7 @@ from wan5b.distill import rollout
 from wan5b.dit import PRESETS
 from wan5b.flow import few_step_sigmas
 from wan5b.fp8 import quantize_blocks
-from wan5b.kvcache import KVCache, block_sizes
+from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import to_frames
 from wan5b.stages import forward_flop
 
@@ -75,30 +75,30 @@ def new_cache(cfg, tokens: int, frames: int, window=None, sink=0, dtype=torch.bf
     return KVCache(cfg, 1, window or frames, tokens, window, sink, "cuda", dtype)
 
 
-def latents_of(model, noise, context, blocks: list[int], cache: KVCache) -> torch.Tensor:
+def latents_of(model, noise, context, chunks: list[int], cache: KVCache) -> torch.Tensor:
     """A whole rollout with re-noising that is always the same, float32: the variants' errors are measured on it."""
     draws = torch.Generator("cuda").manual_seed(1)
 
-    def renoise(block, step, like):
+    def renoise(chunk, step, like):
         return torch.randn(like.shape, generator=draws, device="cuda")
 
     cache.reset()
-    out = rollout(model, noise, context, few_step_sigmas(), blocks, cache, renoise=renoise)
-    return torch.cat([block.float() for block in out], 2)
+    out = rollout(model, noise, context, few_step_sigmas(), chunks, cache, renoise=renoise)
+    return torch.cat([chunk.float() for chunk in out], 2)
 
 
-def apart(out: torch.Tensor, like: torch.Tensor, block: int) -> str:
-    """Relative error of the whole clip, of its first and of its last block."""
-    parts = (slice(None), slice(block), slice(-block, None))
+def apart(out: torch.Tensor, like: torch.Tensor, chunk: int) -> str:
+    """Relative error of the whole clip, of its first and of its last chunk."""
+    parts = (slice(None), slice(chunk), slice(-chunk, None))
     pairs = [(out[:, :, part], like[:, :, part]) for part in parts]
     whole, first, last = (f"{float((a - b).norm() / b.norm()):.1e}" for a, b in pairs)
-    return f"{whole} ({first} in the first block, {last} in the last)"
+    return f"{whole} ({first} in the first chunk, {last} in the last)"
 
 
 def seams(vae, latents: torch.Tensor, expected: torch.Tensor) -> str:
-    """Relative error of the streamed decoding of blocks of 3 against `expected`: at blocks' first frames, elsewhere."""
+    """Relative error of the streamed decoding of chunks of 3 against `expected`: at chunks' first frames, elsewhere."""
     state = vae.stream()
-    video = torch.cat([vae.decode_chunk(block, state) for block in latents.split(3, 2)], 2).float()
+    video = torch.cat([vae.decode_chunk(chunk, state) for chunk in latents.split(3, 2)], 2).float()
     apart, size = ((x.square().sum((0, 1, 3, 4))) ** 0.5 for x in (video - expected, expected))
     error = (apart / size).cpu()
     first = torch.zeros(len(error), dtype=torch.bool)
@@ -106,10 +106,10 @@ def seams(vae, latents: torch.Tensor, expected: torch.Tensor) -> str:
     return f"decoded at seams {error[first].mean():.1e}, elsewhere {error[~first].mean():.1e}"
 
 
-def rate_of(marks: list[float], blocks: list[int], picked: slice) -> float:
-    """Pixel frames a second over some blocks, of the times at which they were finished."""
+def rate_of(marks: list[float], chunks: list[int], picked: slice) -> float:
+    """Pixel frames a second over some chunks, of the times at which they were finished."""
     steps = [b - a for a, b in zip([0.0, *marks], marks, strict=False)]
-    return 4 * sum(blocks[picked]) / sum(steps[picked])
+    return 4 * sum(chunks[picked]) / sum(steps[picked])
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     )
     parser.add_argument("--geometry", default="704x1280")
     parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--block", type=int, default=3)
+    parser.add_argument("--chunk", type=int, default=3)
     parser.add_argument("--window", type=int)
     parser.add_argument("--sink", type=int, default=0)
     variants = ["eager", "compiled", "compiled fp8"]
@@ -135,10 +135,10 @@ def main() -> None:
     device, dtype, cfg = torch.device("cuda"), torch.bfloat16, PRESETS["ti2v-5B"]
     height, width = (int(side) // 16 for side in args.geometry.split("x"))
     tokens, latents = cfg.tokens_per_frame(height, width), (args.frames + 3) // 4
-    blocks = block_sizes(latents, args.block)
+    chunks = chunk_sizes(latents, args.chunk)
     sigmas = few_step_sigmas()
 
-    rates = ceilings(cfg, args.block * tokens)
+    rates = ceilings(cfg, args.chunk * tokens)
     model, vae = random_networks("ti2v-5B", device, dtype)
     vae = vae.to(dtype)
     context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim).to(
@@ -150,7 +150,7 @@ def main() -> None:
         copy.deepcopy(model).float(),
         noise,
         context.float(),
-        blocks,
+        chunks,
         new_cache(cfg, *size, torch.float32),
     )
     clips = {"float32": latents_of(*exact)}
@@ -160,20 +160,20 @@ def main() -> None:
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated()
 
-    beside = torch.cuda.Stream()  # decodes while the next block is generated
+    beside = torch.cuda.Stream()  # decodes while the next chunk is generated
 
-    def clip(cache, noise, blocks, decode: bool = True, generate: bool = True) -> list[float]:
-        """One clip; the seconds at which each block was finished, its frames in host memory if they are decoded."""
+    def clip(cache, noise, chunks, decode: bool = True, generate: bool = True) -> list[float]:
+        """One clip; the seconds at which each chunk was finished, its frames in host memory if they are decoded."""
         cache.reset()
         state, events = (
             vae.stream(),
-            [torch.cuda.Event(enable_timing=True) for _ in range(len(blocks) + 1)],
+            [torch.cuda.Event(enable_timing=True) for _ in range(len(chunks) + 1)],
         )
         torch.cuda.synchronize()
         events[0].record()
-        source = noise.split(blocks, 2)
+        source = noise.split(chunks, 2)
         if generate:
-            source = rollout(model, noise, context, sigmas, blocks, cache)
+            source = rollout(model, noise, context, sigmas, chunks, cache)
         for event, x0 in zip(
             events[1:], source, strict=False
         ):  # in this order: no commit of the last
@@ -193,7 +193,7 @@ def main() -> None:
 
     lines = []
     passes = forward_flop(
-        cfg, noise, blocks=blocks, window=args.window
+        cfg, noise, chunks=chunks, window=args.window
     )  # each level's, and the clean one
     linear, attn = (len(sigmas) * flop for flop in passes)
     with FlopCounterMode(display=False) as counted:  # as it runs, upsampling folded
@@ -217,16 +217,16 @@ def main() -> None:
             quantize_blocks(model)
         cache = new_cache(cfg, *size)  # its graphs are of these weights
         start = time.perf_counter()
-        clip(cache, noise, blocks)
+        clip(cache, noise, chunks)
         warmup = time.perf_counter() - start
-        clip(cache, noise, blocks)
+        clip(cache, noise, chunks)
         for name, options in (
             ("DiT", (False, True)),
             ("VAE", (True, False)),
             ("both", (True, True)),
         ):
             torch.cuda.reset_peak_memory_stats()
-            runs = [clip(cache, noise, blocks, *options) for _ in range(args.repeats)]
+            runs = [clip(cache, noise, chunks, *options) for _ in range(args.repeats)]
             peak = torch.cuda.max_memory_allocated()
             best = sorted(runs, key=lambda marks: marks[-1])[len(runs) // 2]
             steps = [b - a for a, b in zip([0.0, *best], best, strict=False)]
@@ -244,23 +244,23 @@ def main() -> None:
         lines.append(
             LINE.format(f"{variant} teacher", forward, bounds["teacher"] / forward, *[math.nan] * 5)
         )
-        clips[variant] = latents_of(model, noise, context, blocks, cache)
+        clips[variant] = latents_of(model, noise, context, chunks, cache)
         lines.append(f"  warm-up {warmup:.0f} s; against float32: {seams(vae, shown, decoded)}")
         kept = [name for name in ("float32", "compiled") if name in clips and name != variant]
         lines += [
-            f"  latents against {name}: {apart(clips[variant], clips[name], args.block)}"
+            f"  latents against {name}: {apart(clips[variant], clips[name], args.chunk)}"
             for name in kept
         ]
         print(*lines[-1 - len(kept) :], sep="\n", flush=True)
     if args.long:
-        cache, blocks = (
+        cache, chunks = (
             new_cache(cfg, tokens, 21, 21, 3),
-            block_sizes((args.long + 3) // 4, args.block),
+            chunk_sizes((args.long + 3) // 4, args.chunk),
         )
-        marks = clip(cache, torch.randn(1, 48, sum(blocks), height, width, device=device), blocks)
-        part = 120 // 4 // args.block  # blocks of 5 seconds
+        marks = clip(cache, torch.randn(1, 48, sum(chunks), height, width, device=device), chunks)
+        part = 120 // 4 // args.chunk  # chunks of 5 seconds
         peaks = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        ends = [rate_of(marks, blocks, picked) for picked in (slice(part), slice(-part, None))]
+        ends = [rate_of(marks, chunks, picked) for picked in (slice(part), slice(-part, None))]
         lines.append(
             f"{args.long} frames in {marks[-1]:.1f} s, window 21, sink 3: {ends[0]:.1f} fps in the first 5 s,"
         )
@@ -273,7 +273,7 @@ def main() -> None:
     )
     print("bounds, s: " + ", ".join(f"{k} {v:.2f}" for k, v in bounds.items()))
     print(
-        f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'block':>16}{'GiB':>8}",
+        f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'chunk':>16}{'GiB':>8}",
         *lines,
         sep="\n",
     )

@@ -2,7 +2,7 @@
 
     python tools/bench_attention.py
 
-Forward and backward, bf16, random data, 704x1280, blocks of 3 latent frames. FLOP are those of the query-key pairs that
+Forward and backward, bf16, random data, 704x1280, chunks of 3 latent frames. FLOP are those of the query-key pairs that
 the mask lets through: 4 D a pair forward, 10 D backward (with the scores a second time). cuDNN, which takes no such
 mask, gets the same number of pairs as a rectangle: all queries, and as many keys as a query sees on average.
 """
@@ -20,7 +20,7 @@ from bench import seconds
 
 from wan5b.attention import attention, causal_mask
 from wan5b.dit import PRESETS
-from wan5b.kvcache import block_sizes
+from wan5b.kvcache import chunk_sizes
 
 CFG = PRESETS["ti2v-5B"]
 TOKENS = CFG.tokens_per_frame(44, 80)
@@ -61,16 +61,16 @@ def error(call, dense: torch.Tensor | None, tokens: int) -> list[float]:
 
 def main() -> None:
     device, rows = torch.device("cuda"), []
-    blocks = tuple(block_sizes(21))
-    for name, halves in (("block-causal", 1), ("teacher forcing", 2)):
-        sequence = halves * sum(blocks) * TOKENS
+    chunks = tuple(chunk_sizes(21))
+    for name, halves in (("chunk-causal", 1), ("teacher forcing", 2)):
+        sequence = halves * sum(chunks) * TOKENS
         start = time.perf_counter()
-        mask = causal_mask(blocks, TOKENS, None, halves == 2, device)
+        mask = causal_mask(chunks, TOKENS, None, halves == 2, device)
         torch.cuda.synchronize()
         built = time.perf_counter() - start
-        ends = itertools.accumulate(blocks)
+        ends = itertools.accumulate(chunks)
         pairs = (
-            halves * sum(size * end for size, end in zip(blocks, ends, strict=True)) * TOKENS**2
+            halves * sum(size * end for size, end in zip(chunks, ends, strict=True)) * TOKENS**2
         )  # noisy as clean
         flex = rates(partial(attention, mask=mask), sequence, sequence, pairs)
         cudnn = rates(attention, sequence, round(pairs / sequence), pairs)

@@ -1,6 +1,6 @@
 """The rollout, used alike by training and sampling, and the distillation losses. Models come as arguments.
 
-A generator is anything called as model(x, sigma, context, cache=...) -> v (`replay`: and blocks=...).
+A generator is anything called as model(x, sigma, context, cache=...) -> v (`replay`: and chunks=...).
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wan5b.flow import add_noise, solve, x0_from_v
-from wan5b.kvcache import KVCache, block_sizes
+from wan5b.kvcache import KVCache, chunk_sizes
 
 
 def rollout(
@@ -17,45 +17,45 @@ def rollout(
     noise,
     context,
     sigmas,
-    blocks,
+    chunks,
     cache,
     *,
     exit_step=None,
     renoise=None,
-    first=None,
+    prefix=None,
     solver="",
     trace=None,
 ) -> Iterator[Tensor]:
-    """Generate block by block over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
+    """Generate chunk by chunk over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
-    noise (Tensor [B, C, T, H, W]) covers the generated frames, cut into blocks (list of int; it may lie on the CPU: a
-    long video's is moved block by block); context: Tensor [B, L, D]; sigmas (list of float): the levels, falling, last
+    noise (Tensor [B, C, T, H, W]) covers the generated frames, cut into chunks (list of int; it may lie on the CPU: a
+    long video's is moved chunk by chunk); context: Tensor [B, L, D]; sigmas (list of float): the levels, falling, last
     0; cache: KVCache.
-    Yields every finished block x0 [B, C, T_block, H, W]; the cache takes it in (one pass at sigma 0, without grad)
+    Yields every finished chunk x0 [B, C, T_block, H, W]; the cache takes it in (one pass at sigma 0, without grad)
     when the next one is asked for, so it must not be changed in place.
 
     exit_step: index of the level whose x0 is the result (None: the last). Grad, where enabled, flows through that
-    level's forward alone; none crosses blocks, since committed keys carry none.
-    renoise(block index, step index, like) -> noise for the next level; default: fresh. first: clean frames
-    [B, C, T', H, W] (an image, a video to continue) committed ahead of the first block.
+    level's forward alone; none crosses chunks, since committed keys carry none.
+    renoise(chunk index, step index, like) -> noise for the next level; default: fresh. prefix: clean frames
+    [B, C, T', H, W] (an image, a video to continue) committed ahead of the first chunk.
     solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising (many-step sampling).
-    trace: a list that takes the input of every block's exit level, for `replay`.
+    trace: a list that takes the input of every chunk's exit level, for `replay`.
     """
-    if sum(blocks) != noise.shape[2]:
+    if sum(chunks) != noise.shape[2]:
         raise ValueError(
-            f"blocks {blocks} add up to {sum(blocks)} frames, the noise has {noise.shape[2]}"
+            f"chunks {chunks} add up to {sum(chunks)} frames, the noise has {noise.shape[2]}"
         )
     exit_step = len(sigmas) - 2 if exit_step is None else exit_step
     if not 0 <= exit_step < len(sigmas) - 1:
         raise ValueError(
             f"exit_step must be in 0 .. {len(sigmas) - 2} for levels {sigmas}, got {exit_step}"
         )
-    if first is not None and first.shape[2]:
-        rest = first.shape[2] % max(blocks)  # goes in front: 7 frames in blocks of 3 are 1, 3, 3
-        for block in first.split(block_sizes(first.shape[2], max(blocks), rest), dim=2):
-            _commit(generator, block, context, cache)
+    if prefix is not None and prefix.shape[2]:
+        rest = prefix.shape[2] % max(chunks)  # goes in front: 7 frames in chunks of 3 are 1, 3, 3
+        for chunk in prefix.split(chunk_sizes(prefix.shape[2], max(chunks), rest), dim=2):
+            _commit(generator, chunk, context, cache)
 
-    for index, x in enumerate(noise.split(blocks, dim=2)):
+    for index, x in enumerate(noise.split(chunks, dim=2)):
         x = x.to(context.device)
         if solver:
             x0 = solve(
@@ -81,16 +81,16 @@ def rollout(
 def replay(
     generator: Callable, context: Tensor, sigma: float, trace: list[Tensor], cache: KVCache
 ) -> Tensor:
-    """The exit levels of the rollout that filled the cache again, now with grad -> x0 [B, C, T, H, W] of its blocks.
+    """The exit levels of the rollout that filled the cache again, now with grad -> x0 [B, C, T, H, W] of its chunks.
 
-    One forward for all: each block's keys are its own and the committed ones, which are there and carry no grad. So
+    One forward for all: each chunk's keys are its own and the committed ones, which are there and carry no grad. So
     the rollout itself runs without grad, its loss, a function of x0 alone, is differentiated first, and sharded
     weights are gathered, and their gradients reduced, once. Needs a cache of the whole video.
     """
     x = torch.cat(trace, 2)
     return x0_from_v(
         x,
-        generator(x, sigma, context, blocks=[part.shape[2] for part in trace], cache=cache),
+        generator(x, sigma, context, chunks=[part.shape[2] for part in trace], cache=cache),
         sigma,
     )
 

@@ -274,7 +274,7 @@ class WanDiT(nn.Module):
         sigma,
         context: Tensor,
         *,
-        blocks=None,
+        chunks=None,
         window=None,
         clean=None,
         clean_sigma=None,
@@ -284,16 +284,16 @@ class WanDiT(nn.Module):
 
         x [B, C, T, H, W]; sigma float, [B] or [B, T]; context [B, text_len, text_dim], zero-padded.
         - nothing more: bidirectional
-        - blocks (list, frames of each; window: int, in frames): block-causal mask over the whole sequence
-        - blocks and clean [B, C, T, H, W]: teacher forcing, clean half at clean_sigma (default 0); v of the noisy half
+        - chunks (list, frames of each; window: int, in frames): block-causal mask over the whole sequence
+        - chunks and clean [B, C, T, H, W]: teacher forcing, clean half at clean_sigma (default 0); v of the noisy half
         - cache (KVCache): x continues the committed frames; `cache.commit(T)` then makes this forward's keys permanent
-        - cache and blocks: x takes the place of the last blocks run through the cache, each seeing what it saw then
+        - cache and chunks: x takes the place of the last chunks run through the cache, each seeing what it saw then
         """
         (batch, _, frames, height, width), dtype = x.shape, x.dtype
         p = self.cfg.tokens_per_frame(height, width)
-        self._check(x, context, blocks, window, clean, cache)
+        self._check(x, context, chunks, window, clean, cache)
         sigma = self._levels(sigma, x)
-        spans = cache and cache.spans(frames, blocks, self.cfg.num_layers, batch, p)
+        spans = cache and cache.spans(frames, chunks, self.cfg.num_layers, batch, p)
         rope = rope_table(
             self.cfg.head_dim,
             spans[0].start if cache else 0,
@@ -308,8 +308,8 @@ class WanDiT(nn.Module):
             sigma = torch.cat([level.expand(batch, -1) for level in levels], 1)  # [B, 2T]
             rope, x = torch.cat([rope, rope], 2), torch.cat([clean, x], 2)
         mask = (
-            causal_mask(tuple(blocks), p, window, clean is not None, x.device)
-            if blocks and not cache
+            causal_mask(tuple(chunks), p, window, clean is not None, x.device)
+            if chunks and not cache
             else None
         )
 
@@ -318,7 +318,7 @@ class WanDiT(nn.Module):
                 return attention(q, k, v, mask)
             parts = zip(
                 spans,
-                *(x.split([n * p for n in blocks or [frames]], 1) for x in (q, k, v)),
+                *(x.split([n * p for n in chunks or [frames]], 1) for x in (q, k, v)),
                 strict=True,
             )
             y = [attention(q, *cache.extend(layer, k, v, span)) for span, q, k, v in parts]
@@ -363,7 +363,7 @@ class WanDiT(nn.Module):
         h = self.head(h[:, -frames:], e[:, -frames:])
         return self._unpatchify(h, *x.shape[3:])
 
-    def _check(self, x, context, blocks, window, clean, cache) -> None:
+    def _check(self, x, context, chunks, window, clean, cache) -> None:
         cfg, frames = self.cfg, x.shape[2]
         if x.shape[1] != cfg.in_dim:
             raise ValueError(
@@ -374,21 +374,21 @@ class WanDiT(nn.Module):
             raise ValueError(
                 f"context must be [B, text_len, text_dim] {want}, zero-padded, got {tuple(context.shape)}"
             )
-        if blocks and sum(blocks) != frames:
+        if chunks and sum(chunks) != frames:
             raise ValueError(
-                f"blocks {list(blocks)} add up to {sum(blocks)} frames, x has {frames}"
+                f"chunks {list(chunks)} add up to {sum(chunks)} frames, x has {frames}"
             )
-        if blocks and window and window < max(blocks):
+        if chunks and window and window < max(chunks):
             raise ValueError(
-                f"a block of {max(blocks)} frames does not fit in a window of {window}"
+                f"a chunk of {max(chunks)} frames does not fit in a window of {window}"
             )
         if cache is not None and (clean is not None or window):
             raise ValueError(
                 "a cached forward has clean frames and window from the cache: give neither of them"
             )
-        if clean is not None and (not blocks or clean.shape != x.shape):
+        if clean is not None and (not chunks or clean.shape != x.shape):
             raise ValueError(
-                f"teacher forcing takes blocks and a clean half of x's shape {tuple(x.shape)}"
+                f"teacher forcing takes chunks and a clean half of x's shape {tuple(x.shape)}"
             )
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:

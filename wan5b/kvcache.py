@@ -1,4 +1,4 @@
-"""Keys and values of committed frames, with window and sink; the partition of a video into blocks.
+"""Keys and values of committed frames, with window and sink; the partition of a video into chunks.
 
 Contract: committed memory is read-only. A forward puts its own keys behind the committed frames, where the next
 forward replaces them; `commit` makes the last ones permanent by moving an integer. Past the capacity the frames
@@ -15,19 +15,19 @@ from torch import Tensor
 from wan5b.fuse import Graphs
 
 
-def block_sizes(frames: int, size: int = 3, first: int | None = None) -> list[int]:
-    """Partition of latent frames into causal blocks: (21, 3) -> [3]*7; (31, 3, first=1) -> [1] + [3]*10.
+def chunk_sizes(frames: int, size: int = 3, first: int | None = None) -> list[int]:
+    """Partition of latent frames into causal chunks: (21, 3) -> [3]*7; (31, 3, first=1) -> [1] + [3]*10.
 
     Raises ValueError with the nearest valid frame counts when they do not come out even.
     """
     head = first or 0
     if size < 1 or head < 0:
-        raise ValueError(f"block sizes must be positive, got size {size}, first {first}")
+        raise ValueError(f"chunk sizes must be positive, got size {size}, first {first}")
     whole, rest = divmod(frames - head, size)
     if rest or frames < max(head, 1):
         below = head + max(whole, 0) * size
         nearest = " or ".join(str(n) for n in (below, below + size) if n > 0)
-        plan = f"a first block of {head} and blocks of {size}" if head else f"blocks of {size}"
+        plan = f"a first chunk of {head} and chunks of {size}" if head else f"chunks of {size}"
         raise ValueError(
             f"{frames} latent frames do not divide into {plan}; nearest valid: {nearest}"
         )
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 class KVCache:
     """Rotated keys and values of all layers, one tensor [layers, 2, B, frames * P, N, K] (P tokens a frame).
 
-    frames: how many frames the memory holds. window: the frames that a block sees, itself and the first `sink`
+    frames: how many frames the memory holds. window: the frames that a chunk sees, itself and the first `sink`
     frames of the video included; with a window the video may be longer than the memory, and frames = window is
     enough. A rollout that carries grad needs frames >= the whole video: nothing it has read may be replaced.
     """
@@ -80,26 +80,26 @@ class KVCache:
             )
         self.frames += n_frames
 
-    def ends(self, frames: int, blocks: list[int] | None) -> list[int]:
-        """Where a forward starts in the video, and where each of its blocks ends: see `spans`."""
+    def ends(self, frames: int, chunks: list[int] | None) -> list[int]:
+        """Where a forward starts in the video, and where each of its chunks ends: see `spans`."""
         return list(
-            accumulate(blocks or [frames], initial=self.written - frames if blocks else self.frames)
+            accumulate(chunks or [frames], initial=self.written - frames if chunks else self.frames)
         )
 
-    def spans(self, frames: int, blocks: list[int] | None, *sizes: int) -> list[Span]:
-        """Plan a forward on frames behind the committed ones; with blocks, one with grad over the last frames written,
-        each block seeing what it saw then. sizes: layers, batch, tokens a frame. ValueError if something does not fit.
+    def spans(self, frames: int, chunks: list[int] | None, *sizes: int) -> list[Span]:
+        """Plan a forward on frames behind the committed ones; with chunks, one with grad over the last frames written,
+        each chunk seeing what it saw then. sizes: layers, batch, tokens a frame. ValueError if something does not fit.
         """
         if self.made_for != sizes:
             raise ValueError(
                 f"the cache is for layers, batch, tokens a frame {self.made_for}, the forward has {sizes}"
             )
-        if blocks and not (torch.is_grad_enabled() and frames <= self.written <= self.capacity):
+        if chunks and not (torch.is_grad_enabled() and frames <= self.written <= self.capacity):
             raise ValueError(
-                f"blocks over a cache repeat, with grad, what it holds: {blocks}, {self.written} frames"
+                f"chunks over a cache repeat, with grad, what it holds: {chunks}, {self.written} frames"
             )
         return [
-            self._span(start, end, sizes[-1]) for start, end in pairwise(self.ends(frames, blocks))
+            self._span(start, end, sizes[-1]) for start, end in pairwise(self.ends(frames, chunks))
         ]
 
     def _span(self, start: int, end: int, tokens: int) -> Span:
@@ -115,7 +115,7 @@ class KVCache:
             )
         if end - start > window - self.sink:
             raise ValueError(
-                f"a block of {end - start} frames does not fit in window {window} with sink {self.sink}"
+                f"a chunk of {end - start} frames does not fit in window {window} with sink {self.sink}"
             )
         recent = max(self.sink, end - (window - self.sink))
         assert recent >= self.written - room, (
@@ -128,7 +128,7 @@ class KVCache:
         return Span(start, _runs(seen, tokens), _runs(own, tokens))
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Write the current block's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
+        """Write the current chunk's k, v [B, S, N, K] and return all that it sees, [B, S', N, K] each.
 
         Without grad the result is a view where the frames lie together (always, but for a sink with a memory longer
         than the window). With grad the current keys carry the graph and the committed ones do not. What repeats a

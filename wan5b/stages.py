@@ -16,7 +16,7 @@ from wan5b.data import Store, TextStore, order, rng
 from wan5b.distill import critic_loss, dmd_gradient, dmd_loss, replay, rollout, sid_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, x0_from_v
-from wan5b.kvcache import KVCache, block_sizes
+from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.optim import AdamW, Storage, state_groups
 from wan5b.weights import fill, open_dit, read_metadata
 
@@ -35,36 +35,36 @@ def activations(
 ) -> float:
     """Bytes held at the peak of a backward through `graphs` forwards of so many tokens.
 
-    What a block keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
+    What a chunk keeps of a token for its backward, in values: 12 D in the compute dtype (inputs of the projections, of
     the query and key norms, of both attentions, and their outputs), 7 D in float32 (three normed inputs, two outputs
-    of norms, two gated branches) and twice the hidden layer. With checkpointing only the inputs of all blocks and one
-    block's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32, and
+    of norms, two gated branches) and twice the hidden layer. With checkpointing only the inputs of all chunks and one
+    chunk's values are there at once. On top come gradients, at most of the hidden layer and of D twice in float32, and
     what the heads of further graphs keep, 3 D in float32. late: bytes of weight gradients, counted elsewhere, that come
-    only as what the blocks keep goes, so that the larger of the two makes the peak. keys: how many keys self-attention
+    only as what the chunks keep goes, so that the larger of the two makes the peak. keys: how many keys self-attention
     reads besides the tokens' own (copies of a cache's); its outputs, made in parts, are there twice then.
     """
     width, wide, hidden = cfg.dim * itemsize, cfg.dim * 4, cfg.ffn_dim * itemsize
-    block = tokens * (12 * width + 7 * wide + 2 * hidden) + (2 * keys + tokens * (keys > 0)) * width
+    chunk = tokens * (12 * width + 7 * wide + 2 * hidden) + (2 * keys + tokens * (keys > 0)) * width
     kept = (
         cfg.num_layers * graphs * tokens * width
         if checkpointing
-        else (cfg.num_layers * graphs - 1) * block
+        else (cfg.num_layers * graphs - 1) * chunk
     )
-    return block + tokens * (hidden + 2 * wide + (graphs - 1) * 3 * wide) + max(kept - late, 0)
+    return chunk + tokens * (hidden + 2 * wide + (graphs - 1) * 3 * wide) + max(kept - late, 0)
 
 
 def forward_flop(
-    cfg: DiTConfig, x: Tensor, *, cache=None, blocks=None, window=None, clean=None
+    cfg: DiTConfig, x: Tensor, *, cache=None, chunks=None, window=None, clean=None
 ) -> tuple[float, float]:
-    """FLOP of the blocks' linear layers and of their attention in a forward, whose arguments are WanDiT's.
+    """FLOP of the chunks' linear layers and of their attention in a forward, whose arguments are WanDiT's.
 
     Left out: what is done once a text, a frame or a forward.
     """
     window = cache.window if cache else window
     ends = (
-        cache.ends(x.shape[2], blocks)
+        cache.ends(x.shape[2], chunks)
         if cache
-        else [0, *itertools.accumulate(blocks or [x.shape[2]])]
+        else [0, *itertools.accumulate(chunks or [x.shape[2]])]
     )
     pairs = sum(
         (end - start) * min(end, window or end) for start, end in itertools.pairwise(ends)
@@ -100,8 +100,8 @@ class Run:
             world.device,
             getattr(torch, cfg.dtype),
         )
-        self.layout = block_sizes(cfg.frames, cfg.block, cfg.first)  # of whole sequences
-        self.blocks = self.layout[cfg.first :]  # generated ones
+        self.layout = chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)  # of whole sequences
+        self.chunks = self.layout[cfg.prefix :]  # generated ones
         self.sigmas = few_step_sigmas(cfg.levels, cfg.shift)
         self.distilling = cfg.stage in ("dmd", "sid")
         self.text = TextStore(cfg.text)
@@ -184,9 +184,9 @@ class Run:
         """Bytes that this process comes to hold, part by part, on the "device" (of a CPU: all) and on the "host".
 
         Gradients are float32 and of one network at a time. Activations are those of the longest forward with grad, over
-        a whole sequence: twice the tokens with a clean half, all keys that blocks see in a replay, for SiD the critic
+        a whole sequence: twice the tokens with a clean half, all keys that chunks see in a replay, for SiD the critic
         and both teacher forwards in one graph. With one micro-batch a phase, gradients come as activations go. FSDP
-        gathers two blocks then, with the gradients of one, and all blocks in a rollout, which keeps no activations;
+        gathers two chunks then, with the gradients of one, and all chunks in a rollout, which keeps no activations;
         what it adds up over replicas (HSDP) it holds until the end of a backward, beside the gradients.
         """
         cfg, size, shards = self.cfg, self.dtype.itemsize, self.world.shards
@@ -222,11 +222,11 @@ class Run:
             2 * model.num_layers * (tokens + texts) * model.dim * size * self.distilling
         )
         if self.world.size > 1:
-            block, rollout = (
+            chunk, rollout = (
                 (3 * size + 4) * max(n, m) * shards / model.num_layers,
                 n * shards * size * self.distilling,
             )
-            device["activations"] = max(device["activations"] + block, rollout)
+            device["activations"] = max(device["activations"] + chunk, rollout)
         return (
             {"device": device, "host": host}
             if self.device.type == "cuda"
@@ -278,7 +278,7 @@ class Run:
     def _count(self, model: WanDiT, args: tuple, options: dict) -> None:
         """Before a forward: add its FLOP to `flop`, and with grad the recomputation's and the backward's to come.
 
-        The network's blocks count; attention's backward recomputes the scores (2.5 forwards); where the input needs
+        The network's chunks count; attention's backward recomputes the scores (2.5 forwards); where the input needs
         grad, the weights don't (SiD).
         """
         linear, attention = forward_flop(model.cfg, args[0], **options)
@@ -323,11 +323,11 @@ class Run:
     def shape(self, frames: int) -> tuple[int, ...]:
         return (self.generator.cfg.in_dim, frames, self.cfg.height, self.cfg.width)
 
-    def per_frame(self, per_block: Tensor, clean: float = 0) -> Tensor:
-        """Levels (or their indices) [B, blocks] (or [B, 1] for all) -> [B, T], `clean` at a clean first frame."""
+    def per_frame(self, per_chunk: Tensor, clean: float = 0) -> Tensor:
+        """Levels (or their indices) [B, chunks] (or [B, 1] for all) -> [B, T], `clean` at a clean first frame."""
         sizes = torch.tensor(self.layout, device=self.device)
-        level = per_block.expand(-1, len(sizes)).repeat_interleave(sizes, 1)
-        level[:, : self.cfg.first] = clean
+        level = per_chunk.expand(-1, len(sizes)).repeat_interleave(sizes, 1)
+        level[:, : self.cfg.prefix] = clean
         return level
 
     def data_phase(self, step: int) -> dict[str, Tensor]:
@@ -345,16 +345,16 @@ class Run:
         x0, noise = self.clips(items), draws(torch.randn, *self.shape(cfg.frames))
         dropped = draws(torch.rand) < cfg.dropout
         context = torch.where(dropped[:, None, None], self.context([cfg.negative]), context)
-        options = {"blocks": self.layout, "window": cfg.window or None} if cfg.stage == "ar" else {}
+        options = {"chunks": self.layout, "window": cfg.window or None} if cfg.stage == "ar" else {}
         if cfg.stage == "ar" and cfg.forcing == "teacher":
             options["clean"] = x0
         sigma = self.per_frame(
             shift_sigma(draws(torch.rand, len(self.layout) if cfg.stage == "ar" else 1), cfg.shift)
         )
         v = self.generator(add_noise(x0, noise, sigma), sigma, context, **options)
-        error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.first :]  # [B, T]
+        error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.prefix :]  # [B, T]
         return (
-            error * ar_loss_weight(sigma[:, cfg.first :], cfg.shift) if cfg.bell else error
+            error * ar_loss_weight(sigma[:, cfg.prefix :], cfg.shift) if cfg.bell else error
         ).mean()
 
     def ode_loss(self, draws: Draws, items: list[int], context: Tensor) -> Tensor:
@@ -372,7 +372,7 @@ class Run:
         noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
         options = {"clean": end} if cfg.forcing == "teacher" else {}
         v = self.generator(
-            noisy, sigmas[index], context, blocks=self.layout, window=cfg.window or None, **options
+            noisy, sigmas[index], context, chunks=self.layout, window=cfg.window or None, **options
         )
         counted = (sigmas[index] > 0).float()
         error = (x0_from_v(noisy, v, sigmas[index]) - end).square().mean((1, 3, 4))
@@ -384,19 +384,19 @@ class Run:
     def generate(self, step: int, phase: str, draws: Draws, items: list[int], context: Tensor):
         """A rollout without grad -> (given frames or none, x0 [B, C, T, H, W], its trace, exit level).
 
-        With context = "data", the paper's baseline, one block is generated, behind the real frames of a clip.
+        With rollout = "data", the paper's baseline, one chunk is generated, behind the real frames of a clip.
         """
-        cfg, trace, blocks, given = self.cfg, [], self.blocks, self.cfg.first
+        cfg, trace, chunks, given = self.cfg, [], self.chunks, self.cfg.prefix
         chance = rng("cpu", cfg.seed, phase, step, "exit")  # the same on all processes
         exit_step = int(torch.randint(len(self.sigmas) - 1, (), generator=chance))
-        if cfg.context == "data":
-            chosen = int(torch.randint(len(blocks), (), generator=chance))
-            given, blocks = given + sum(blocks[:chosen]), blocks[chosen : chosen + 1]
+        if cfg.rollout == "data":
+            chosen = int(torch.randint(len(chunks), (), generator=chance))
+            given, chunks = given + sum(chunks[:chosen]), chunks[chosen : chosen + 1]
         first = self.clips(items)[:, :, :given] if given else None
         self.cache.reset()
         noise, sources = (
-            draws(torch.randn, *self.shape(sum(blocks))),
-            (self.sigmas, blocks, self.cache),
+            draws(torch.randn, *self.shape(sum(chunks))),
+            (self.sigmas, chunks, self.cache),
         )
         options = {
             "exit_step": exit_step,
@@ -404,8 +404,8 @@ class Run:
             "renoise": lambda b, s, x: draws(torch.randn, *x.shape[1:]),
         }
         with self.world.gathered(self.generator):
-            steps = rollout(self.generator, noise, context, *sources, first=first, **options)
-            x0 = torch.cat(list(itertools.islice(steps, len(blocks))), 2)  # no commit of the last
+            steps = rollout(self.generator, noise, context, *sources, prefix=first, **options)
+            x0 = torch.cat(list(itertools.islice(steps, len(chunks))), 2)  # no commit of the last
         return first, x0, trace, exit_step
 
     def noised(self, draws: Draws, first: Tensor | None, x0: Tensor):
@@ -446,8 +446,8 @@ class Run:
             row["x0_motion"] = x0.var(
                 2, correction=0
             ).mean()  # over time: a static video shows here
-            for i, block in enumerate(x0.split([x.shape[2] for x in trace], 2)):
-                row |= {f"x0_mean_{i}": block.mean(), f"x0_std_{i}": block.std()}
+            for i, chunk in enumerate(x0.split([x.shape[2] for x in trace], 2)):
+                row |= {f"x0_mean_{i}": chunk.mean(), f"x0_std_{i}": chunk.std()}
             rows.append(row)
         return average(rows) | {"norm": self.update("generator", step)}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from world import LABELS, codec_basis, draw, pixel_blocks, score, summary
+from world import LABELS, codec_basis, draw, pixel_chunks, score, summary
 
 sys.path.insert(
     0, str(Path(__file__).parents[2])
@@ -37,7 +37,7 @@ from wan5b.vae22 import LinearCodec
 from wan5b.weights import load_dit, load_vae, save_dit
 
 HERE = Path(__file__).parent
-TRAINED, LONG, BLOCK = 9, 27, 3  # latent frames of a training clip, of a sampled one, of a block
+TRAINED, LONG, CHUNK = 9, 27, 3  # latent frames of a training clip, of a sampled one, of a chunk
 EULER = [shift_sigma(1 - i / 12) for i in range(12)] + [0.0]  # the many-step samplers': 12 steps
 COLUMNS = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
 SAMPLED = {  # stage -> (mode, levels) it is sampled with
@@ -136,21 +136,21 @@ def sample_clips(
         len(prompts), model.cfg.in_dim, frames, 4, 4, generator=torch.Generator().manual_seed(seed)
     )
     options = argparse.Namespace(mode=mode, guidance=2.0, solver="euler", window=None, sink=0)
-    blocks = [frames]
+    chunks = [frames]
     if mode != "bidirectional":
-        options.window, blocks = TRAINED, [BLOCK] * (frames // BLOCK)
+        options.window, chunks = TRAINED, [CHUNK] * (frames // CHUNK)
     return torch.cat(
-        list(sample.generate(options, model, noise, context, sigmas, blocks, None, seed)), 2
+        list(sample.generate(options, model, noise, context, sigmas, chunks, None, seed)), 2
     )
 
 
 def judge(latents: torch.Tensor, codec: LinearCodec) -> dict[str, float]:
-    """The scorer's summary, plus the latents' spread in the first and the last block."""
-    blocks = [BLOCK] * (latents.shape[2] // BLOCK)
-    found = summary(score(codec.decode(latents), LABELS, pixel_blocks(blocks)))
+    """The scorer's summary, plus the latents' spread in the first and the last chunk."""
+    chunks = [CHUNK] * (latents.shape[2] // CHUNK)
+    found = summary(score(codec.decode(latents), LABELS, pixel_chunks(chunks)))
     return found | {
-        "std_first": float(latents[:, :, :BLOCK].std()),
-        "std_last": float(latents[:, :, -BLOCK:].std()),
+        "std_first": float(latents[:, :, :CHUNK].std()),
+        "std_last": float(latents[:, :, -CHUNK:].std()),
     }
 
 
@@ -217,7 +217,7 @@ def main(args: argparse.Namespace) -> None:
             f"teacher={trained('teacher')}",
             latents,
             seed,
-            f"context={context}",
+            f"rollout={context}",
         ]
         minutes[name] = run_stage(out, name, "dmd.toml", *ends, *steps)
 

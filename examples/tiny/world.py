@@ -102,15 +102,15 @@ def codec_basis(scale: float = 0.5, temporal_scale: float = 4.0) -> tuple[Tensor
     return basis * factors, basis / factors
 
 
-def pixel_blocks(latent_blocks: list[int], stride: int = 4) -> list[int]:
-    """Pixel frames of each block of latent frames: [3, 3] -> [9, 12]."""
+def pixel_chunks(latent_blocks: list[int], stride: int = 4) -> list[int]:
+    """Pixel frames of each chunk of latent frames: [3, 3] -> [9, 12]."""
     return [stride * n - (stride - 1) * (i == 0) for i, n in enumerate(latent_blocks)]
 
 
-def score(video: Tensor, labels: list[Label], blocks: list[int]) -> dict[str, Tensor]:
-    """Judge clips [B, 3, T, 64, 64] by their pixels, block by block (`blocks`: pixel frames each) -> [B, blocks] each.
+def score(video: Tensor, labels: list[Label], chunks: list[int]) -> dict[str, Tensor]:
+    """Judge clips [B, 3, T, 64, 64] by their pixels, chunk by chunk (`chunks`: pixel frames each) -> [B, chunks] each.
 
-    colour, shape, direction: whether the block shows what its label says. area: mean count of pixels that differ from
+    colour, shape, direction: whether the chunk shows what its label says. area: mean count of pixels that differ from
     the background by more than half of the colour. Deterministic.
     """
     palette = torch.tensor(list(COLOURS.values()))
@@ -137,14 +137,14 @@ def score(video: Tensor, labels: list[Label], blocks: list[int]) -> dict[str, Te
     )  # [B, T', shapes], [B, T', shapes, 2]
 
     results = {
-        key: torch.zeros(len(labels), len(blocks))
+        key: torch.zeros(len(labels), len(chunks))
         for key in ("colour", "shape", "direction", "area")
     }
     wanted_colour = torch.tensor([list(COLOURS).index(label.colour) for label in labels])
     wanted_shape = torch.tensor([SHAPES.index(label.shape) for label in labels])
     wanted_step = torch.tensor([DIRECTIONS[label.direction] for label in labels]).float()
     rows, end = torch.arange(len(labels)), 0
-    for b, n in enumerate(blocks):
+    for b, n in enumerate(chunks):
         start, end = end, end + n
         results["area"][:, b] = area[:, start:end].mean(1)
         cosine = torch.cosine_similarity(
@@ -155,7 +155,7 @@ def score(video: Tensor, labels: list[Label], blocks: list[int]) -> dict[str, Te
         first, last = -(-start // EVERY), -(-end // EVERY)  # of the frames that the filter saw
         best, which = match[:, first:last].mean(1).max(1)
         results["shape"][:, b] = ((which == wanted_shape) & (best > 0.8)).float()
-        # way since the last frame of the block before, along the label's direction and across it
+        # way since the last frame of the chunk before, along the label's direction and across it
         path = place[rows, max(first - 1, 0) : last, which].float()  # [B, n', 2]
         moves = (path.diff(dim=1) + SIZE / 2) % SIZE - SIZE / 2
         way = moves.sum(1) / (SPEED * EVERY * moves.shape[1])
@@ -165,7 +165,7 @@ def score(video: Tensor, labels: list[Label], blocks: list[int]) -> dict[str, Te
 
 
 def summary(scores: dict[str, Tensor]) -> dict[str, float]:
-    """Means over clips and blocks: accuracies, and the change of area against each clip's first block."""
+    """Means over clips and chunks: accuracies, and the change of area against each clip's first chunk."""
     area = scores["area"]
     change = (area[:, 1:] / area[:, :1].clamp(min=1) - 1).abs()
     out = {key: scores[key].mean().item() for key in ("colour", "shape", "direction")}
