@@ -33,7 +33,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import train
-from wan5b import fsdp, stages
+from wan5b import fsdp, optim, stages
+from wan5b.extras.offload import HostStorage
 
 STEPS = {"ar": 2, "ode": 2, "dmd": 4, "sid": 2}
 STAGES = tuple(STEPS)
@@ -75,8 +76,8 @@ def loss_of(mlp, seed) -> torch.Tensor:
 
 def make_optimizer(
     mlp, initial, lr=1e-2, betas=(0.0, 0.999), weight_decay=0.01, **options
-) -> fsdp.AdamW:
-    return fsdp.AdamW(mlp, fsdp.World("cpu"), initial, lr, betas, weight_decay, **options)
+) -> optim.AdamW:
+    return optim.AdamW(mlp, fsdp.World("cpu"), initial, lr, betas, weight_decay, **options)
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
@@ -101,8 +102,8 @@ def test_adamw_is_torch_s(beta1, weight_decay, clip):
         assert all(p.grad is None for p in ours.parameters())
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert all(("first" in held) == (beta1 > 0) for held in optimizer.held.values())
-    assert any(".first." in f".{name}" for name in optimizer.state()) == (beta1 > 0)
+    assert all(("exp_avg" in state) == (beta1 > 0) for state in optimizer.state_of.values())
+    assert any(name.startswith("exp_avg.") for name in optimizer.state()) == (beta1 > 0)
 
 
 def test_a_master_is_its_bfloat16_and_16_bits():
@@ -117,25 +118,33 @@ def test_a_master_is_its_bfloat16_and_16_bits():
         torch.empty_like(value, dtype=torch.bfloat16),
         torch.empty_like(value, dtype=torch.int16),
     )
-    fsdp.split(value, high, low)
+    optim.split(value, high, low)
     numbers = value.numpy().view("uint32").astype("int64")
     upper = (numbers + 0x8000) >> 16
     assert (high.view(torch.int16).numpy().view("uint16") == upper).all()
     assert (low.numpy() == numbers - (upper << 16)).all()
-    assert torch.equal(fsdp.join(high, low).view(torch.int32), value.view(torch.int32))
+    assert torch.equal(optim.join(high, low).view(torch.int32), value.view(torch.int32))
     tie = (value.view(torch.int32) & 0xFFFF) == 0x8000
     assert tie.sum() > 4000
     assert torch.equal(high[~tie], value.bfloat16()[~tie]), "rounding to nearest, but for ties"
 
 
+class AverageInHostMemory(HostStorage):
+    """What a GPU's storage keeps there without offload."""
+
+    def hosted(self, groups):
+        return {"ema": groups["ema"]}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_streamed_state_gives_the_same_bits(tmp_path, monkeypatch, dtype, beta1):
+def test_streamed_state_gives_the_same_bits(tmp_path, dtype, beta1):
     """Nothing, all state, or the average alone passes through buffers; and a checkpoint goes from one to the other."""
+    cpu = torch.device("cpu")
 
-    def train_one(offload, resume=None):
+    def train_one(storage, resume=None):
         mlp, initial = make_mlp(dtype)
-        optimizer = make_optimizer(mlp, initial, betas=(beta1, 0.99), ema=True, offload=offload)
+        optimizer = make_optimizer(mlp, initial, betas=(beta1, 0.99), ema=True, storage=storage)
         start = (
             fsdp.load(fsdp.World("cpu"), resume, {"generator": optimizer})["step"] if resume else 0
         )
@@ -147,46 +156,53 @@ def test_streamed_state_gives_the_same_bits(tmp_path, monkeypatch, dtype, beta1)
             if step == 3 and not resume:
                 saved = fsdp.save(
                     fsdp.World("cpu"),
-                    tmp_path / str(offload),
+                    tmp_path / type(storage).__name__,
                     {"generator": optimizer},
                     {"step": 4},
                 )
         return optimizer, mlp.state_dict(), None if resume else saved
 
-    (resident, weights, _), (hosted, other, saved) = train_one(False), train_one(True)
-    assert (resident.hosted, len(resident.host)) == ([], 0)
-    assert hosted.hosted == ["second"] + ["first"] * (beta1 > 0) + ["ema"] + ["low"] * (
-        dtype == torch.bfloat16
-    )
-    low, high = hosted.host.data_ptr(), hosted.host.data_ptr() + len(hosted.host)
-    assert all(
-        low <= value.data_ptr() < high for held in hosted.held.values() for value in held.values()
-    )
+    resident, weights, _ = train_one(None)
+    hosted, other, saved = train_one(HostStorage(cpu, everything=True))
+    groups, memory = hosted.storage.groups, hosted.storage.memory
+    assert groups == optim.state_groups(dtype, beta1, True)
+    low, high = memory.data_ptr(), memory.data_ptr() + len(memory)
+    for state in hosted.state_of.values():
+        assert list(state) == list(groups)
+        assert all(low <= value.data_ptr() < high for value in state.values())
     assert same(hosted.state(), resident.state())
     assert same(other, weights)
-    resumed, third, _ = train_one(False, saved)
-    assert same(resumed.state(), resident.state())
-    assert same(third, weights)
-    monkeypatch.setattr(
-        fsdp, "placed", lambda *_: ([g for g in hosted.hosted if g != "ema"], ["ema"])
-    )  # as on a GPU
-    average, fourth, _ = train_one(None, saved)
-    assert len(average.host) > 0
-    assert same(average.state(), resident.state())
-    assert same(fourth, weights)
+    for storage, bytes_there in (
+        (None, None),
+        (HostStorage(cpu, everything=False), False),
+        (AverageInHostMemory(cpu, everything=False), True),
+    ):
+        resumed, third, _ = train_one(storage, saved)
+        assert storage is None or (len(storage.memory) > 0) == bytes_there
+        assert same(resumed.state(), resident.state())
+        assert same(third, weights)
 
 
 def test_what_the_state_costs():
     """The average never lies on a GPU; with offload nothing does. A bfloat16 weight's master costs 2 bytes more."""
     cpu, cuda, half, full = torch.device("cpu"), torch.device("cuda"), torch.bfloat16, torch.float32
-    assert fsdp.placed(half, 0.0, True, False, cuda) == (["second", "low"], ["ema"])
-    assert fsdp.placed(half, 0.0, False, False, cuda) == (["second", "low"], [])
-    assert fsdp.placed(half, 0.9, True, True, cuda) == ([], ["second", "first", "ema", "low"])
-    assert fsdp.placed(full, 0.0, True, False, cpu) == (["second", "ema"], [])
+
+    def placed(dtype, beta1, ema, everything, device):
+        """The groups kept (on the device, in host memory)."""
+        groups = optim.state_groups(dtype, beta1, ema)
+        hosted = HostStorage(device, everything).hosted(groups)
+        assert optim.Storage().hosted(groups) == {}
+        assert all(groups[group] == kept for group, kept in hosted.items())
+        return [group for group in groups if group not in hosted], list(hosted)
+
+    assert placed(half, 0.0, True, False, cuda) == (["exp_avg_sq", "low"], ["ema"])
+    assert placed(half, 0.0, False, False, cuda) == (["exp_avg_sq", "low"], [])
+    assert placed(half, 0.9, True, True, cuda) == ([], ["exp_avg_sq", "exp_avg", "ema", "low"])
+    assert placed(full, 0.0, True, False, cpu) == (["exp_avg_sq", "ema"], [])
     mlp, initial = make_mlp(half)
     weights = sum(p.numel() for p in mlp.parameters())
-    held = make_optimizer(mlp, initial, ema=True).held.values()
-    assert sum(value.nbytes for groups in held for value in groups.values()) == weights * (
+    states = make_optimizer(mlp, initial, ema=True).state_of.values()
+    assert sum(value.nbytes for state in states for value in state.values()) == weights * (
         4 + 4 + 2
     )
 
@@ -456,7 +472,7 @@ def test_two_processes_go_on_as_if_not_stopped(two, place):
     straight, again = folder / "dmd", folder / "again"
     assert equal(place, again / "dmd.safetensors", straight / "dmd.safetensors")
     state = checkpoint_state(straight / "step-0000004")
-    assert {name.split(".")[1] for name in state} == {"master", "first", "second", "ema"}
+    assert {name.split(".")[1] for name in state} == {"master", "exp_avg", "exp_avg_sq", "ema"}
     rows, expected = read_metrics(again), read_metrics(straight)
     assert rows[:2] == expected[:2]
     if place == "cpu":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from wan5b import attention, fsdp, stages
+from wan5b import attention, fsdp, optim, stages
 from wan5b.data import write_shard
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.extras import curves
+from wan5b.extras.offload import HostStorage
 from wan5b.flow import ar_loss_weight, few_step_sigmas
 from wan5b.kvcache import KVCache
 from wan5b.vae22 import VAE22
@@ -351,8 +353,8 @@ def test_ode_draws_levels_that_teach(data, monkeypatch, forcing, lowest):
 def test_counts_and_order(data, monkeypatch):
     run = make_run(data, "dmd", ratio=5, steps=12, ema_start=5, ema=0.5)
     who = {id(optimizer): name for name, optimizer in run.optimizers.items()}
-    generator, calls, inner = run.optimizers["generator"], [], fsdp.AdamW.step
-    ema = {name: held["ema"] for name, held in generator.held.items()}
+    generator, calls, inner = run.optimizers["generator"], [], optim.AdamW.step
+    ema = {name: state["ema"] for name, state in generator.state_of.items()}
     average = {name: value.clone() for name, value in ema.items()}
 
     def step(self, scale, clip, ema_decay=0.0):
@@ -364,14 +366,14 @@ def test_counts_and_order(data, monkeypatch):
                 average[name] = decay * value + (1 - decay) * self.master(name)
         return norm
 
-    monkeypatch.setattr(fsdp.AdamW, "step", step)
+    monkeypatch.setattr(optim.AdamW, "step", step)
     for i in range(12):
         run.iteration(i)
     assert calls == [
         "critic" if i else "generator" for i in [0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0, 1, 1]
     ]
     assert (generator.steps, run.optimizers["critic"].steps) == (3, 12)
-    assert all("ema" not in held for held in run.optimizers["critic"].held.values())
+    assert all("ema" not in state for state in run.optimizers["critic"].state_of.values())
     expected, moved = (
         furthest(ema, average),
         furthest(ema, {name: generator.master(name) for name in ema}),
@@ -655,8 +657,8 @@ def test_the_budget_s_parts_are_what_is_allocated(data, monkeypatch, stage, dtyp
     assert run.budget.keys() == {"device"}
     budget = run.budget["device"]
     assert budget["weights"] == sum(p.nbytes for network in networks for p in network.parameters())
-    held = [held for optimizer in run.optimizers.values() for held in optimizer.held.values()]
-    for group in ("first", "second", "ema") + ("low",) * (dtype == "bfloat16"):
+    held = [state for optimizer in run.optimizers.values() for state in optimizer.state_of.values()]
+    for group in ("exp_avg", "exp_avg_sq", "ema") + ("low",) * (dtype == "bfloat16"):
         assert budget[f"optimizer: {group}"] == sum(
             groups[group].nbytes for groups in held if group in groups
         )
@@ -676,7 +678,7 @@ def test_the_budget_s_parts_are_what_is_allocated(data, monkeypatch, stage, dtyp
         v.nbytes for v in masters if v.data_ptr() not in parameters
     )
 
-    monkeypatch.setattr(fsdp.AdamW, "step", lambda self, *_: torch.zeros(()))
+    monkeypatch.setattr(optim.AdamW, "step", lambda self, *_: torch.zeros(()))
     run.data_phase(0) if not run.distilling else run.critic_phase(0)
     grads = run.optimizers["critic" if run.distilling else "generator"].grads.values()
     assert budget["gradients"] == sum(grad.nbytes for grad in grads)
@@ -686,11 +688,9 @@ def like_a_gpu(
     run: stages.Run, model: DiTConfig, offload: bool, **changes
 ) -> dict[str, dict[str, float]]:
     """The budget that this run would have on a GPU with other networks."""
-    run.cfg, run.device, run.offload = (
-        dataclasses.replace(run.cfg, **changes),
-        torch.device("cuda"),
-        offload,
-    )
+    run.cfg = dataclasses.replace(run.cfg, offload=offload, **changes)
+    run.device = torch.device("cuda")
+    run.storage = partial(HostStorage, run.device, offload)
     run.dtype, run.layout = torch.bfloat16, stages.chunk_sizes(run.cfg.frames)
     run.budget = run.expected(model, model)
     return run.budget
@@ -713,7 +713,7 @@ def test_the_budget_of_the_5b(data, stage, offload, device, host):
     budget = like_a_gpu(make_run(data, stage), PRESETS["ti2v-5B"], offload, **SIZE_5B)
     assert sum(budget["device"].values()) / 1e9 == pytest.approx(device, rel=0.03)
     assert sum(budget["host"].values()) / 1e9 == pytest.approx(host, rel=0.03)
-    assert ("optimizer: second" in budget["host"]) == offload
+    assert ("optimizer: exp_avg_sq" in budget["host"]) == offload
 
 
 @pytest.mark.parametrize(
@@ -1224,7 +1224,8 @@ def test_killed_in_a_save_and_resumed_in_a_new_process(data, tmp_path):
     state = checkpoint_state(out / "step-0000004")
     assert same(state, checkpoint_state(tmp_path / "straight/step-0000004"))
     assert {name.rsplit(".", 1)[0].split(".blocks")[0] for name in state if "blocks.0.modulation" in name} == {
-        "generator.master", "generator.second", "generator.ema", "critic.master", "critic.second"
+        "generator.master", "generator.exp_avg_sq", "generator.ema",
+        "critic.master", "critic.exp_avg_sq",
     }  # fmt: skip
     assert read_metrics(out) == read_metrics(tmp_path / "straight")
 
@@ -1282,7 +1283,7 @@ def test_resume_from_an_earlier_checkpoint(data, tmp_path, dtype):
     cfg = config(data, "ar", out, beta1=0.9, warmup=3, decay=True, dtype=dtype)
     first = finish(cfg)
     rows, state = read_metrics(out), checkpoint_state(out / "step-0000004")
-    assert "generator.first.blocks.0.modulation" in state
+    assert "generator.exp_avg.blocks.0.modulation" in state
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     record = json.loads((out / "config.json").read_text())

@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from wan5b import fuse
 from wan5b.data import write_shard
 from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras.offload import HostStorage
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
 from wan5b.media import script
@@ -251,7 +253,9 @@ def main() -> None:
         start, stop, private = time.perf_counter(), threading.Event(), [0]
         watch = threading.Thread(target=peak_memory, args=(stop, private))
         watch.start()
-        run = Measured(Config(**keys, **stores, checkpointing=not args.no_checkpointing), world)
+        cfg = Config(**keys, **stores, checkpointing=not args.no_checkpointing)
+        offload = args.offload and args.device == "cuda"
+        run = Measured(cfg, world, partial(HostStorage, world.device, offload))
         torch.get_device_module(world.device).synchronize()
         made = time.perf_counter() - start
         stop.set()
@@ -304,7 +308,7 @@ def main() -> None:
         memory_gib(world.device),
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     )
-    locked = sum(len(optimizer.host) for optimizer in run.optimizers.values()) / GIB
+    locked = sum(len(o.storage.memory) for o in run.optimizers.values()) / GIB
     print(
         f"peak on the device {peak:.2f} GiB, expected {expected['device']:.2f} ({peak / expected['device'] - 1:+.1%})"
     )
