@@ -272,7 +272,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
         if cfg.vae
         else None
     )
-    fuse.enable(cfg.compile, graphs=False)
+    fuse.enable(cfg.compile)
     run = Run(cfg, world)
     start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
     log = out / "metrics.jsonl"
