@@ -25,8 +25,8 @@ from wan5b import fuse, media
 from wan5b.data import read_prompts, rng
 from wan5b.distill import guided, rollout
 from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras.fp8 import quantize_blocks
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas, solve
-from wan5b.fp8 import quantize_blocks
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
 from wan5b.vae22 import VAE22, VAEConfig

@@ -1,6 +1,6 @@
 """sample.py on a synthetic release: what it writes, what it repeats, its modes, its stops and its refusals.
 
-Also what --compile (fuse.py) and --fp8 (fp8.py) switch on.
+Also what --compile (fuse.py) and --fp8 (extras/fp8.py) switch on.
 """
 
 import gc
@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sample
-from wan5b import fp8, fuse, media
+from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras import fp8
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.vae22 import VAE22, VAEConfig, add_residual_
 from wan5b.weights import load_dit, load_vae, save_dit

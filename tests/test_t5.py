@@ -31,18 +31,16 @@ def relative_error(x, reference):
 @pytest.fixture(scope="module")
 def golden():
     with safe_open(GOLDEN / "t5.safetensors", "pt") as f:
-        return {key: f.get_tensor(key) for key in f.keys()}, T5Config(
-            **json.loads(f.metadata()["config"])
-        )
+        config = json.loads(f.metadata()["config"])
+        return {key: f.get_tensor(key) for key in f.keys()}, T5Config(**config)
 
 
 @pytest.fixture(scope="module")
 def encoder(golden):
     tensors, cfg = golden
     model = T5Encoder(cfg)
-    model.load_state_dict(
-        {key[2:]: value for key, value in tensors.items() if key.startswith("w.")}
-    )
+    weights = {key[2:]: value for key, value in tensors.items() if key.startswith("w.")}
+    model.load_state_dict(weights)
     return model.requires_grad_(False)
 
 
@@ -64,13 +62,15 @@ def test_hidden_matches_reference(golden, encoder):
 
 def test_buckets_match_reference(golden):
     tensors, cfg = golden
-    assert torch.equal(
-        relative_buckets(tensors["in.relative_position"], cfg.num_buckets), tensors["out.bucket"]
-    )
+    buckets = relative_buckets(tensors["in.relative_position"], cfg.num_buckets)
+    assert torch.equal(buckets, tensors["out.bucket"])
 
 
 def test_buckets_of_known_distances():
-    """8 exact, then two per octave: 16, 32 and 64 begin a bucket; the last takes the rest; + 16 for later keys."""
+    """8 exact, then two per octave: 16, 32 and 64 begin a bucket; the last takes the rest.
+
+    For later keys 16 more.
+    """
     distance = torch.tensor([0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 127, 128, 511, 10**6])
     expected = torch.tensor([0, 1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15, 15, 15])
     assert torch.equal(relative_buckets(-distance), expected)
@@ -78,10 +78,11 @@ def test_buckets_of_known_distances():
 
 
 def test_trimming_changes_no_valid_row(golden, encoder):
-    """The same prompts in 40 columns (the longest fills them) and in 90, of which 50 are padding."""
+    """The same prompts in 40 columns, which the longest fills, and in 90: 50 are padding."""
     ids, mask = golden[0]["in.ids"], golden[0]["in.mask"]
     short = encoder(ids, mask)
-    long = encoder(torch.nn.functional.pad(ids, (0, 50)), torch.nn.functional.pad(mask, (0, 50)))
+    pad = torch.nn.functional.pad
+    long = encoder(pad(ids, (0, 50)), pad(mask, (0, 50)))
     torch.testing.assert_close(long[:, : ids.shape[1]], short, atol=1e-5, rtol=0)
     assert not long[:, ids.shape[1] :].any()
 
@@ -149,15 +150,14 @@ def test_a_run_of_unknown_characters_is_one_unk(text, tokenizer):
 
 
 def test_characters_that_become_spaces(tokenizer):
-    """U+2581 stands for a space inside the model, so it is one in a prompt; so are zero-width spaces."""
+    """U+2581, which is a space inside the model, and zero-width spaces are spaces in a prompt."""
     assert tokenizer.encode("a▁▁ b") == tokenizer.encode("a\u200bb") == tokenizer.encode("a b")
 
 
 def test_names_of_special_tokens_are_text(tokenizer):
     ids = tokenizer.encode("a</s> <pad> <unk>")
-    assert not {tokenizer.model.eos_id(), tokenizer.model.pad_id(), tokenizer.model.unk_id()} & set(
-        ids
-    )
+    model = tokenizer.model
+    assert not {model.eos_id(), model.pad_id(), model.unk_id()} & set(ids)
 
 
 def test_long_prompt_is_cut_before_the_end_token(tokenizer):
@@ -177,8 +177,19 @@ def test_negative_prompt():
     assert ids[0, mask.sum() - 1] == 1
 
 
+def test_tokenizer_of_bytes(tokenizer):
+    """A text encoder's file may hold its tokenizer."""
+    prompts = [case["text"] for case in CASES]
+    ids, mask = Tokenizer(SPIECE.read_bytes(), SEQ_LEN)(prompts)
+    assert torch.equal(ids, tokenizer(prompts)[0])
+    assert torch.equal(mask, tokenizer(prompts)[1])
+    for content in (b"", b"{}", SPIECE.read_bytes()[:-1000]):
+        with pytest.raises(ValueError, match=f"{len(content)} bytes are no SentencePiece model"):
+            Tokenizer(content)
+
+
 def test_encode_prompts(golden, encoder, tokenizer):
-    """Prompts to zero-padded context. The golden encoder knows 128 ids, so it gets a vocabulary of the model's size."""
+    """Prompts to zero-padded context, by an encoder that knows the ids of the whole tokenizer."""
     model = T5Encoder(dataclasses.replace(encoder.cfg, vocab=len(tokenizer.model)))
     context = encode_prompts(model, tokenizer, ["A cat walks.", ""])
     assert context.shape == (2, SEQ_LEN, encoder.cfg.dim)
@@ -217,7 +228,6 @@ def test_hidden_on_the_gpu(golden, encoder, dtype, bar, monkeypatch):
     print(f"{dtype} on {torch.cuda.get_device_name()}, relative error {error:.1e}")
     assert error < bar
     assert not hidden[mask == 0].any()
-    distance = tensors["in.relative_position"]
-    assert torch.equal(
-        relative_buckets(distance.cuda(), cfg.num_buckets).cpu(), tensors["out.bucket"]
-    )
+    distance = tensors["in.relative_position"].cuda()
+    buckets = relative_buckets(distance, cfg.num_buckets)
+    assert torch.equal(buckets.cpu(), tensors["out.bucket"])

@@ -1,4 +1,4 @@
-"""The VAE against the reference's vectors (float32), and its chunkings against each other (float64)."""
+"""The VAE against the reference's vectors (float32), its chunkings against each other (float64)."""
 
 import copy
 import json
@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from wan5b import vae22
-from wan5b.vae22 import LATENT_MEAN, LATENT_STD, VAE22, LinearCodec, VAEConfig
+from wan5b.extras.codec import LinearCodec
+from wan5b.vae22 import LATENT_MEAN, LATENT_STD, VAE22, VAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -31,15 +32,14 @@ def released(golden):
     """The golden's narrow VAE with its weights."""
     config, tensors = golden
     vae = VAE22(VAEConfig(**config))
-    vae.load_state_dict(
-        {key[2:]: t for key, t in tensors.items() if key.startswith("w.")}, strict=True
-    )
+    weights = {key[2:]: t for key, t in tensors.items() if key.startswith("w.")}
+    vae.load_state_dict(weights, strict=True)
     return vae
 
 
 @pytest.fixture(scope="module")
 def vae():
-    """A random VAE of other widths. In float64, so that only a wrong frame can separate two ways of cutting a video."""
+    """A random VAE of other widths. In float64 only a wrong frame makes two chunkings differ."""
     torch.manual_seed(0)
     vae = VAE22(VAEConfig(dim=8, dec_dim=4)).double()
     for name, p in vae.named_parameters():
@@ -50,9 +50,8 @@ def vae():
 
 def decode_in(vae, latent, sizes):
     state = vae.stream()
-    return torch.cat(
-        [vae.decode_chunk(chunk, state) for chunk in latent.split(sizes, dim=2)], dim=2
-    )
+    chunks = [vae.decode_chunk(chunk, state) for chunk in latent.split(sizes, dim=2)]
+    return torch.cat(chunks, dim=2)
 
 
 def golden_errors(vae, tensors):
@@ -74,7 +73,7 @@ def test_golden(golden, released):
 
 
 def test_golden_after_assign(golden):
-    """Weights assigned rather than copied, as the loader does it, are contiguous; the result is the same."""
+    """Weights assigned, as by the loader, rather than copied are contiguous; same result."""
     config, tensors = golden
     with torch.device("meta"):
         vae = VAE22(VAEConfig(**config))
@@ -116,37 +115,39 @@ def test_decode_chunkings(vae, sizes):
 
 @pytest.mark.parametrize("frames", [1, 5, 17, 33])
 def test_encode_chunkings(vae, monkeypatch, frames):
-    """One latent frame at a time, the definition; the chunks that we take; and everything at once."""
+    """One latent frame at a time, the definition; the chunks that we take; everything at once."""
     video = torch.rand(1, 3, frames, 32, 48, generator=torch.Generator().manual_seed(2)) * 2 - 1
     latent = vae.encode(video)
     assert latent.shape == (1, 48, 1 + (frames - 1) // 4, 2, 3)
     for chunk in (1, 3, 100):
-        monkeypatch.setattr(vae22, "ENCODED", chunk)
+        monkeypatch.setattr(vae22, "ENCODE_FRAMES", chunk)
         assert rel(vae.encode(video), latent) < 1e-6
         monkeypatch.undo()
 
 
 def test_the_widest_layers_take_few_frames(vae):
-    """What bounds the memory of decoding: the last two stages get FRAMES at most; those before, whole chunks."""
-    seen, stages = [], list(vae.decoder["upsamples"])[-3:]
-    hooks = [
-        m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].shape[1])))
-        for m in stages
-    ]
+    """What bounds the memory of decoding: the last two stages get WIDE_FRAMES frames at most.
+
+    Those before get whole chunks.
+    """
+    stages = list(vae.decoder["upsamples"])[-3:]
+    frames = {stage: [] for stage in stages}
+
+    def see(stage, args):
+        frames[stage].append(args[0].shape[1])
+
+    hooks = [stage.register_forward_pre_hook(see) for stage in stages]
     vae.decode(torch.randn(1, 48, 6, 2, 2, generator=torch.Generator().manual_seed(6)))
     for hook in hooks:
         hook.remove()
-    assert [[n for m, n in seen if m is stage] for stage in stages] == [
-        [5, 6],
-        [6, 3, 6, 6],
-        [6, 3, 6, 6],
-    ]
+    assert list(frames.values()) == [[5, 6], [6, 3, 6, 6], [6, 3, 6, 6]]
 
 
 def test_streams_are_independent(vae):
-    """Two videos decoded chunk by chunk in turn, while a third passes through; nothing is left in the modules."""
+    """Two videos decoded chunk by chunk in turn, and in between one whole: no module keeps any."""
     a, b = torch.randn(2, 1, 48, 4, 2, 2, generator=torch.Generator().manual_seed(3))
-    state_a, state_b, pixels_a, pixels_b = vae.stream(), vae.stream(), [], []
+    state_a, state_b = vae.stream(), vae.stream()
+    pixels_a, pixels_b = [], []
     for i in range(4):
         pixels_a.append(vae.decode_chunk(a[:, :, i : i + 1], state_a))
         vae.decode(b)
@@ -170,10 +171,8 @@ def test_state_is_bounded(vae):
 
 def test_causality(vae):
     g = torch.Generator().manual_seed(4)
-    video, latent = (
-        torch.rand(1, 3, 13, 32, 32, generator=g) * 2 - 1,
-        torch.randn(1, 48, 4, 2, 2, generator=g),
-    )
+    video = torch.rand(1, 3, 13, 32, 32, generator=g) * 2 - 1
+    latent = torch.randn(1, 48, 4, 2, 2, generator=g)
     changed_video, changed_latent = video.clone(), latent.clone()
     changed_video[:, :, 6:] *= -1  # pixel frames 5 to 8 make latent frame 2
     changed_latent[:, :, 2:] *= -1
@@ -188,16 +187,14 @@ def test_causality(vae):
 def test_batch(vae):
     """A batch of two is two singles."""
     g = torch.Generator().manual_seed(5)
-    video, latent = (
-        torch.rand(2, 3, 9, 32, 32, generator=g) * 2 - 1,
-        torch.randn(2, 48, 3, 2, 2, generator=g),
-    )
+    video = torch.rand(2, 3, 9, 32, 32, generator=g) * 2 - 1
+    latent = torch.randn(2, 48, 3, 2, 2, generator=g)
     assert rel(vae.encode(video), torch.cat([vae.encode(v[None]) for v in video])) < 1e-6
     assert rel(vae.decode(latent), torch.cat([vae.decode(z[None]) for z in latent])) < 1e-12
 
 
 def test_dtypes(golden, released):
-    """Weights decide the compute dtype; latents are float32, pixels in the weights' dtype; nothing carries grad."""
+    """Pixels come in the weights' dtype, latents in float32; nothing carries grad."""
     errors = golden_errors(released.bfloat16(), golden[1])
     print(errors)
     assert max(errors.values()) < 3e-2
@@ -231,27 +228,21 @@ def test_user_errors(vae):
 def codec():
     """A linear codec of a random basis and the dual that gives the nearest video, in float64."""
     codec = LinearCodec(VAEConfig())
-    basis = torch.randn(
-        16, 4 * 16 * 16, generator=torch.Generator().manual_seed(6), dtype=torch.float64
-    )
-    codec.load_state_dict(
-        {"basis": basis.view(16, 1, 4, 16, 16), "dual": basis.pinverse().T.view(16, 1, 4, 16, 16)}
-    )
+    g = torch.Generator().manual_seed(6)
+    basis = torch.randn(16, 4 * 16 * 16, generator=g, dtype=torch.float64)
+    dual = basis.pinverse().T
+    shape = (16, 1, 4, 16, 16)
+    codec.load_state_dict({"basis": basis.view(shape), "dual": dual.view(shape)})
     return codec.double()
 
 
 def test_linear_codec(codec):
-    """Patch by patch, as a matrix product; the first frame stands for a patch of its repetitions."""
+    """Patch by patch, as a matrix product; the first frame is a patch of its repetitions."""
     g = torch.Generator().manual_seed(7)
-    video, latent = (
-        torch.rand(2, 3, 9, 32, 48, generator=g) * 2 - 1,
-        torch.randn(2, 48, 3, 2, 3, generator=g),
-    )
-    patches = (
-        torch.cat([video[:, :, :1].repeat(1, 1, 3, 1, 1), video], 2)
-        .view(2, 3, 3, 4, 2, 16, 3, 16)
-        .double()
-    )
+    video = torch.rand(2, 3, 9, 32, 48, generator=g) * 2 - 1
+    latent = torch.randn(2, 48, 3, 2, 3, generator=g)
+    repeated = torch.cat([video[:, :, :1].repeat(1, 1, 3, 1, 1), video], 2)
+    patches = repeated.view(2, 3, 3, 4, 2, 16, 3, 16).double()
     z = torch.einsum("bcnthywx,ktyx->bcknhw", patches, codec.basis[:, 0]).flatten(1, 2)
     assert rel(codec.encode(video), z) < 1e-6
     assert rel(codec.encode(video[:, :, :1]), z[:, :, :1]) < 1e-6

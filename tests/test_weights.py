@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.extras.codec import LinearCodec
 from wan5b.t5 import T5Config, T5Encoder, Tokenizer
-from wan5b.vae22 import VAE22, LinearCodec, VAEConfig
+from wan5b.vae22 import VAE22, VAEConfig
 from wan5b.weights import (
     T5_AXES,
     VAE_AXES,

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from wan5b.extras.codec import LinearCodec
 from wan5b.flow import add_noise
-from wan5b.vae22 import LinearCodec, VAEConfig
+from wan5b.vae22 import VAEConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
 import world  # noqa: E402

@@ -25,8 +25,8 @@ from wan5b import fuse
 from wan5b.attention import attention
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS
+from wan5b.extras.fp8 import quantize_blocks
 from wan5b.flow import few_step_sigmas
-from wan5b.fp8 import quantize_blocks
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import to_frames
 from wan5b.stages import forward_flop

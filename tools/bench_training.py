@@ -237,7 +237,7 @@ def main() -> None:
         keys |= {"weights": str(args.release)} | (
             {"teacher": str(args.release)} if distilling else {}
         )
-    fuse.enable(args.compile, graphs=False)
+    fuse.enable(args.compile)
     world = World(args.device, args.shard)
     if world.rank:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

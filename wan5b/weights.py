@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from wan5b import fsdp
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.extras.codec import LinearCodec
 from wan5b.media import first_line
 from wan5b.t5 import T5Config, T5Encoder
-from wan5b.vae22 import VAE22, LinearCodec, VAEConfig
+from wan5b.vae22 import VAE22, VAEConfig
 
 # What wrappers and trainers put into keys; upstream's own names contain none of these words.
 WRAPPERS = {
