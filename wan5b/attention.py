@@ -1,4 +1,4 @@
-"""Attention, and masks of whole block-causal sequences.
+"""Attention, masks of whole block-causal sequences, and rotary positions (RoPE).
 
 Bidirectional and cached forwards need no mask; whole block-causal sequences go to flex_attention.
 B batch, S queries, S' keys, N heads, K head dim; tensors are [B, S, N, K].
@@ -129,3 +129,45 @@ def causal_mask(
         start = end
     intervals = clean + noisy if teacher else clean
     return interval_mask(torch.tensor(intervals, device=device))
+
+
+# --------------------------------------------------------------------------------------------- RoPE
+
+
+def frequencies(n: int, device: torch.device) -> Tensor:
+    """The n geometric frequencies from 1 towards 1 / 10000, float64."""
+    return 10000.0 ** -(torch.arange(n, dtype=torch.float64, device=device) / n)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # the table is kept, and later forwards may carry grad
+def rope_table(
+    head_dim: int, start: int, frames: int, height: int, width: int, device: torch.device
+) -> Tensor:
+    """Rotations of frames start .. start + frames (RoFormer, arXiv 2104.09864), [2, 1, S, 1, K]
+    float32.
+
+    They are (cos, cos) and (-sin, sin) of each channel pair's angle. Angles are float64, of the
+    very positions asked for, so no length limit. The K/2 pairs are split over (time, row, column),
+    each axis with a frequency table of its own.
+    """
+    spatial = head_dim // 6
+    pairs = (head_dim // 2 - 2 * spatial, spatial, spatial)
+    ranges = ((start, start + frames), (0, height), (0, width))
+    axes = [torch.arange(*ends, dtype=torch.float64, device=device) for ends in ranges]
+
+    angles = []
+    for positions, n in zip(torch.meshgrid(axes, indexing="ij"), pairs, strict=True):
+        angles.append(positions.reshape(-1, 1, 1) * frequencies(n, device))
+    angle = torch.cat(angles, -1)[None]  # [1, S, 1, K/2]
+    angle = angle.repeat_interleave(2, -1)  # [1, S, 1, K]
+    signs = angle.new_tensor([-1, 1]).repeat(head_dim // 2)
+    return torch.stack([angle.cos(), angle.sin() * signs]).float()
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate adjacent channel pairs of x [B, S, N, K] in float32; the result has the dtype of x."""
+    cos, sin = rope
+    # A flip compiles to one kernel, where a stack of the two halves takes two.
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x.float() * cos + swapped.float() * sin).to(x.dtype)

@@ -1,6 +1,6 @@
 """What a run leaves to be looked at: config.json, metrics.jsonl, curves.png.
 
-    python -m wan5b.extras.log RUN [RUN ...]    # draws curves.png in the first; needs matplotlib
+python -m wan5b.extras.log RUN [RUN ...]    # draws curves.png in the first; needs matplotlib
 """
 
 import json
