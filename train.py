@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from sample import DEVICES, generate, write
 from wan5b import fsdp, fuse
-from wan5b.data import rng
 from wan5b.dit import PRESETS, DiTConfig
 from wan5b.extras.curves import curves
+from wan5b.extras.formats import load_vae, read_metadata
 from wan5b.flow import FEW_STEPS, sampling_sigmas
-from wan5b.media import script
 from wan5b.stages import GIB, STAGES, Run
 from wan5b.t5 import NEGATIVE_PROMPT
-from wan5b.weights import load_vae, read_metadata, save_dit
+from wan5b.util import rng, script
+from wan5b.weights import save_dit
 
 CHOICES = {"stage": " ".join(STAGES), "preset": " ".join(PRESETS), "forcing": "teacher diffusion"}
 CHOICES |= {

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from wan5b import fsdp
-from wan5b.data import Store, TextStore, order, rng
+from wan5b.data import Store, TextStore, order
 from wan5b.distill import critic_loss, dmd_gradient, dmd_loss, replay, rollout, sid_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.extras.formats import open_dit, read_metadata
 from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, x0_from_v
 from wan5b.kvcache import KVCache, block_sizes
-from wan5b.weights import fill, open_dit, read_metadata
+from wan5b.util import rng
+from wan5b.weights import fill
 
 GIB = 2**30
 STAGES = (
