@@ -36,16 +36,16 @@ from wan5b.data import (
     open_shard,
     read_clips,
     read_prompts,
-    rng,
     write_shard,
 )
 from wan5b.distill import guided, rollout
+from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae, read_metadata
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
 from wan5b.kvcache import KVCache, chunk_sizes
-from wan5b.media import UNREADABLE, fit, latent_frames, parse_size, script
-from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer
+from wan5b.media import UNREADABLE, fit, latent_frames, parse_size
+from wan5b.t5 import NEGATIVE_PROMPT
+from wan5b.util import rng, script
 from wan5b.vae22 import VAEConfig
-from wan5b.weights import load_dit, load_t5, load_vae, read_metadata, tokenizer_path
 
 RANK, WORLD_SIZE = (
     int(os.environ.get("RANK", 0)),
@@ -231,7 +231,7 @@ def text(args: argparse.Namespace) -> None:
         dict.fromkeys([args.negative, "", *given])
     )  # in this order: a list that grows keeps its shards
     todo = pending(args, prompts, args.release, negative=args.negative)
-    tokenizer = Tokenizer(tokenizer_path(args.release))
+    tokenizer = load_tokenizer(args.release)
     encoder = load_t5(args.release, DEVICE, torch.bfloat16)
 
     def embed(prompts: list[str]):

@@ -20,25 +20,26 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from wan5b.fp8 import quantize_blocks
 
 from wan5b import fuse, media
-from wan5b.data import read_prompts, rng
+from wan5b.data import read_prompts
 from wan5b.distill import guided, rollout
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras.fp8 import quantize_blocks
-from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas, solve
-from wan5b.kvcache import KVCache, chunk_sizes
-from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
-from wan5b.vae22 import VAE22, VAEConfig
-from wan5b.weights import (
+from wan5b.extras.formats import (
     load_dit,
     load_t5,
+    load_tokenizer,
     load_vae,
     open_dit,
     read_metadata,
-    tokenizer_path,
-    write_tensors,
 )
+from wan5b.extras.fp8 import quantize_blocks
+from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas, solve
+from wan5b.kvcache import KVCache
+from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
+from wan5b.util import nearest, rng, script, write_tensors
+from wan5b.vae22 import VAE22, VAEConfig
 
 DEVICES = [
     *["cuda"] * torch.cuda.is_available(),
@@ -161,7 +162,7 @@ def chunk_plan(args: argparse.Namespace, given: int, size: int, first: int | Non
         least + (start - least) % size if args.frames is None else media.latent_frames(args.frames)
     )
     if total <= given or (total - start) % size:
-        valid = media.nearest(args.frames, 4 * size, 4 * (first or given + size) - 3)
+        valid = nearest(args.frames, 4 * size, 4 * (first or given + size) - 3)
         raise ValueError(
             f"--frames {args.frames} is not {start} latent frames and chunks of {size}; nearest: {valid}"
         )
@@ -338,7 +339,7 @@ def main(args: argparse.Namespace) -> None:
         model, vae = random_networks(args.preset, device, dtype)
         context = random_context([*prompts, args.negative], model.cfg.text_len, model.cfg.text_dim)
     else:
-        tokenizer = Tokenizer(tokenizer_path(args.release), text_len)
+        tokenizer = load_tokenizer(args.release, text_len)
         encoder = load_t5(args.release, "cpu" if args.low_memory else device, torch.bfloat16)
         # One by one: memory does not grow, and no prompt's bits depend on its company.
         context = torch.cat(
@@ -411,4 +412,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    media.script(lambda: main(parse()))
+    script(lambda: main(parse()))

@@ -64,6 +64,12 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def private_memory() -> int:
+    """Bytes of this process that belong to no file."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
+
+
 def frames_first(x: torch.Tensor) -> torch.Tensor:
     """[B, T, C, H, W] of the rollout and loss vectors <-> [B, C, T, H, W]."""
     return x.transpose(1, 2)

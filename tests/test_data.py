@@ -1,4 +1,4 @@
-"""Stores on disk, prompts, clips of videos, order and chance."""
+"""Stores on disk, prompts, clips of videos, order."""
 
 import gc
 import json
@@ -12,11 +12,11 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from common import randn
+from common import private_memory, randn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wan5b.data import HEADER, Store, TextStore, order, read_clips, read_prompts, rng, write_shard
+from wan5b.data import HEADER, Store, TextStore, order, read_clips, read_prompts, write_shard
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,13 +28,13 @@ def _quick_videos():
 
 
 def two_shards(folder, **facts):
-    """Items 0 to 4 in a shard of 3 and one of 2, with an empty one between them. Returns the tensors."""
-    x, index = randn(5, 2, 3).bfloat16(), torch.arange(5)
+    """Items 0 to 4 in a shard of 3 and one of 2, with an empty one between. Returns the tensors."""
+    x = randn(5, 2, 3).bfloat16()
+    index = torch.arange(5)
     for i, part in enumerate((slice(0, 3), slice(0, 0), slice(3, 5))):
         prompts = [f"prompt {k}" for k in range(5)[part]]
-        write_shard(
-            folder / f"0000{i}.safetensors", {"x": x[part], "index": index[part]}, prompts, **facts
-        )
+        tensors = {"x": x[part], "index": index[part]}
+        write_shard(folder / f"0000{i}.safetensors", tensors, prompts, **facts)
     return x, index
 
 
@@ -52,13 +52,7 @@ def text_shards(folder, dim=8):
     return rows
 
 
-def private_memory() -> int:
-    """Bytes of this process that belong to no file."""
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
-
-
-# ------------------------------------------------------------------------------------------------------ stores
+# ------------------------------------------------------------------------------------------- stores
 
 
 def test_store_round_trip(tmp_path):
@@ -97,11 +91,12 @@ def test_reading_an_item_does_not_read_its_shard(tmp_path):
     item = store[7]
     assert private_memory() - before < 2 * size < 16 * size
     assert item["x"].untyped_storage().nbytes() == size
-    with open(
-        "/proc/self/smaps"
-    ) as f:  # of the mapped file, too, only the pages of the item (and some read ahead)
+
+    # Of the mapped file, too, only the pages of the item are read, and some ahead.
+    with open("/proc/self/smaps") as f:
         mapped = f.read().split("0.safetensors")[1:]
-    assert sum(int(part.split("Rss:")[1].split()[0]) for part in mapped) * 1024 < 4 * size
+    resident = sum(int(part.split("Rss:")[1].split()[0]) for part in mapped)
+    assert resident * 1024 < 4 * size
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):
@@ -113,7 +108,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
         partial.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("wan5b.weights.save_file", full)
+    monkeypatch.setattr("wan5b.util.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write_shard(path, {"x": torch.zeros(1, 2)}, ["broken"])
     assert path.read_bytes() == before
@@ -135,6 +130,15 @@ def test_files_are_a_function_of_what_is_written(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_header_is_one_key(tmp_path):
+    write_shard(tmp_path / "0.safetensors", {"x": torch.ones(1)}, ["p"], made_from="abc", seed=1)
+    with safe_open(tmp_path / "0.safetensors", "pt") as f:
+        metadata = f.metadata()
+    assert metadata.keys() == {HEADER}
+    expected = {"prompts": ["p"], "facts": {"seed": 1}, "made_from": "abc"}
+    assert json.loads(metadata[HEADER]) == expected
+
+
 def test_store_errors(tmp_path):
     with pytest.raises(ValueError, match="nowhere is no folder of shards"):
         Store(tmp_path / "nowhere")
@@ -153,9 +157,8 @@ def test_store_errors(tmp_path):
     first.write_bytes(whole)
     other = tmp_path / "00003.safetensors"
     write_shard(other, {"x": torch.ones(1, 2, 3).bfloat16(), "index": torch.ones(1)}, ["p"], seed=1)
-    with pytest.raises(
-        ValueError, match="00003.safetensors does not belong with 00000.safetensors: seed 0 and 1"
-    ):
+    says = "00003.safetensors does not belong with 00000.safetensors: seed 0 and 1"
+    with pytest.raises(ValueError, match=says):
         Store(tmp_path)
     write_shard(other, {"x": torch.ones(1, 2, 4).bfloat16(), "index": torch.ones(1)}, ["p"], seed=0)
     with pytest.raises(ValueError, match=r"x \(2, 3\) and \(2, 4\)"):
@@ -181,10 +184,13 @@ def test_text_store(tmp_path):
         assert torch.equal(row[:n], rows[prompt].float())
         assert not row[n:].any()
     assert text.batch([""], 1, torch.bfloat16).dtype == torch.bfloat16
-    with pytest.raises(
-        ValueError, match=r"width 8 and up to 4 tokens, the network takes \(8, 3\): shorten"
-    ):
+
+    too_long = r"width 8 and up to 4 tokens, the network takes \(8, 3\): shorten"
+    with pytest.raises(ValueError, match=too_long):
         text.batch(["", "a fox"], 3)
+    with pytest.raises(ValueError, match=r"width 8 and .*, the network takes \(9, 4\): shorten"):
+        text.check(["a fox"], 9, 4)
+    text.check(["a fox"], 8, 4)
     with pytest.raises(ValueError, match=r"lacks 4 prompts \('b'\); see prepare.py text"):
         text.check(["a fox", "b", "c", "d", "e", "b"])
     for missing in (lambda: text["b"], lambda: text.batch(["a fox", "b"], 5)):
@@ -195,7 +201,7 @@ def test_text_store(tmp_path):
         TextStore(tmp_path / "other")
 
 
-# ------------------------------------------------------------------------------------------- prompts and videos
+# ------------------------------------------------------------------------------- prompts and videos
 
 
 def test_read_prompts(tmp_path):
@@ -214,11 +220,8 @@ def test_read_prompts(tmp_path):
 
 def numbered(count, size=32):
     """Frames whose gray tells their index."""
-    return (
-        np.arange(count, dtype=np.uint8)[:, None, None, None]
-        * 6
-        * np.ones((1, size, size, 3), np.uint8)
-    )
+    levels = 6 * np.arange(count, dtype=np.uint8)
+    return levels[:, None, None, None] * np.ones((1, size, size, 3), np.uint8)
 
 
 def indices(clip):
@@ -264,16 +267,16 @@ def test_clips_follow_each_other(tmp_path, rate, fps, frames):
     """Clip i starts at frame i * frames of the video at the target rate; the rest is dropped."""
     path = tmp_path / "v.mp4"
     iio.imwrite(path, numbered(23), plugin="pyav", fps=rate, codec="libx264")
-    whole = [i for i in (int(k * rate / fps + 0.5) for k in range(99)) if i < 23]
+    nearest = [int(k * rate / fps + 0.5) for k in range(99)]
+    whole = [i for i in nearest if i < 23]
+    starts = range(0, len(whole) - frames + 1, frames)
     clips = list(read_clips(path, frames, fps))
-    assert [indices(clip) for clip in clips] == [
-        whole[start : start + frames] for start in range(0, len(whole) - frames + 1, frames)
-    ]
+    assert [indices(clip) for clip in clips] == [whole[i : i + frames] for i in starts]
     assert all(clip.dtype == np.uint8 and clip.shape == (frames, 32, 32, 3) for clip in clips)
 
 
 def test_clips_are_read_once_and_no_further_than_asked_for(tmp_path, monkeypatch):
-    """Whole clips only, one in memory at a time; what was yielded is not changed by what follows."""
+    """Whole clips, one in memory at a time; what was yielded is not changed by what follows."""
     decoded = []
 
     def endless(path, **_):
@@ -284,10 +287,8 @@ def test_clips_are_read_once_and_no_further_than_asked_for(tmp_path, monkeypatch
     monkeypatch.setattr("wan5b.data.video_frames", endless)
     monkeypatch.setattr("wan5b.data.iio.immeta", lambda path, **_: {"fps": 48})
     first, second = islice(read_clips(tmp_path / "v.mp4", 5, 24), 2)
-    assert [first[:, 0, 0, 0].tolist(), second[:, 0, 0, 0].tolist()] == [
-        [0, 2, 4, 6, 8],
-        [10, 12, 14, 16, 18],
-    ]
+    assert first[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
+    assert second[:, 0, 0, 0].tolist() == [10, 12, 14, 16, 18]
     assert decoded == list(range(19))
     tracemalloc.start()
     for clip in islice(read_clips(tmp_path / "v.mp4", 10, 24), 20):
@@ -313,53 +314,18 @@ def test_unreadable_videos(tmp_path):
         next(read_clips(tmp_path / "images", 5, 24))
 
 
-# --------------------------------------------------------------------------------------------- order and chance
+# -------------------------------------------------------------------------------------------- order
 
 
 def test_order_is_a_new_permutation_in_every_epoch():
-    epochs = [
-        [order(10, 10 * epoch + i, seed) for i in range(10)]
-        for seed in (0, 1)
-        for epoch in range(3)
-    ]
+    def items(seed, epoch):
+        return [order(10, 10 * epoch + i, seed) for i in range(10)]
+
+    epochs = [items(seed, epoch) for seed in (0, 1) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
-    assert [order(10, p, 0) for p in (25, 3, 14)] == [
-        epochs[2][5],
-        epochs[0][3],
-        epochs[1][4],
-    ]  # no state
+
+    # There is no state: positions may be asked for in any order.
+    expected = [epochs[2][5], epochs[0][3], epochs[1][4]]
+    assert [order(10, position, 0) for position in (25, 3, 14)] == expected
     assert order(1, 7, 0) == 0
-
-
-def test_rng_is_a_function_of_its_keys():
-    def draw(*keys):
-        return torch.randn(4, generator=rng("cpu", *keys)).tolist()
-
-    known = [1.2326147556304932, -0.48139655590057373, 0.4628756046295166, 1.065154790878296]
-    assert draw(0, 12, 3, "noise") == pytest.approx(known)  # on any machine, in any process
-    others = [
-        (0, 12, 3, "level"),
-        (0, 12, 4, "noise"),
-        (0, 13, 3, "noise"),
-        (1, 12, 3, "noise"),
-        (0, 123, "noise"),
-    ]
-    assert len({tuple(draw(*keys)) for keys in [*others, (0, 12, 3, "noise")]}) == 6
-    code = "import torch; from wan5b.data import rng; g = rng('cpu', 0, 12, 3, 'noise')\n"
-    code += "print(torch.randn(4, generator=g).tolist())"
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert json.loads(run.stdout) == draw(0, 12, 3, "noise")
-    with pytest.raises(AssertionError):
-        rng("cpu", 0, 1.5)
-
-
-def test_header_is_one_key(tmp_path):
-    write_shard(tmp_path / "0.safetensors", {"x": torch.ones(1)}, ["p"], made_from="abc", seed=1)
-    with safe_open(tmp_path / "0.safetensors", "pt") as f:
-        assert json.loads(f.metadata()[HEADER]) == {
-            "prompts": ["p"],
-            "facts": {"seed": 1},
-            "made_from": "abc",
-        }
-        assert len(f.metadata()) == 1

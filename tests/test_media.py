@@ -1,4 +1,4 @@
-"""Pixels in and out: what image files become, fitting, the mp4 writer and its thread, contact sheets."""
+"""Pixels in and out: what image files become, fitting, the mp4 writer, contact sheets."""
 
 import struct
 import threading
@@ -25,7 +25,7 @@ def solid(levels, height=64, width=64):
     return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, height, width, 3)
 
 
-# ------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def transparent():
@@ -51,10 +51,12 @@ def transparent():
 )
 def test_image_formats(tmp_path, name, image, expected):
     image.save(tmp_path / name, quality=95, lossless=True)
-    pixels, expected = media.read_image(tmp_path / name), np.asarray(expected.convert("RGB"))[None]
+    pixels = media.read_image(tmp_path / name)
+    expected = np.asarray(expected.convert("RGB"))[None]
     assert pixels.dtype == np.uint8
     assert pixels.shape == expected.shape
-    assert np.abs(pixels.astype(int) - expected).mean() <= (6 if name == "a.jpg" else 0)
+    bar = 6 if name == "a.jpg" else 0
+    assert np.abs(pixels.astype(int) - expected).mean() <= bar
 
 
 def test_16_bit_images_keep_their_range(tmp_path):
@@ -74,7 +76,8 @@ def test_formats_of_ffmpeg(tmp_path):
 
 
 def test_first_frame_of_an_animation(tmp_path):
-    first, second = picture(seed=1).quantize(64), picture(seed=2).quantize(64)
+    first = picture(seed=1).quantize(64)
+    second = picture(seed=2).quantize(64)
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     assert iio.imread(tmp_path / "a.gif").shape[0] == 2
     assert np.array_equal(media.read_image(tmp_path / "a.gif")[0], np.asarray(first.convert("RGB")))
@@ -99,35 +102,40 @@ def test_videos_are_upright(tmp_path, degrees, matrix):
     """A phone's, which tells by a matrix in its header how to turn the pictures, clockwise."""
     lying = np.zeros((2, 64, 96, 3), np.uint8)
     lying[:, :32, :, 0] = lying[:, 32:, :48, 1] = 255  # above red, below green and black
-    iio.imwrite(tmp_path / "a.mp4", lying, plugin="pyav", codec="libx264")
-    content, (a, b, c, d) = (tmp_path / "a.mp4").read_bytes(), (65536 * x for x in matrix)
-    at = content.index(
-        struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30), content.index(b"tkhd")
-    )
-    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    (tmp_path / "a.mp4").write_bytes(content[:at] + turned + content[at + 36 :])
+    path = tmp_path / "a.mp4"
+    iio.imwrite(path, lying, plugin="pyav", codec="libx264")
+
+    def header(a, b, c, d):
+        """The matrix in the track's header, in 16.16 fixed point (the last entry in 2.30)."""
+        one = 1 << 16
+        return struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+
+    content = path.read_bytes()
+    upright = header(1, 0, 0, 1)
+    start = content.index(upright, content.index(b"tkhd"))
+    path.write_bytes(content[:start] + header(*matrix) + content[start + len(upright) :])
+
     expected = np.rot90(lying, -degrees // 90, (1, 2))
     for read in (media.read_video, lambda path: next(read_clips(path, 2, 24))):
-        assert read(tmp_path / "a.mp4").shape == expected.shape
-        assert np.abs(read(tmp_path / "a.mp4").astype(int) - expected).mean() < 20
-    assert np.array_equal(
-        media.read_image(tmp_path / "a.mp4"), media.read_video(tmp_path / "a.mp4")[:1]
-    )
+        assert read(path).shape == expected.shape
+        assert np.abs(read(path).astype(int) - expected).mean() < 20
+    assert np.array_equal(media.read_image(path), media.read_video(path)[:1])
 
 
 def test_damaged_pictures(tmp_path):
-    """What Pillow and PyAV raise there is neither an OSError nor a ValueError; then a photograph of 200 megapixels."""
+    """What Pillow and PyAV raise there is neither an OSError nor a ValueError."""
     picture().save(tmp_path / "whole.png")
-    content = bytearray((tmp_path / "whole.png").read_bytes())
-    content[content.index(b"IDAT") : content.index(b"IDAT") + 4] = b"ID\0T"
-    (tmp_path / "chunk.png").write_bytes(content)
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "chunk.png").write_bytes(content.replace(b"IDAT", b"ID\0T", 1))
+
+    # A photograph of 200 megapixels.
     Image.fromarray(np.zeros((10000, 20000), np.uint8)).save(tmp_path / "huge.png")
-    iio.imwrite(
-        tmp_path / "a.mp4", np.zeros((2, 64, 96, 3), np.uint8), plugin="pyav", codec="libx264"
-    )
-    (tmp_path / "codec.mp4").write_bytes(
-        (tmp_path / "a.mp4").read_bytes().replace(b"avc1", b"Shr9")
-    )
+
+    black = np.zeros((2, 64, 96, 3), np.uint8)
+    iio.imwrite(tmp_path / "a.mp4", black, plugin="pyav", codec="libx264")
+    content = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "codec.mp4").write_bytes(content.replace(b"avc1", b"Shr9"))
+
     for name in ("chunk.png", "huge.png", "codec.mp4"):
         with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
             media.read_image(tmp_path / name)
@@ -138,7 +146,7 @@ def test_damaged_pictures(tmp_path):
 
 
 def test_what_is_no_image_or_video(tmp_path):
-    """One line that names the file, whatever the reader below raises: OSError, ValueError, IndexError."""
+    """One line that names the file, whatever the libraries raise."""
     whole = tmp_path / "whole.png"
     picture().save(whole)
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:400])
@@ -148,6 +156,7 @@ def test_what_is_no_image_or_video(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", None))
         file.writeframes(bytes(1600))
+
     for name in ("cut.png", "text.png", "text.mp4", "empty.png", "sound.wav", "missing.png", "."):
         for read in (media.read_image, media.read_video):
             with pytest.raises(ValueError, match="cannot read the ") as error:
@@ -156,16 +165,15 @@ def test_what_is_no_image_or_video(tmp_path):
             assert "\n" not in str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def test_parse_size():
     assert media.parse_size("704x1280") == (704, 1280)
     assert media.parse_size("32X64") == (32, 64)
     for text, valid in {"70x96": "64 or 96 by 96 or 128", "0x96": "32 or 64 by 96 or 128"}.items():
-        with pytest.raises(
-            ValueError, match=f"size {text} is not HEIGHTxWIDTH .* of 32; nearest valid: {valid}"
-        ):
+        says = f"size {text} is not HEIGHTxWIDTH .* of 32; nearest valid: {valid}"
+        with pytest.raises(ValueError, match=says):
             media.parse_size(text)
     for text in ("64", "64x-96", "axb", "32x32x32", ""):
         with pytest.raises(ValueError, match=f"size {text} is not HEIGHTxWIDTH in multiples of 32"):
@@ -179,24 +187,20 @@ def test_latent_frames():
             media.latent_frames(n)
 
 
-# ------------------------------------------------------------------------------------------------------ fitting
+# ------------------------------------------------------------------------------------------ fitting
 
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [  # (height, width) both; by hand from area 901120
         ((704, 1280), (704, 1280)),
-        (
-            (720, 1280),
-            (704, 1248),
-        ),  # width first: 1265.7 -> 1248 x 704, 1.773; height first: 1280 x 704, 1.818
-        (
-            (1280, 720),
-            (1248, 704),
-        ),  # height first: 704 x 1248, 0.564; width first: 704 x 1280, 0.55
+        # Width first: 1265.7 -> 1248 x 704, 1.773. Height first: 1280 x 704, 1.818.
+        ((720, 1280), (704, 1248)),
+        # Height first: 704 x 1248, 0.564. Width first: 704 x 1280, 0.55.
+        ((1280, 720), (1248, 704)),
         ((1000, 1500), (768, 1152)),
         ((500, 500), (928, 960)),  # 928 x 960 or 960 x 928, equally near: height first
-        ((1, 100000), (32, 28160)),  # a step high at least, and still not above the area
+        ((1, 100000), (32, 28160)),  # 32 high at least, and still not above the area
         ((100000, 1), (28160, 32)),
     ],
 )
@@ -225,7 +229,7 @@ def test_fit_and_to_frames_are_inverse():
 
 @pytest.mark.parametrize(
     ("shape", "size", "box"),
-    [  # of a picture (height, width): scaled to size (width, height), then cut to (left, top, right, bottom) 96 x 64
+    [  # a picture of (height, width), scaled to (width, height), cut to (left, top, right, bottom)
         ((64, 160), (160, 64), (32, 0, 128, 64)),
         ((131, 96), (96, 131), (0, 33, 96, 97)),
         ((50, 70), (96, 69), (0, 2, 96, 66)),
@@ -240,7 +244,7 @@ def test_fit_covers_and_crops_in_the_middle(shape, size, box):
     assert np.array_equal(frames[0].numpy(), expected)
 
 
-# ------------------------------------------------------------------------------------------------------- videos
+# ------------------------------------------------------------------------------------------- videos
 
 
 def test_writer_writes_what_it_was_given(tmp_path):
@@ -296,7 +300,7 @@ def test_closing_without_frames_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------- sheets
+# ------------------------------------------------------------------------------------------- sheets
 
 
 def test_sheet_indices():

@@ -20,13 +20,15 @@ from release import DIT, make_release, write_dit
 
 import prepare
 import sample
-from wan5b.data import Store, TextStore, read_clips, rng, write_shard
+from wan5b.data import Store, TextStore, read_clips, write_shard
 from wan5b.distill import guided, rollout
+from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.flow import few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache
 from wan5b.media import fit
-from wan5b.t5 import NEGATIVE_PROMPT, Tokenizer, encode_prompts
-from wan5b.weights import load_dit, load_t5, load_vae, save_dit, tokenizer_path
+from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
+from wan5b.util import rng
+from wan5b.weights import save_dit
 
 PROMPTS = ["a red fox", "a blue bird flies", "rain", "a red fox", "snow on a hill"]
 SMALL = ["--size", "32x64", "--frames", "9"]  # 3 latent frames of 2 x 4
@@ -91,7 +93,7 @@ def test_text(release, embeddings):
     assert store.prompts == [NEGATIVE_PROMPT, "", *dict.fromkeys(PROMPTS)]  # each once
     assert store.facts == {"model": "tiny", "negative": NEGATIVE_PROMPT}
     assert sorted(contents(embeddings)) == [f"0000{i}.safetensors" for i in range(3)]
-    encoder, tokenizer = load_t5(release), Tokenizer(tokenizer_path(release))
+    encoder, tokenizer = load_t5(release), load_tokenizer(release)
     for i in range(0, 6, 2):  # as they were batched: the rounding may depend on it
         pair = store.prompts[i : i + 2]
         context = encode_prompts(encoder, tokenizer, pair)

@@ -1,10 +1,12 @@
 """A release folder, and upstream's code, against ours: for those who have them.
 
-    WAN5B_RELEASE=/path/to/Wan2.2-TI2V-5B WAN5B_OFFICIAL=/path/to/Wan2.2 pytest -m weights tests/test_real_weights.py
+    WAN5B_RELEASE=/path/to/Wan2.2-TI2V-5B WAN5B_OFFICIAL=/path/to/Wan2.2 \\
+        pytest -m weights tests/test_real_weights.py
 
-WAN5B_OFFICIAL is a checkout of github.com/Wan-Video/Wan2.2, without which the last three tests are skipped; they need
-its diffusers and transformers, too. All runs on the CPU: the real release takes about 16 GB of memory, and 50 GB beside
-upstream's code in float32. A synthetic folder (tests/release.py) runs the same lines at tiny widths.
+WAN5B_OFFICIAL is a checkout of github.com/Wan-Video/Wan2.2, without which the last three tests are
+skipped; they need its diffusers and transformers, too. All runs on the CPU: the real release takes
+about 16 GB of memory, and 50 GB beside upstream's code in float32. A synthetic folder
+(tests/release.py) runs the same lines at tiny widths.
 """
 
 import importlib
@@ -20,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from wan5b.dit import PRESETS
-from wan5b.t5 import T5Config, Tokenizer
+from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
+from wan5b.t5 import T5Config
 from wan5b.vae22 import LATENT_MEAN, LATENT_STD, VAEConfig
-from wan5b.weights import load_dit, load_t5, load_vae, tokenizer_path
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = ["Two cats in boxing gloves fight on a spotlighted stage.", "雨中的街道"]
@@ -44,20 +46,17 @@ def release():
 
 @pytest.fixture(scope="module")
 def official(release):
-    """import_module of upstream's modules, whose flash attention, which needs a GPU, is replaced by torch's."""
+    """import_module of upstream's modules, with torch's attention for theirs, which needs a GPU."""
     folder = folder_named_by("WAN5B_OFFICIAL")
-    for name in (
-        "wan",
-        "wan.modules",
-    ):  # empty packages: the real ones import every pipeline and what those need
+    # Empty packages: the real ones import every pipeline and what those need.
+    for name in ("wan", "wan.modules"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")))]
 
     def attention(q, k, v, k_lens=None, window_size=(-1, -1)):
         assert k_lens is None or all(k_lens == k.shape[1]), "no padding here, so no mask"
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(
-            1, 2
-        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     importlib.import_module("wan.modules.model").flash_attention = attention
     yield importlib.import_module
@@ -67,23 +66,27 @@ def official(release):
 
 @pytest.fixture(scope="module")
 def context(release):
-    """Embeddings of PROMPTS, computed first and kept, so that the encoder is gone before the DiT comes."""
-    tokenizer = Tokenizer(tokenizer_path(release))
+    """Embeddings of PROMPTS, kept: so the encoder is gone before the DiT comes."""
+    tokenizer = load_tokenizer(release)
     with torch.no_grad():
         return load_t5(release)(*tokenizer(PROMPTS)).float()
 
 
 def natural_image(height=256, width=384):
-    """Sky, hills, a sun and some texture, [1, 3, 1, H, W] in [-1, 1]: smooth areas, edges and detail, as in photos."""
-    y, x = torch.meshgrid(
-        torch.linspace(0, 1, height), torch.linspace(0, 1.5, width), indexing="ij"
-    )
+    """Sky, hills, a sun and some texture, [1, 3, 1, H, W] in [-1, 1].
+
+    It has smooth areas, edges and detail, as photographs have.
+    """
+    y = torch.linspace(0, 1, height)
+    x = torch.linspace(0, 1.5, width)
+    y, x = torch.meshgrid(y, x, indexing="ij")
     noise = torch.randn(1, 3, height // 4, width // 4, generator=torch.Generator().manual_seed(0))
     texture = F.interpolate(noise, (height, width), mode="bicubic")[0]
     sky = torch.stack([0.45 + 0.4 * y, 0.6 + 0.25 * y, 0.9 - 0.1 * y])
     image = sky + 0.01 * texture
     sun = torch.sigmoid((0.1 - ((x - 1.1) ** 2 + (y - 0.25) ** 2).sqrt()) * 60)
-    image = torch.lerp(image, torch.tensor([1.0, 0.93, 0.7]).view(3, 1, 1).expand_as(image), sun)
+    yellow = torch.tensor([1.0, 0.93, 0.7]).view(3, 1, 1)
+    image = torch.lerp(image, yellow.expand_as(image), sun)
     for level, colour in ((0.55, (0.35, 0.45, 0.4)), (0.75, (0.2, 0.35, 0.15))):
         ridge = level + 0.06 * torch.sin(7 * x / level) + 0.03 * torch.sin(23 * x)
         inside = torch.sigmoid((y - ridge) * 150)
@@ -107,7 +110,7 @@ def assert_manifest(model, name):
 
 
 def latents_and_levels(cfg):
-    """Two frames of noise, the first one clean as in image to video: x [1, C, 2, 4, 6], sigma [1, 2]."""
+    """Two frames of noise, the first at level 0 as an image is: x [1, C, 2, 4, 6], sigma [1, 2]."""
     x = torch.randn(1, cfg.in_dim, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     return x, torch.tensor([[0.0, 0.625]])
 
@@ -116,7 +119,7 @@ def finite(model):
     return all(p.isfinite().all() for p in model.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------- alone
+# -------------------------------------------------------------------------------------------- alone
 
 
 def test_text_encoder(release, context):
@@ -159,23 +162,16 @@ def test_vae_round_trip(release):
         assert quality > 30
 
 
-# ----------------------------------------------------------------------------------------- beside upstream's code
+# --------------------------------------------------------------------------- beside upstream's code
 
 
 @torch.no_grad()
 def test_dit_beside_upstream(release, official, context):
     ours = load_dit(release)
     cfg = ours.cfg
-    sizes = {
-        key: getattr(cfg, key)
-        for key in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")
-    }
-    sizes |= {
-        "freq_dim": cfg.freq_dim,
-        "text_dim": cfg.text_dim,
-        "text_len": cfg.text_len,
-        "model_type": cfg.model_type,
-    }
+    keys = ["dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim"]
+    keys += ["text_dim", "text_len", "model_type"]
+    sizes = {key: getattr(cfg, key) for key in keys}
     theirs = official("wan.modules.model").WanModel(**sizes).eval()
     theirs.load_state_dict(ours.state_dict(), assign=True)
     x, sigma = latents_and_levels(cfg)
@@ -197,42 +193,26 @@ def test_vae_beside_upstream(release, official):
     theirs = official("wan.modules.vae2_2").WanVAE_(**sizes, **lists).eval()
     theirs.load_state_dict(ours.state_dict())
     scale = [torch.tensor(LATENT_MEAN), 1 / torch.tensor(LATENT_STD)]
-    video = natural_image(64, 96).expand(-1, -1, 9, -1, -1) * torch.linspace(1, 0.5, 9).view(
-        1, 1, 9, 1, 1
-    )
+    fading = torch.linspace(1, 0.5, 9).view(1, 1, 9, 1, 1)
+    video = natural_image(64, 96).expand(-1, -1, 9, -1, -1) * fading
     latent = theirs.encode(video, scale)
-    errors = (
-        relative_error(ours.encode(video), latent),
-        relative_error(ours.decode(latent), theirs.decode(latent, scale)),
-    )
-    print(f"VAE, relative error: encode {errors[0]:.1e}, decode {errors[1]:.1e}")
-    assert max(errors) < 1e-4
+    encoded = relative_error(ours.encode(video), latent)
+    decoded = relative_error(ours.decode(latent), theirs.decode(latent, scale))
+    print(f"VAE, relative error: encode {encoded:.1e}, decode {decoded:.1e}")
+    assert max(encoded, decoded) < 1e-4
 
 
 @torch.no_grad()
 def test_text_encoder_beside_upstream(release, official, monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "current_device", lambda: 0
-    )  # upstream asks for it when the module is imported
+    # Upstream asks for it when the module is imported.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     ours = load_t5(release, dtype=torch.float32)
-    cfg = ours.cfg
-    keys = (
-        "vocab",
-        "dim",
-        "dim_attn",
-        "dim_ffn",
-        "num_heads",
-        "num_layers",
-        "num_buckets",
-        "shared_pos",
-    )
-    theirs = (
-        official("wan.modules.t5")
-        .T5Encoder(**{key: getattr(cfg, key) for key in keys}, dropout=0.0)
-        .eval()
-    )
+    keys = ["vocab", "dim", "dim_attn", "dim_ffn", "num_heads", "num_layers"]
+    keys += ["num_buckets", "shared_pos"]
+    sizes = {key: getattr(ours.cfg, key) for key in keys}
+    theirs = official("wan.modules.t5").T5Encoder(**sizes, dropout=0.0).eval()
     theirs.load_state_dict(ours.state_dict(), assign=True)
-    ids, mask = Tokenizer(tokenizer_path(release))(PROMPTS)
+    ids, mask = load_tokenizer(release)(PROMPTS)
     reference = theirs(ids, mask) * mask[..., None]  # upstream cuts the rows beyond the prompt off
     error = relative_error(ours(ids, mask), reference)
     print(f"T5, relative error {error:.1e}")

@@ -27,9 +27,10 @@ import sample
 from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import fp8
+from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.vae22 import VAE22, VAEConfig, add_residual_
-from wan5b.weights import load_dit, load_vae, save_dit
+from wan5b.weights import save_dit
 
 SCRIPT = Path(sample.__file__)
 SIZE = (32, 64)
@@ -306,7 +307,7 @@ def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
     """--steps 1 --guidance 1: x0 = x - sigma v(x), with the level that the released sampler shows the network."""
     made = run("--mode", "bidirectional", "--steps", 1, "--guidance", 1, "--frames", 5, "--seed", 3)
     prompts = sample.encode_prompts(
-        sample.load_t5(release), sample.Tokenizer(sample.tokenizer_path(release)), ["a red ball"]
+        sample.load_t5(release), sample.load_tokenizer(release), ["a red ball"]
     )
     noise, sigma = randn(1, 48, 2, 2, 4, seed=3), sampling_sigmas(1)[0]
     with torch.no_grad():

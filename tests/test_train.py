@@ -30,11 +30,12 @@ from wan5b.data import write_shard
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.extras import curves
+from wan5b.extras.formats import load_dit, read_metadata
 from wan5b.extras.offload import HostStorage
 from wan5b.flow import ar_loss_weight, few_step_sigmas
 from wan5b.kvcache import KVCache
 from wan5b.vae22 import VAE22
-from wan5b.weights import load_dit, read_metadata, save_dit
+from wan5b.weights import save_dit
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("teacher", "ar", "ode", "dmd", "sid")

@@ -1,6 +1,7 @@
-"""Loading and saving: release folders, shards, training checkpoints, exports, and what is said when they are wrong."""
+"""Loading and saving: releases, shards, trainers' pickles, exports; what is said of wrong ones."""
 
 import errno
+import gc
 import json
 import os
 import pickle
@@ -8,21 +9,23 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from common import private_memory
 from release import DIT, T5, VAE, make_release, random_weights, write_dit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras.codec import LinearCodec
 from wan5b.t5 import T5Config, T5Encoder, Tokenizer
 from wan5b.vae22 import VAE22, VAEConfig
 from wan5b.weights import (
     T5_AXES,
     VAE_AXES,
     dit_config,
+    fill,
     load_dit,
     load_t5,
     load_vae,
+    open_dit,
     read_metadata,
     save_dit,
     sizes,
@@ -71,14 +74,13 @@ def assert_holds(model, expected, dtype=torch.float32):
 
 
 def reject(load, path, *words, **options):
-    """The error's text; one line that names the path, and every one of words."""
+    """Assert that load refuses the path in one line of text, which holds every one of words."""
     with pytest.raises(ValueError, match=".") as caught:
         load(path, **options)
     text = str(caught.value)
     assert "\n" not in text
     for word in words:
         assert word in text, text
-    return text
 
 
 def edit_json(path, **changes):
@@ -92,7 +94,7 @@ def edit_shard(path, change):
     save_file(tensors, path)
 
 
-# ---------------------------------------------------------------------------------------------------- ways in
+# ------------------------------------------------------------------------------------------ ways in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,9 +119,8 @@ def test_parts_given_directly(shared_release, tmp_path):
     state = torch.load(shared_release / "Wan2.2_VAE.pth", weights_only=True)
     save_file(state, tmp_path / "v.safetensors")
     assert_holds(load_vae(tmp_path / "v.safetensors"), state)
-    assert_holds(
-        load_vae(shared_release / "Wan2.2_VAE.pth", dtype=torch.bfloat16), state, torch.bfloat16
-    )
+    vae = load_vae(shared_release / "Wan2.2_VAE.pth", dtype=torch.bfloat16)
+    assert_holds(vae, state, torch.bfloat16)
     t5 = load_t5(shared_release / "models_t5_umt5-xxl-enc-bf16.pth", "cpu", torch.float32)
     assert_holds(t5, t5.state_dict())
 
@@ -134,21 +135,15 @@ def test_single_file_index_and_string_paths(tmp_path, weights):
 
 
 def test_config_keys_may_be_missing_or_too_many(release, weights):
-    edit_json(
-        release / "config.json",
-        _extra=[1],
-        window_size=[-1, -1],
-        text_len=None,
-        dim=None,
-        num_layers=None,
-    )
+    edit_json(release / "config.json", _extra=[1], window_size=[-1, -1])
+    edit_json(release / "config.json", text_len=None, dim=None, num_layers=None)
     model = load_dit(release)
     assert model.cfg == DIT
     assert_holds(model, weights)
+
+    # Without the file, 128 channels a head, as in all released models.
     (release / "config.json").unlink()
-    assert load_dit(release).cfg == replace(
-        DIT, num_heads=1
-    )  # 128 channels a head, as in all released models
+    assert load_dit(release).cfg == replace(DIT, num_heads=1)
 
 
 def test_config_names_what_shapes_do_not_tell(release):
@@ -166,38 +161,16 @@ def test_presets_are_recognised_by_their_shapes(name):
 
 def test_other_parts_are_recognised_by_their_shapes():
     with torch.device("meta"):
-        assert sizes(VAE22(VAEConfig()).state_dict(), VAE_AXES) == {
-            "z_dim": 48,
-            "dim": 160,
-            "dec_dim": 256,
-        }
-        assert T5Config(**sizes(T5Encoder(T5Config()).state_dict(), T5_AXES)) == T5Config()
-
-
-def test_linear_codec_in_the_place_of_the_vae(tmp_path):
-    state = {key: torch.randn(16, 1, 4, 16, 16) for key in ("basis", "dual")}
-    save_file(state, tmp_path / "codec_VAE.safetensors")
-    codec = load_vae(tmp_path)
-    assert isinstance(codec, LinearCodec)
-    assert (codec.cfg.z_dim, codec.cfg.strides) == (48, (4, 16, 16))
-    assert_holds(codec, state)
-    assert_holds(
-        load_vae(tmp_path / "codec_VAE.safetensors", "cpu", torch.bfloat16), state, torch.bfloat16
-    )
-    save_file({"basis": state["basis"]}, tmp_path / "codec_VAE.safetensors")
-    reject(load_vae, tmp_path, "1 missing (dual)")
-    save_file(
-        {key: value[:8].clone() for key, value in state.items()}, tmp_path / "codec_VAE.safetensors"
-    )
-    reject(load_vae, tmp_path, "2 misshapen (basis [8, 1, 4, 16, 16], not [16, 1, 4, 16, 16]")
+        vae = VAE22(VAEConfig()).state_dict()
+        t5 = T5Encoder(T5Config()).state_dict()
+    assert sizes(vae, VAE_AXES) == {"z_dim": 48, "dim": 160, "dec_dim": 256}
+    assert T5Config(**sizes(t5, T5_AXES)) == T5Config()
 
 
 def test_index_decides_which_shard_a_key_comes_from(release, weights):
     key = "head.head.bias"
-    edit_shard(
-        release / FIRST_SHARD,
-        lambda tensors: tensors.update({key: torch.full_like(weights[key], 7.0)}),
-    )
+    other = torch.full_like(weights[key], 7.0)
+    edit_shard(release / FIRST_SHARD, lambda tensors: tensors.update({key: other}))
     assert_holds(load_dit(release), weights)
     index = json.loads((release / INDEX).read_text())
     edit_json(release / INDEX, weight_map=index["weight_map"] | {key: FIRST_SHARD})
@@ -216,19 +189,22 @@ def test_index_decides_which_shard_a_key_comes_from(release, weights):
     ],
 )
 def test_training_checkpoint(tmp_path, weights, prefix):
+    def scaled(scale):
+        return {key: value * scale for key, value in weights.items()}
+
     def wrapped(scale):
-        keys = {
-            key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn.")
-            for key in weights
-        }
-        return {prefix + keys[key]: value * scale for key, value in weights.items()}
+        parts = {}
+        for key, value in scaled(scale).items():
+            key = key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn.")
+            parts[prefix + key] = value
+        return parts
 
     (tmp_path / "config.json").write_text(json.dumps(asdict(DIT)))
     path = tmp_path / "model.pt"
     parts = {"generator": wrapped(1), "critic": wrapped(2), "generator_ema": wrapped(3)}
     torch.save(parts, path)
-    assert_holds(load_dit(path), {key: value * 3 for key, value in weights.items()})
-    assert_holds(load_dit(path, part="critic"), {key: value * 2 for key, value in weights.items()})
+    assert_holds(load_dit(path), scaled(3))
+    assert_holds(load_dit(path, part="critic"), scaled(2))
     reject(load_dit, path, "fake", "generator, critic, generator_ema", part="fake")
     del parts["generator_ema"]
     torch.save(parts, path)
@@ -240,14 +216,45 @@ def test_training_checkpoint(tmp_path, weights, prefix):
 def test_model_survives_its_files(release, weights):
     model = load_dit(release)
     for path in release.iterdir():
-        with path.open("r+b") as f:
-            f.write(
-                b"\0" * path.stat().st_size
-            )  # a parameter that still maps a file would change here
+        with path.open("r+b") as f:  # a parameter that still maps a file changes with it
+            f.write(b"\0" * path.stat().st_size)
     assert_holds(model, weights)
 
 
-# ----------------------------------------------------------------------------------------------------- errors
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_memory_of_loading(tmp_path):
+    """Opening reads nothing; loading takes the model's own memory and little more, at any time."""
+    cfg = DiTConfig(512, 1024, 4, 6, text_dim=64, freq_dim=64)
+    write_dit(tmp_path, cfg)  # float32
+    load_dit(tmp_path)  # what torch sets up at first is not counted
+    gc.collect()
+
+    before = private_memory()
+    _, tensors = open_dit(tmp_path)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    assert size > 50 * 2**20
+    assert private_memory() - before < size / 8
+
+    peak = []
+
+    def copy(parameter, tensor):
+        parameter.copy_(tensor)
+        peak.append(private_memory() - before)
+
+    model = WanDiT(cfg).bfloat16()
+    before = private_memory()
+    fill(model, tensors, copy)
+    assert max(peak) < size / 8, "beside the model"
+    del model
+    gc.collect()
+
+    before = private_memory()
+    model = load_dit(tmp_path, dtype=torch.bfloat16)
+    assert private_memory() - before < 1.15 * size / 2
+    assert sum(p.nbytes for p in model.parameters()) == size / 2
+
+
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("load", [load_dit, load_vae, load_t5])
@@ -323,10 +330,8 @@ def test_missing_unexpected_and_misshapen_keys(release):
         tensors[key] = tensors[key][:1].clone()
 
     edit_shard(release / SHARD, change)
-    missing, unexpected = (
-        "6 missing (blocks.0.ffn.0.weight, ",
-        "6 unexpected (extra.blocks.0.ffn.0.bias, ",
-    )
+    missing = "6 missing (blocks.0.ffn.0.weight, "
+    unexpected = "6 unexpected (extra.blocks.0.ffn.0.bias, "
     misshapen = "1 misshapen (blocks.1.self_attn.q.weight [1, 128], not [128, 128])"
     reject(load_dit, release, missing, unexpected, misshapen)
 
@@ -346,9 +351,8 @@ def test_every_size_in_config_must_fit(release):
     for field in ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim"):
         write_dit(release)
         edit_json(release / "config.json", **{field: 2 * getattr(DIT, field)})
-        reject(
-            load_dit, release, "missing" if field == "num_layers" else "misshapen", "config.json"
-        )
+        wrong = "missing" if field == "num_layers" else "misshapen"
+        reject(load_dit, release, wrong, "config.json")
 
 
 def test_heads_are_not_guessed_for_an_unknown_width(release):
@@ -359,28 +363,11 @@ def test_heads_are_not_guessed_for_an_unknown_width(release):
 
 
 def test_channels_of_the_other_latent_space(release):
-    reject(
-        load_dit,
-        release,
-        "48 latent channels",
-        "16 are needed",
-        "Wan2.1",
-        "Wan2.2",
-        "4x16x16",
-        channels=16,
-    )
+    spaces = ("Wan2.1", "Wan2.2", "4x8x8", "4x16x16")
+    reject(load_dit, release, "48 latent channels", "16 are needed", *spaces, channels=16)
     write_dit(release, replace(DIT, in_dim=16, out_dim=16))
     assert load_dit(release, channels=16).cfg.in_dim == 16
-    reject(
-        load_dit,
-        release,
-        "16 latent channels",
-        "48 are needed",
-        "Wan2.1",
-        "Wan2.2",
-        "4x8x8",
-        channels=48,
-    )
+    reject(load_dit, release, "16 latent channels", "48 are needed", *spaces, channels=48)
     torch.save({"conv2.weight": torch.zeros(16, 16, 1, 1, 1)}, release / "Wan2.1_VAE.pth")
     reject(load_vae, release, "16 latent channels", "48 are needed")
 
@@ -390,9 +377,8 @@ def test_channels_of_the_other_latent_space(release):
 )
 def test_diffusers_layout(tmp_path, key):
     path = tmp_path / SINGLE
-    save_file(
-        {"patch_embedding.weight": torch.zeros(128, 48, 1, 2, 2), key: torch.zeros(4, 4)}, path
-    )
+    patch = torch.zeros(128, 48, 1, 2, 2)
+    save_file({"patch_embedding.weight": patch, key: torch.zeros(4, 4)}, path)
     reject(load_dit, tmp_path, path.name, "diffusers layout", "Wan-AI/Wan2.2-TI2V-5B")
 
 
@@ -405,11 +391,8 @@ class Exploit:
 def test_pickle_that_needs_code_execution(tmp_path, load):
     exploit = Exploit()
     exploit.path = tmp_path / "executed"
-    for content in (
-        exploit,
-        {"generator": {"x": exploit}},
-        {"x": torch.zeros(2), "y": torch.nn.Linear(2, 2)},
-    ):
+    module = {"x": torch.zeros(2), "y": torch.nn.Linear(2, 2)}
+    for content in (exploit, {"generator": {"x": exploit}}, module):
         torch.save(content, tmp_path / "x.pth")
         reject(load, tmp_path / "x.pth", "code execution", "state dict")
     (tmp_path / "x.pth").write_bytes(pickle.dumps({"x": exploit}))
@@ -425,13 +408,13 @@ def test_pickles_that_hold_something_else(tmp_path):
     reject(load_dit, tmp_path / "x.pt", "prefix")
 
 
-# ----------------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------------------------------------- export
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export_and_reload_are_bit_equal(release, weights, tmp_path, dtype):
-    model, path = load_dit(release, dtype=dtype), tmp_path / "export" / "x.safetensors"
-    path.parent.mkdir()
+    model = load_dit(release, dtype=dtype)
+    path = tmp_path / "export" / "x.safetensors"
     save_dit(model, path, METADATA)
     reloaded = load_dit(path, dtype=dtype)
     assert reloaded.cfg == model.cfg == DIT  # its two heads are not in the shapes
@@ -443,7 +426,8 @@ def test_export_and_reload_are_bit_equal(release, weights, tmp_path, dtype):
 def test_export_is_plain_safetensors_in_the_dtype_asked_for(release, weights, tmp_path):
     path = tmp_path / "x.safetensors"
     model = load_dit(release)
-    model.time_projection[1].weight.data = model.time_projection[1].weight.data.t().contiguous().t()
+    transposed = model.time_projection[1].weight
+    transposed.data = transposed.data.t().contiguous().t()
     save_dit(torch.compile(model), path, METADATA, dtype=torch.bfloat16)
     assert path.stat().st_mode & 0o777 == 0o644
     with safe_open(path, "pt") as f:
@@ -464,18 +448,19 @@ def test_config_of_an_export_wins(release):
 
 def test_export_refuses(release, tmp_path):
     model = load_dit(release)
-    reject(lambda p: save_dit(model, p, {}), tmp_path / "x.pt", ".safetensors")
-    reject(
-        lambda p: save_dit(model, p, {}, dtype=torch.float16),
-        tmp_path / "y.safetensors",
-        "float16",
-        "bfloat16",
-    )
+
+    def save(path, **options):
+        save_dit(model, path, {}, **options)
+
+    reject(save, tmp_path / "x.pt", ".safetensors")
+    reject(save, tmp_path / "y.safetensors", "float16", "bfloat16", dtype=torch.float16)
 
 
 def test_export_replaces_and_asks_for_values_in_order(release, weights, tmp_path):
-    model, path, asked = load_dit(release), tmp_path / "x.safetensors", []
+    model = load_dit(release)
+    path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
+    asked = []
 
     def value(name):
         asked.append(name)
@@ -506,8 +491,8 @@ def test_files_of_others_have_no_metadata(shared_release):
 
 
 def test_failed_export_leaves_the_old_file(release, tmp_path, monkeypatch):
-    model, path = load_dit(release), tmp_path / "out" / "x.safetensors"
-    path.parent.mkdir()
+    model = load_dit(release)
+    path = tmp_path / "out" / "x.safetensors"
     save_dit(model, path, METADATA)
     before = path.read_bytes()
 

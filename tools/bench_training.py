@@ -43,8 +43,8 @@ from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.offload import HostStorage
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
-from wan5b.media import script
 from wan5b.stages import GIB, Run, forward_flop
+from wan5b.util import script
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
 

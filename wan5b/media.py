@@ -1,12 +1,11 @@
-"""Pixels in and out: sizes; images and videos from files, fitted to a size; mp4 as it is generated; contact sheets.
+"""Pixels in and out: sizes; images and videos from files, fitted to a size; mp4s; contact sheets.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
 
 import os
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,56 +18,71 @@ from imageio.plugins.pillow import PillowPlugin
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from wan5b.util import first_line, nearest, replacing
+
+# What the libraries below raise for a file that they can't read.
 UNREADABLE = (
-    OSError,
-    ValueError,
-    IndexError,
-)  # no such file, no backend reads it; PyAV: damaged, no picture in it
-# PyAV: damaged otherwise, an unknown codec; Pillow: damaged, 180 megapixels or more.
-UNREADABLE += (av.FFmpegError, AttributeError, SyntaxError, Image.DecompressionBombError)
+    OSError,  # there is no such file, or no library knows its format
+    ValueError,  # PyAV: damaged
+    IndexError,  # PyAV: no picture in it
+    av.FFmpegError,  # PyAV: damaged otherwise
+    AttributeError,  # PyAV: an unknown codec
+    SyntaxError,  # Pillow: damaged
+    Image.DecompressionBombError,  # Pillow: 180 megapixels or more
+)
+SIDE = 32  # sides of a video are multiples of it: 16 pixels to a latent's, 2 of those to a token's
 
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file (any format imageio reads; the first frame of an animation) as uint8 [1, H, W, 3], upright."""
+    """An image file as uint8 [1, H, W, 3], upright; of an animation or a video the first frame.
+
+    Any format that imageio reads. ValueError if unreadable.
+    """
     try:
         with iio.imopen(path, "r") as file:
-            if not isinstance(file, PillowPlugin):
-                return np.stack([*islice(video_frames(path), 1)])
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits gray, which Pillow would clip
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
+            if isinstance(file, PillowPlugin):
+                return _read_picture(path)[None]
+            return np.stack(list(islice(video_frames(path), 1)))
     except UNREADABLE as error:
         raise ValueError(f"cannot read the image {path}: {first_line(error)}") from error
 
 
+def _read_picture(path: str | Path) -> np.ndarray:
+    """What Pillow reads, as uint8 [H, W, 3]. Transparency is dropped."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip at 255
+            gray = np.asarray(image) / 257
+            image = Image.fromarray(gray.round().astype(np.uint8))
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
 def video_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """The frames of a video file, uint8 [H, W, 3] each, upright: a phone stores them as its sensor lies."""
-    with av.open(str(Path(path).absolute())) as file:  # a bare a:b.mp4 would be a URL
+    """The frames of a video file, uint8 [H, W, 3] each, upright: a phone stores them as it lies."""
+    with av.open(str(Path(path).absolute())) as file:  # a relative a:b.mp4 would be taken for a URL
         file.streams.video[0].thread_type = "AUTO"
         for frame in file.decode(video=0):
             yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def read_video(path: str | Path, last: int | None = None) -> np.ndarray:
-    """The frames of a video file, or its `last` ones, as uint8 [T, H, W, 3]. ValueError if unreadable or shorter."""
+    """The frames of a video file, or its `last` ones, as uint8 [T, H, W, 3].
+
+    ValueError if unreadable or shorter.
+    """
     try:
         frames = deque(video_frames(path), maxlen=last)
     except UNREADABLE as error:
         raise ValueError(f"cannot read the video {path}: {first_line(error)}") from error
-    if len(frames) < (last or 1):
-        raise ValueError(f"{path} has {len(frames)} frames, {last or 1} are needed")
+
+    needed = last or 1
+    if len(frames) < needed:
+        raise ValueError(f"{path} has {len(frames)} frames, {needed} are needed")
     return np.stack(frames)
 
 
-def nearest(value: int, step: int, least: int) -> str:
-    """The values of least, least + step, ... next to `value`, for error messages."""
-    low = least + max((value - least) // step, 0) * step
-    return f"{low} or {low + step}"
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def latent_frames(frames: int) -> int:
@@ -79,98 +93,123 @@ def latent_frames(frames: int) -> int:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Text like 704x1280 -> (height, width) in pixels. ValueError unless both are multiples of 32."""
-    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
-    if len(sides) != 2 or any(side < 1 or side % 32 for side in sides):
-        valid = " by ".join(nearest(side, 32, 32) for side in sides)
+    """Text like 704x1280 -> (height, width) in pixels. ValueError unless multiples of 32."""
+    sides = []
+    for side in text.lower().split("x"):
+        sides.append(int(side) if side.isdecimal() else 0)
+
+    if len(sides) != 2 or any(side < 1 or side % SIDE for side in sides):
+        valid = " by ".join(nearest(side, SIDE, SIDE) for side in sides)
         raise ValueError(
             f"size {text} is not HEIGHTxWIDTH in multiples of 32; nearest valid: {valid}"
         )
     return sides[0], sides[1]
 
 
-def fitting_size(
-    height: int, width: int, area: int = 704 * 1280, step: int = 32
-) -> tuple[int, int]:
-    """The (height, width) for a picture of this shape: multiples of step, at most `area`, nearest aspect ratio."""
+def fitting_size(height: int, width: int, area: int = 704 * 1280) -> tuple[int, int]:
+    """The (height, width) for a picture of this shape.
+
+    Both are multiples of 32, their product is at most `area`, and their ratio is nearest to the
+    picture's: of two candidates, whose width or whose height is rounded down first.
+    """
     ratio = width / height
-    ideal_width = min(
-        max((area * ratio) ** 0.5, step), area / step
-    )  # extreme shapes: at least one step high, wide
+    # A very wide picture is still 32 pixels high, a very tall one 32 pixels wide.
+    ideal_width = min(max((area * ratio) ** 0.5, SIDE), area / SIDE)
 
-    def floor(x):
-        return max(int(x // step * step), step)
+    def floor(side: float) -> int:
+        return max(int(side // SIDE * SIDE), SIDE)
 
-    w1, h2 = floor(ideal_width), floor(area / ideal_width)
-    sizes = [
-        (floor(area / w1), w1),
-        (h2, floor(area / h2)),
-    ]  # width first; height first, which wins a tie
-    return min(reversed(sizes), key=lambda s: max(ratio * s[0] / s[1], s[1] / s[0] / ratio))
+    w = floor(ideal_width)
+    width_first = (floor(area / w), w)
+    h = floor(area / ideal_width)
+    height_first = (h, floor(area / h))
+
+    def distortion(size: tuple[int, int]) -> float:
+        """How far the ratio is from the picture's, as a factor >= 1."""
+        return max(ratio * size[0] / size[1], size[1] / size[0] / ratio)
+
+    return min(height_first, width_first, key=distortion)  # the first of them wins a tie
+
+
+# -------------------------------------------------------------------------------- frames and pixels
 
 
 def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 [T, h, w, 3] -> pixels [3, T, height, width] in [-1, 1]: scaled to cover (Lanczos), centre-cropped."""
+    """uint8 [T, h, w, 3] -> pixels [3, T, height, width] in [-1, 1].
+
+    Each frame is scaled (Lanczos) until it covers the size, then cut to its middle.
+    """
     h, w = frames.shape[1:3]
     scale = max(height / h, width / w)
-    size = max(round(w * scale), width), max(round(h * scale), height)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    resized = (Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames)
-    cropped = np.stack(
-        [np.asarray(image)[top : top + height, left : left + width] for image in resized]
-    )
-    return torch.from_numpy(cropped).permute(3, 0, 1, 2).float() / 127.5 - 1
+    size = (max(round(w * scale), width), max(round(h * scale), height))
+    left = (size[0] - width) // 2
+    top = (size[1] - height) // 2
+
+    cropped = []
+    for frame in frames:
+        resized = _resize(frame, size)
+        cropped.append(resized[top : top + height, left : left + width])
+    pixels = torch.from_numpy(np.stack(cropped))  # [T, H, W, 3]
+    return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, T, H, W]
+
+
+def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame [h, w, 3] scaled to size, which is (width, height) as Pillow has it."""
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
 
 def to_frames(pixels: Tensor) -> Tensor:
     """Pixels [3, T, H, W], not clamped -> uint8 [T, H, W, 3], on the same device."""
-    return (
-        pixels.float()
-        .clamp(-1, 1)
-        .add(1)
-        .mul(127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(1, 2, 3, 0)
-        .contiguous()
-    )
+    levels = pixels.float().clamp(-1, 1).add(1).mul(127.5)
+    return levels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+# ------------------------------------------------------------------------------------------ writing
 
 
 class VideoWriter:
-    """An mp4 that grows by chunks of frames while the next ones are computed; encoding runs in a thread of its own.
+    """An mp4 that grows by chunks of frames, encoded in a thread while the next are computed.
 
-    Written beside as *.partial.mp4 and renamed by `close`, which may be called at any time and leaves what was added.
+    It is written beside as *.partial.mp4 and renamed by `close`, which may be called at any time
+    and leaves what was added.
     """
 
     def __init__(self, path: str | Path, fps: int = 24, keep: set[int] = frozenset()):
         """keep: indices of frames to remember for a contact sheet."""
-        self.path, self.partial = Path(path), Path(path).with_suffix(".partial.mp4")
-        self.count, self.keep, self.kept = 0, keep, []
+        self.path = Path(path)
+        self.partial = self.path.with_suffix(".partial.mp4")
+        self.count = 0  # of frames encoded
+        self.keep = keep
+        self.kept = []
         self.file = iio.imopen(self.partial, "w", plugin="pyav")
         self.file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
         self.thread = ThreadPoolExecutor(1)
-        self.pending = self.thread.submit(
-            lambda: None
-        )  # the encoding of the last chunk; none so far
+        # The encoding of the chunk added last; so far, of nothing.
+        self.pending = self.thread.submit(lambda: None)
 
     def add(self, frames: Tensor) -> None:
-        """Append uint8 frames [T, H, W, 3]. Returns at once, unless the chunk before is still being encoded."""
-        host = frames.to("cpu", non_blocking=True, copy=True)  # of a GPU's: into pinned memory
+        """Append uint8 frames [T, H, W, 3]. Waits only while the chunk before is being encoded."""
+        # A copy from a GPU goes to pinned memory and is under way when this returns: the thread
+        # waits for its event.
+        host = frames.to("cpu", non_blocking=True, copy=True)
         ready = torch.cuda.current_stream().record_event() if frames.is_cuda else None
         self.pending.result()
         self.pending = self.thread.submit(self._encode, host, ready)
 
-    def _encode(self, host: Tensor, ready) -> None:
-        if ready:
+    def _encode(self, host: Tensor, ready: torch.cuda.Event | None) -> None:
+        if ready is not None:
             ready.synchronize()
         for frame in host.numpy():
             self.file.write_frame(frame)
             if self.count in self.keep:
-                self.kept.append(frame.copy())  # a view would keep its whole chunk alive
+                self.kept.append(frame.copy())  # a view would keep its whole chunk in memory
             self.count += 1
 
     def close(self) -> None:
-        """End the file; no frames, no file. Raises what encoding raised, and the name stays *.partial.mp4 then."""
+        """End the file; without frames there is none.
+
+        Raises what encoding raised; the name stays *.partial.mp4 then.
+        """
         self.thread.shutdown(wait=True)
         self.file.close()
         self.pending.result()
@@ -181,31 +220,21 @@ class VideoWriter:
 
 
 def sheet_indices(frames: int, count: int = 16) -> set[int]:
-    """Which frames of a clip a contact sheet shows: `count` of them, evenly spaced, first and last included."""
+    """The frames of a clip that a contact sheet shows: evenly spaced, first and last included."""
     return {round(i) for i in np.linspace(0, frames - 1, min(count, frames))}
 
 
-def write_sheet(
-    path: str | Path, frames: list[np.ndarray], columns: int = 4, width: int = 320
-) -> None:
-    """A PNG of frames side by side, each shrunk to `width` (or kept, if smaller)."""
+def write_sheet(path: str | Path, frames: list[np.ndarray], columns: int = 4) -> None:
+    """A PNG of frames side by side, each shrunk to a width of 320 (or kept, if smaller)."""
     h, w = frames[0].shape[:2]
-    size = (min(w, width), max(round(h * min(w, width) / w), 1))
-    tiles = [
-        np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
-        for frame in frames
-    ]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    width = min(w, 320)
+    size = (width, max(round(h * width / w), 1))
+    tiles = [_resize(frame, size) for frame in frames]
+
+    # The last row is filled up with black.
+    while len(tiles) % columns:
+        tiles.append(np.zeros_like(tiles[0]))
+
     rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    iio.imwrite(path, np.concatenate(rows), extension=".png")
-
-
-def script(main: Callable) -> None:
-    """Run a script: what a user got wrong is one line on stderr and exit code 2; after Ctrl-C the code is 130."""
-    try:
-        sys.exit(main())
-    except (OSError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with replacing(path) as partial:
+        iio.imwrite(partial, np.concatenate(rows), extension=".png")

@@ -1,43 +1,42 @@
-"""Release folders, single files and training checkpoints -> models; models -> safetensors.
+"""Files with upstream's names -> models; models -> safetensors. Other layouts: extras/formats.py.
 
-Every way in is the same three steps: `open_tensors` maps the files, `sizes` reads the config off the tensors' shapes,
-and `fill` copies tensor by tensor into a model built on the meta device, casting and moving on the way. Mapped pages
-belong to the page cache, so the process itself holds no more than the model. Loading is strict: every key has one
-place, and every shape fits before anything is copied. Whatever a user may get wrong is a ValueError with the way out.
+Every way in is the same three steps. `open_tensors` maps the files, `sizes` reads the config off
+the tensors' shapes, and `fill` copies tensor by tensor into a model built on the meta device,
+casting and moving on the way. Mapped pages belong to the page cache, so the process itself holds no
+more than the model. Loading is strict: every key has one place, and every shape fits before
+anything is copied. Whatever a user may get wrong is a ValueError with the way out.
 """
 
 import json
-import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan5b import fsdp
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras.codec import LinearCodec
-from wan5b.media import first_line
 from wan5b.t5 import T5Config, T5Encoder
+from wan5b.util import first_line, write_tensors
 from wan5b.vae22 import VAE22, VAEConfig
 
-# What wrappers and trainers put into keys; upstream's own names contain none of these words.
-WRAPPERS = {
-    "model",
-    "diffusion_model",
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-}
+# Words that trainers and torch's wrappers put into keys; upstream's own names contain none of them.
+TRAINERS = {"model", "diffusion_model", "module"}
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 LFS_POINTER = b"version https://git-lfs"
 Device = str | torch.device
-HEAD_DIM = 128  # of every released Wan; the tensors' shapes don't tell it
+
+# What a folder's files are called, in order of preference.
+DIT_FILE = "diffusion_pytorch_model*.safetensors"
+DIT_FILES = (f"{DIT_FILE}.index.json", DIT_FILE)
+VAE_FILES = ("*VAE.pth", "*VAE.safetensors")
+T5_FILES = ("models_t5*.pth", "models_t5*.safetensors")
+
 # Config fields by the axes of the tensors that show them.
 DIT_AXES = {
     "patch_embedding.weight": ("dim", "in_dim"),
@@ -57,11 +56,22 @@ VAE_AXES = {
     "encoder.conv1.weight": ("dim",),
     "decoder.head.0.gamma": ("dec_dim",),
 }
+HEAD_DIM = 128  # of every released Wan; the shapes don't tell it
+SPACES = "16: the 4x8x8 space of Wan2.1's VAE (1.3B, 14B), 48: the 4x16x16 space of Wan2.2's (5B)"
 
-# ------------------------------------------------------------------------------------------------------- files
+
+class Source(NamedTuple):
+    """What a model is made from."""
+
+    file: Path  # for errors
+    tensors: dict[str, Tensor]  # by upstream's names
+    metadata: dict  # what an export or a checkpoint says of itself, its sizes under "config"
 
 
-def _locate(path: Path, *patterns: str) -> Path:
+# -------------------------------------------------------------------------------------------- files
+
+
+def locate(path: Path, *patterns: str) -> Path:
     """path itself if it is a file; in a folder the one file of the first pattern that occurs."""
     if path.is_file():
         return path
@@ -70,262 +80,270 @@ def _locate(path: Path, *patterns: str) -> Path:
     for pattern in patterns:
         found = sorted(path.glob(pattern))
         if len(found) > 1:
-            raise ValueError(
-                f"{path} holds {len(found)} of {pattern}: name one, or download the index of the shards"
-            )
+            raise ValueError(f"{path} holds {len(found)} of {pattern}: name one or add their index")
         if found:
             return found[0]
-    raise ValueError(
-        f"{path} holds no weights ({', '.join(patterns)}); download them, in the original layout"
-    )
+    names = ", ".join(patterns)
+    raise ValueError(f"{path} holds no weights ({names}); download them, in the original layout")
 
 
-def _read(path: Path) -> tuple[dict, dict]:
-    """What a .json, a .safetensors or a file of torch.save holds, tensors mapped; the metadata of an export."""
+@contextmanager
+def _reading(path: Path, otherwise: str) -> Iterator[None]:
+    """Whatever is wrong with a file as a ValueError with the way out.
+
+    otherwise: what it is if it is not damaged, as "not JSON".
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but it belongs there; download or copy it too")
     with path.open("rb") as f:
         if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(
-                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
-            )
+            raise ValueError(f"{path} is a Git LFS pointer; run `git lfs pull` in its repository")
     try:
-        if path.suffix == ".json":
-            return dict(json.loads(path.read_text(encoding="utf-8"))), {}
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                tensors, metadata = (
-                    {name: f.get_tensor(name) for name in f.keys()},
-                    f.metadata() or {},
-                )
-            return tensors, {
-                key: json.loads(metadata[key]) for key in metadata if "config" in metadata
-            }
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)), {}
-    except pickle.UnpicklingError as e:
+        yield
+    except pickle.UnpicklingError as error:
         way_out = "save a plain state dict with torch.save where it was made"
-        raise ValueError(
-            f"{path} is a pickle that needs code execution, which is refused; {way_out}"
-        ) from e
-    except (
-        ValueError,
-        TypeError,
-        SafetensorError,
-        RuntimeError,
-        OSError,
-    ) as e:  # the first two: bad JSON, no dict
-        kind = {".json": "not JSON", ".safetensors": "no safetensors file"}.get(
-            path.suffix, "no zip of a state dict"
-        )
-        raise ValueError(
-            f"{path} is truncated, corrupt or {kind}; download it again or resave: {first_line(e)}"
-        ) from e
+        raise ValueError(f"{path} needs code execution, which is refused; {way_out}") from error
+    except (ValueError, TypeError, SafetensorError, RuntimeError, OSError) as error:
+        cause = f"truncated, corrupt or {otherwise} ({first_line(error)})"
+        raise ValueError(f"{path} is {cause}; download it again or resave") from error
+
+
+def read_json(path: Path) -> dict:
+    with _reading(path, "not JSON"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Mapped tensors and, if `save_dit` wrote the file, its metadata."""
+    with _reading(path, "no safetensors file"), safe_open(path, "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+        header = f.metadata() or {}
+        if "config" not in header:
+            return tensors, {}
+        return tensors, {key: json.loads(text) for key, text in header.items()}
+
+
+def _read_pickle(path: Path) -> dict:
+    """What torch.save wrote: plain containers, whose tensors are mapped."""
+    with _reading(path, "no zip of a state dict"):
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all shards, each key from the shard that the index names for it.
+
+    Keys that the index lacks are kept, for the strict check to find them.
+    """
+    shard_of = read_json(index).get("weight_map") or {}
+    tensors = {}
+    for shard in sorted(set(shard_of.values())):
+        path = index.parent / shard
+        found = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pickle(path)
+        for key, tensor in found.items():
+            if shard_of.get(key, shard) == shard:
+                tensors[key] = tensor
+    return tensors
+
+
+def _read_part(path: Path, part: str) -> dict[str, Tensor]:
+    """A plain state dict, or one part of a training checkpoint: by default the generator."""
+    held = _read_pickle(path)
+    if part and part not in held:
+        raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, held))[:200]}")
+    names = [name for name in (part, "generator_ema", "generator") if held.get(name)]
+    tensors = held[names[0]] if names else held
+
+    other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if other:
+        names = ", ".join(map(str, other[:3]))
+        raise ValueError(f"{path} holds more than tensors ({names}); name its part to load")
+    return tensors
 
 
 def _clean(key: str) -> str:
-    return ".".join(word for word in key.split(".") if word not in WRAPPERS)
+    return ".".join(word for word in key.split(".") if word not in TRAINERS | WRAPPERS)
 
 
-def open_tensors(
-    path: str | Path, *patterns: str, part: str = ""
-) -> tuple[Path, dict[str, Tensor], dict]:
-    """The file, upstream's key -> tensor mapped from it (nothing is read yet), and what an export says of itself.
+def open_tensors(path: str | Path, *patterns: str, part: str = "") -> Source:
+    """Tensors by upstream's names, mapped: nothing is read yet.
 
-    path: a .safetensors file, an index of shards (.json) or a pickle, of which part names the entry to take (default:
-    generator_ema, else generator); or a folder that holds one, named by the first of the patterns that fits; or a
-    checkpoint folder of train.py, whose shards can't be mapped: the generator is read from it.
+    path: a .safetensors file, an index of shards (.json), or a pickle, of which part names the
+    entry to take (default: generator_ema, else generator); or a folder that holds one of these,
+    named by the first of the patterns that fits.
     """
-    file = _locate(Path(path), ".metadata", *patterns)
-    if file.name == ".metadata":
-        facts, _ = _read(file.with_name("facts.json"))
-        return file, fsdp.read_weights(file.parent), facts
-    tensors, metadata = _read(file)
-    if (
-        file.suffix == ".json"
-    ):  # each key from the shard that the index names; others are kept, to be found unexpected
-        shard_of, tensors = dict(tensors.get("weight_map") or {}), {}
-        for shard in sorted(set(shard_of.values())):
-            found, _ = _read(file.parent / shard)
-            tensors |= {
-                key: tensor for key, tensor in found.items() if shard_of.get(key, shard) == shard
-            }
-    elif file.suffix != ".safetensors":  # a plain state dict, or a training checkpoint with parts
-        if part and part not in tensors:
-            raise ValueError(
-                f"{file} has no part {part!r}; it holds {', '.join(map(str, tensors))[:200]}"
-            )
-        tensors = next(
-            (tensors[name] for name in (part, "generator_ema", "generator") if tensors.get(name)),
-            tensors,
-        )
-        other = [
-            str(k)
-            for k, value in tensors.items()
-            if not (isinstance(k, str) and isinstance(value, Tensor))
-        ]
-        if other:
-            raise ValueError(
-                f"{file} holds more than tensors ({', '.join(other[:3])}); name its part to load"
-            )
+    file = locate(Path(path), *patterns)
+    metadata = {}
+    if file.suffix == ".json":
+        tensors = _read_shards(file)
+    elif file.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(file)
+    else:
+        tensors = _read_part(file, part)
+
     cleaned = {_clean(key): tensor for key, tensor in tensors.items()}
     if len(cleaned) < len(tensors):
-        raise ValueError(
-            f"{file} holds keys that differ by a wrapper's prefix only; save one model per state dict"
-        )
-    return file, cleaned, metadata
+        raise ValueError(f"{file} has keys that differ only by a wrapper's prefix; save one model")
+    return Source(file, cleaned, metadata)
 
 
-# ------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 def sizes(tensors: dict[str, Tensor], axes: dict[str, tuple[str, ...]]) -> dict[str, int]:
-    """Config fields that the tensors' shapes show; a config's defaults stand for those of absent tensors.
+    """Config fields that the tensors' shapes show; a config's defaults stand for absent ones.
 
-    Absent keys, and shapes that contradict each other, are left to `blank`, which then names them.
+    Absent keys, and shapes that contradict each other, are left to `blank`, which names them.
     """
-    found = {
-        axis: n
-        for key in axes
-        if key in tensors
-        for axis, n in zip(axes[key], tensors[key].shape, strict=False)
-    }
-    if any(key.startswith("blocks.") for key in axes.keys() & tensors.keys()):
-        found["num_layers"] = len(
-            {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
-        )
+    present = [key for key in axes if key in tensors]
+    found = {}
+    for key in present:
+        found.update(zip(axes[key], tensors[key].shape, strict=False))
+    if any(key.startswith("blocks.") for key in present):
+        layers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+        found["num_layers"] = len(layers)
     return found
 
 
 def dit_config(tensors: dict[str, Tensor], named: dict) -> DiTConfig:
-    """What a config.json names, else what the shapes say, else what the preset of these sizes has."""
+    """What a config.json names, else what the shapes say, else what the preset of that shape has.
+
+    Where there is no such preset, the number of heads follows from `HEAD_DIM`.
+    """
     shown = sizes(tensors, DIT_AXES)
     if "out_dim" in shown:
         shown["out_dim"] //= 4  # the pixels of a patch
-    presets = [
-        asdict(preset) for preset in PRESETS.values() if shown.items() <= asdict(preset).items()
-    ]
-    heads, rest = divmod(shown.get("dim", DiTConfig.dim), HEAD_DIM)
-    if rest and not presets and "num_heads" not in named:
-        raise ValueError(
-            f"no released model has dim {shown['dim']}: name num_heads in a config.json beside it"
-        )
-    base = presets[0] if presets else asdict(DiTConfig()) | {"num_heads": heads}
-    return DiTConfig(**base | shown | {key: value for key, value in named.items() if key in base})
+
+    presets = [asdict(preset) for preset in PRESETS.values()]
+    base = next((preset for preset in presets if shown.items() <= preset.items()), None)
+    if base is None:
+        heads, rest = divmod(shown.get("dim", DiTConfig.dim), HEAD_DIM)
+        if rest and "num_heads" not in named:
+            raise ValueError(
+                f"no released model has dim {shown['dim']}: add a config.json that names num_heads"
+            )
+        base = asdict(DiTConfig()) | {"num_heads": heads}
+
+    named = {key: value for key, value in named.items() if key in base}
+    return DiTConfig(**(base | shown | named))
 
 
 def _check_channels(path: Path, found: int, needed: int) -> None:
     if found != needed:
-        spaces = "16: the 4x8x8 space of the Wan2.1 VAE (1.3B, 14B), 48: the 4x16x16 space of the Wan2.2 VAE (5B)"
-        raise ValueError(
-            f"{path} is for {found} latent channels where {needed} are needed ({spaces}); don't mix them"
-        )
+        how = f"is for {found} latent channels where {needed} are needed"
+        raise ValueError(f"{path} {how} ({SPACES}); don't mix them")
 
 
-# ------------------------------------------------------------------------------------------------------ models
+def check_dit(source: Source, channels: int = 0) -> DiTConfig:
+    """The sizes of a DiT, none of whose tensors is missing or too many. Errors: see `open_dit`."""
+    file, tensors, metadata = source
+    if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
+        way_out = "take the original Wan-AI/Wan2.2-TI2V-5B"
+        raise ValueError(f"{file} has the diffusers layout, not supported yet; {way_out}")
+    named = metadata.get("config")
+    beside = file.with_name("config.json")
+    if not named and beside.exists():
+        named = read_json(beside)
+    cfg = dit_config(tensors, named or {})
+    _check_channels(file, cfg.in_dim, channels or cfg.in_dim)
+    blank(WanDiT, cfg, source)
+    return cfg
 
 
-def blank(build: type[nn.Module], cfg, tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """The model on the meta device. ValueError, with the first few of each kind, unless the tensors are its own."""
+def vae_config(source: Source) -> VAEConfig:
+    cfg = VAEConfig(**sizes(source.tensors, VAE_AXES))
+    _check_channels(source.file, cfg.z_dim, VAEConfig.z_dim)
+    return cfg
+
+
+def t5_config(source: Source) -> T5Config:
+    return T5Config(**sizes(source.tensors, T5_AXES))
+
+
+# ------------------------------------------------------------------------------------------- models
+
+
+def blank(kind: type[nn.Module], cfg, source: Source) -> nn.Module:
+    """The model on the meta device. ValueError unless the source's tensors are exactly its own."""
     with torch.device("meta"):
-        model = build(cfg)
-    expected, given = (
-        {k: list(v.shape) for k, v in held.items()} for held in (model.state_dict(), tensors)
-    )
-    kinds = {
-        "missing": [k for k in expected if k not in given],
-        "unexpected": [k for k in given if k not in expected],
-        "misshapen": [
-            f"{k} {given[k]}, not {v}" for k, v in expected.items() if given.get(k, v) != v
-        ],
+        model = kind(cfg)
+    expected = {key: list(value.shape) for key, value in model.state_dict().items()}
+    given = {key: list(value.shape) for key, value in source.tensors.items()}
+    apart = [key for key in expected if given.get(key, expected[key]) != expected[key]]
+    wrong = {
+        "missing": [key for key in expected if key not in given],
+        "unexpected": [key for key in given if key not in expected],
+        "misshapen": [f"{key} {given[key]}, not {expected[key]}" for key in apart],
     }
-    texts = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in kinds.items() if keys]
+
+    # The first few of each kind are enough to see what happened.
+    texts = [f"{len(keys)} {how} ({', '.join(keys[:3])})" for how, keys in wrong.items() if keys]
     if texts:
-        raise ValueError(
-            f"{path} (complete? config.json right?) has keys that don't fit {cfg}: {'; '.join(texts)}"
-        )
+        where = f"{source.file} (complete? config.json right?)"
+        raise ValueError(f"{where} has keys that don't fit {cfg}: {'; '.join(texts)}")
     return model
 
 
-def fill(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    copy: Callable[[Tensor, Tensor], None] = Tensor.copy_,
-) -> None:
-    """copy(parameter, tensor) for every name: cast and move on the way; fsdp.copy_part takes the shard that is ours."""
-    targets = {name: p.detach() for name, p in model.named_parameters()}
-    # Page faults limit a copy; torch's own threads, which share one tensor, wait for each other in them.
+def fill(model: nn.Module, tensors: dict[str, Tensor], copy: Callable = Tensor.copy_) -> None:
+    """copy(parameter, tensor) for every name, which casts and moves on the way.
+
+    copy: `fsdp.copy_part`, say, which takes this process's shard of the tensor.
+    """
+    targets = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    # Page faults limit a copy. torch's own threads, which share one tensor, wait for each other in
+    # them; these have a tensor each.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(
-            pool.map(copy, targets.values(), [tensors[name] for name in targets])
-        )  # a list raises what a copy raised
+        copies = pool.map(copy, targets.values(), [tensors[name] for name in targets])
+        list(copies)  # raises what a copy raised
 
 
-def _build(
-    build: type[nn.Module],
-    cfg,
-    tensors: dict[str, Tensor],
-    path: Path,
-    device: Device,
-    dtype: torch.dtype,
-):
-    model = blank(build, cfg, tensors, path).to(dtype).to_empty(device=device)
-    fill(model, tensors)
+def build(kind: type[nn.Module], cfg, source: Source, device: Device, dtype: torch.dtype):
+    """The model filled from the source, for inference. Errors: see `blank`."""
+    model = blank(kind, cfg, source).to(dtype).to_empty(device=device)
+    fill(model, source.tensors)
     return model.eval()
 
 
 def open_dit(
     path: str | Path, *, channels: int = 0, part: str = ""
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """The sizes and tensors of the DiT in a release folder, its index, a .safetensors file or a training checkpoint.
+    """The sizes and tensors of a DiT, mapped.
 
-    A checkpoint is a .pt file or a folder of train.py's (out/step-0000100), which is read, in float32, where others are
-    mapped: the generator's average, if kept, else its masters. channels: the latent channels needed; 0: any. part: of
-    a .pt the entry (default generator_ema, else generator). Sizes come from the metadata of an export, else a
-    config.json beside the weights, and from the tensors themselves. ValueError for whatever is missing, damaged, of
+    path: a release folder, its index, a .safetensors file, or a training checkpoint (.pt), of which
+    part is the entry to take (default: generator_ema, else generator). channels: the latent
+    channels needed; 0: any. Sizes come from the metadata of an export, else a config.json beside
+    the weights, and from the tensors themselves. ValueError for whatever is missing, damaged, of
     other sizes or in another layout.
     """
-    name = "diffusion_pytorch_model*.safetensors"
-    file, tensors, metadata = open_tensors(path, f"{name}.index.json", name, part=part)
-    if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
-        raise ValueError(
-            f"{file} has the diffusers layout, not supported yet; take the original Wan-AI/Wan2.2-TI2V-5B"
-        )
-    beside = file.with_name("config.json")
-    cfg = dit_config(
-        tensors, metadata.get("config") or (_read(beside)[0] if beside.exists() else {})
-    )
-    _check_channels(file, cfg.in_dim, channels or cfg.in_dim)
-    blank(WanDiT, cfg, tensors, file)
-    return cfg, tensors
+    source = open_tensors(path, *DIT_FILES, part=part)
+    return check_dit(source, channels), source.tensors
 
 
 def load_dit(
     path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, **options
 ) -> WanDiT:
-    """The DiT that `open_dit` finds, in dtype on the device. options: channels and part, as there."""
+    """The DiT of `open_dit`, in dtype on the device. options: channels and part, as there."""
     cfg, tensors = open_dit(path, **options)
-    return _build(WanDiT, cfg, tensors, Path(path), device, dtype)
+    return build(WanDiT, cfg, Source(Path(path), tensors, {}), device, dtype)
 
 
-def load_vae(
-    path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32
-) -> VAE22 | LinearCodec:
-    """The Wan2.2 VAE of a release folder, or of the .pth or .safetensors file itself. Errors as in `load_dit`.
+def load_vae(path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> VAE22:
+    """The Wan2.2 VAE of a release folder, or of the .pth or .safetensors file itself.
 
-    A file that holds a `basis` is that of a LinearCodec, which stands in the VAE's place.
+    Errors: see `open_dit`.
     """
-    file, tensors, _ = open_tensors(path, "*VAE.pth", "*VAE.safetensors")
-    cfg = VAEConfig(**sizes(tensors, VAE_AXES))
-    _check_channels(file, cfg.z_dim, VAEConfig.z_dim)
-    return _build(LinearCodec if "basis" in tensors else VAE22, cfg, tensors, file, device, dtype)
+    source = open_tensors(path, *VAE_FILES)
+    return build(VAE22, vae_config(source), source, device, dtype)
 
 
 def load_t5(
     path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> T5Encoder:
-    """The umt5 encoder of a release folder, or of the .pth or .safetensors file itself. Errors as in `load_dit`."""
-    file, tensors, _ = open_tensors(path, "models_t5*.pth", "models_t5*.safetensors")
-    return _build(T5Encoder, T5Config(**sizes(tensors, T5_AXES)), tensors, file, device, dtype)
+    """The umt5 encoder of a release folder, or of the .pth or .safetensors file itself.
+
+    Errors: see `open_dit`.
+    """
+    source = open_tensors(path, *T5_FILES)
+    return build(T5Encoder, t5_config(source), source, device, dtype)
 
 
 def tokenizer_path(folder: str | Path) -> Path:
@@ -333,39 +351,20 @@ def tokenizer_path(folder: str | Path) -> Path:
     return Path(folder) / "google" / "umt5-xxl" / "spiece.model"
 
 
-# ------------------------------------------------------------------------------------------------------ export
-
-
-def write_tensors(
-    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """A safetensors file, written beside path, then renamed: path is the old file or the whole new one, and a failure
-    leaves nothing behind. Makes its folder.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata
-        )
-        partial.chmod(0o644)  # save_file makes it private
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+# ------------------------------------------------------------------------------------------- export
 
 
 def save_dit(
     model: WanDiT, path: str | Path, metadata: dict, *, dtype=None, value=None, overwrite=False
 ) -> None:
-    """Write model as safetensors under upstream's names, in dtype (float32 or bfloat16; default: the model's own).
+    """Write a model as safetensors under upstream's names.
 
-    metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it. path is the old file or
-    the whole new one (`write_tensors`). The host holds one copy of the model, in dtype. value: name -> Tensor, called
-    in the state dict's order, for what is not in the model (gathered shards, an average). ValueError if path exists,
-    unless overwrite.
+    metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it.
+    dtype: torch.float32 or torch.bfloat16; by default the model's own. value: name -> Tensor, for
+    what is not in the model (gathered shards, an average), called in the state dict's order.
+
+    path is the old file or the whole new one, and the host holds one copy of the model, in dtype.
+    ValueError if path exists, unless overwrite.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -375,23 +374,20 @@ def save_dit(
     dtype = dtype or model.patch_embedding.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"can't export as {dtype}; choose from torch.float32 and torch.bfloat16")
-    header = {
-        key: json.dumps(entry) for key, entry in (metadata | {"config": asdict(model.cfg)}).items()
-    }
+
+    metadata = metadata | {"config": asdict(model.cfg)}
+    header = {key: json.dumps(entry) for key, entry in metadata.items()}
     state = model.state_dict()
-    write_tensors(
-        path, {_clean(name): (value or state.get)(name).to("cpu", dtype) for name in state}, header
-    )
+    value = value or state.get
+    tensors = {_clean(name): value(name).to("cpu", dtype) for name in state}
+    write_tensors(path, tensors, header)
 
 
 def read_metadata(path: str | Path) -> dict:
-    """What `save_dit` was given as metadata, or train.py's checkpoint says of itself; else empty."""
-    path, facts = Path(path), Path(path) / "facts.json"
-    known = (
-        _read(facts)[0]
-        if facts.exists()
-        else _read(path)[1]
-        if path.suffix == ".safetensors"
-        else {}
-    )
-    return {key: value for key, value in known.items() if key not in ("config", "optimizer_steps")}
+    """What `save_dit` was given as metadata; of other files, and of folders, nothing."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    _, metadata = _read_safetensors(path)
+    metadata.pop("config", None)
+    return metadata

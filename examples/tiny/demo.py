@@ -24,6 +24,8 @@ sys.path.insert(
     0, str(Path(__file__).parents[2])
 )  # the repository: its scripts are imported, not installed
 
+from wan5b.extras.curves import curves
+
 import prepare
 import sample
 import train
@@ -31,10 +33,10 @@ from wan5b import fsdp, media
 from wan5b.data import TextStore, write_shard
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.codec import LinearCodec
-from wan5b.extras.curves import curves
+from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, shift_sigma
 from wan5b.t5 import T5Config, T5Encoder
-from wan5b.weights import load_dit, load_vae, save_dit
+from wan5b.weights import save_dit
 
 HERE = Path(__file__).parent
 TRAINED, LONG, CHUNK = 9, 27, 3  # latent frames of a training clip, of a sampled one, of a chunk

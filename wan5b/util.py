@@ -1,0 +1,104 @@
+"""The ground floor: random numbers by keys, files that are whole or not there, one-line errors."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------- chance
+
+
+def rng(device: str | torch.device, *keys: int | str) -> torch.Generator:
+    """A generator of random numbers that the keys alone determine: (seed, step, sample, "noise").
+
+    All chance in training comes from here. So it does not depend on the number of processes, and
+    a checkpoint has no state of generators to save. CPU and CUDA give different numbers.
+    """
+    assert all(isinstance(key, int | str) for key in keys), keys
+    digest = blake2b(repr(keys).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file so that `path` is always the old one or the whole new one, even after a crash.
+
+    Makes the folder and yields the name to write to, beside `path`. When the block ends, that file
+    is put on the disk and renamed; when the block fails, it is removed and `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+
+        # The content first, then the name: the disk may reorder what is not waited for.
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(
+    path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file, with metadata in its header, written as by `replacing`."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata)
+        partial.chmod(0o644)  # save_file lets nobody else read it
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """An indented UTF-8 file, written as by `replacing`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as partial:
+        # What a command line holds that is not UTF-8 comes as lone surrogates: written as escapes.
+        partial.write_text(text, "utf-8", "backslashreplace")
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines that some libraries add."""
+    return str(error).partition("\n")[0]
+
+
+def nearest(value: int, step: int, least: int) -> str:
+    """The two of least, least + step, ... around `value`, for error messages: "81 or 85"."""
+    steps = max((value - least) // step, 0)
+    low = least + steps * step
+    return f"{low} or {low + step}"
+
+
+def script(main: Callable[[], Any]) -> None:
+    """Run a script: a user's mistake is one line on stderr and exit code 2; Ctrl-C is code 130."""
+    try:
+        sys.exit(main())
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
