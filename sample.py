@@ -243,7 +243,7 @@ def write(
 
     frames: how many there will be. Whatever ends it, Ctrl-C included, leaves the frames that were finished, playable.
     """
-    writer = media.VideoWriter(path, keep=media.sheet_indices(frames) if sheet else set())
+    writer = media.VideoWriter(path, keep=pictures.sheet_indices(frames) if sheet else set())
     state, kept = vae.stream(), []
     try:
         with tqdm(total=frames, unit="frame", desc=path.name) as bar, closing(writer):
@@ -254,7 +254,7 @@ def write(
                 bar.update(pixels.shape[2])
     finally:
         if writer.kept:
-            media.write_sheet(path.with_suffix(".png"), writer.kept)
+            pictures.write_sheet(path.with_suffix(".png"), writer.kept)
         if kept:
             write_tensors(
                 path.with_suffix(".safetensors"), {"latents": torch.cat(kept, 2).float().cpu()}
@@ -292,10 +292,10 @@ def main(args: argparse.Namespace) -> None:
     if args.image and args.video:
         raise ValueError("give --image or --video, not both")
     pixels = (
-        media.read_image(args.image) if args.image else None
+        pictures.read_image(args.image) if args.image else None
     )  # the clip's first frames, uint8 [T, H, W, 3]
     if args.video:
-        pixels = media.read_video(args.video, last=args.prefix)
+        pixels = pictures.read_video(args.video, last=args.prefix)
     given = 0 if pixels is None else media.latent_frames(len(pixels))
     picture = (704, 1280) if pixels is None else pixels.shape[1:3]
     height, width = media.parse_size(args.size) if args.size else media.fitting_size(*picture)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from wan5b import media
-from wan5b.data import read_clips
+from wan5b.extras import pictures
+from wan5b.extras.pictures import read_clips
 
 
 def picture(height=30, width=50, seed=0):
@@ -51,7 +52,7 @@ def transparent():
 )
 def test_image_formats(tmp_path, name, image, expected):
     image.save(tmp_path / name, quality=95, lossless=True)
-    pixels = media.read_image(tmp_path / name)
+    pixels = pictures.read_image(tmp_path / name)
     expected = np.asarray(expected.convert("RGB"))[None]
     assert pixels.dtype == np.uint8
     assert pixels.shape == expected.shape
@@ -62,7 +63,7 @@ def test_image_formats(tmp_path, name, image, expected):
 def test_16_bit_images_keep_their_range(tmp_path):
     gray = np.linspace(0, 65535, 30 * 50).reshape(30, 50).astype(np.uint16)
     Image.fromarray(gray).save(tmp_path / "a.png")
-    pixels = media.read_image(tmp_path / "a.png")[0]
+    pixels = pictures.read_image(tmp_path / "a.png")[0]
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert np.abs(pixels - gray[..., None] / 257).max() <= 0.5
 
@@ -71,8 +72,8 @@ def test_formats_of_ffmpeg(tmp_path):
     """What Pillow does not read: the first frame."""
     frames = np.stack([picture(64, 96, seed) for seed in (1, 2)])
     iio.imwrite(tmp_path / "a.mp4", frames, plugin="pyav", codec="libx264")
-    pixels = media.read_image(tmp_path / "a.mp4")
-    assert np.array_equal(pixels, media.read_video(tmp_path / "a.mp4")[:1])
+    pixels = pictures.read_image(tmp_path / "a.mp4")
+    assert np.array_equal(pixels, pictures.read_video(tmp_path / "a.mp4")[:1])
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -80,7 +81,9 @@ def test_first_frame_of_an_animation(tmp_path):
     second = picture(seed=2).quantize(64)
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     assert iio.imread(tmp_path / "a.gif").shape[0] == 2
-    assert np.array_equal(media.read_image(tmp_path / "a.gif")[0], np.asarray(first.convert("RGB")))
+    assert np.array_equal(
+        pictures.read_image(tmp_path / "a.gif")[0], np.asarray(first.convert("RGB"))
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -92,7 +95,7 @@ def test_photographs_are_upright(tmp_path, orientation, mode):
     stored = Image.open(tmp_path / "a.jpg")
     upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     assert not np.array_equal(upright, np.asarray(stored.convert("RGB")))
-    assert np.array_equal(media.read_image(tmp_path / "a.jpg")[0], upright)
+    assert np.array_equal(pictures.read_image(tmp_path / "a.jpg")[0], upright)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +119,10 @@ def test_videos_are_upright(tmp_path, degrees, matrix):
     path.write_bytes(content[:start] + header(*matrix) + content[start + len(upright) :])
 
     expected = np.rot90(lying, -degrees // 90, (1, 2))
-    for read in (media.read_video, lambda path: next(read_clips(path, 2, 24))):
+    for read in (pictures.read_video, lambda path: next(read_clips(path, 2, 24))):
         assert read(path).shape == expected.shape
         assert np.abs(read(path).astype(int) - expected).mean() < 20
-    assert np.array_equal(media.read_image(path), media.read_video(path)[:1])
+    assert np.array_equal(pictures.read_image(path), pictures.read_video(path)[:1])
 
 
 def test_damaged_pictures(tmp_path):
@@ -138,10 +141,10 @@ def test_damaged_pictures(tmp_path):
 
     for name in ("chunk.png", "huge.png", "codec.mp4"):
         with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
-            media.read_image(tmp_path / name)
+            pictures.read_image(tmp_path / name)
     with pytest.raises(ValueError, match="cannot read the video .*codec.mp4"):
-        media.read_video(tmp_path / "codec.mp4")
-    with pytest.raises(media.UNREADABLE):
+        pictures.read_video(tmp_path / "codec.mp4")
+    with pytest.raises(pictures.UNREADABLE):
         next(read_clips(tmp_path / "codec.mp4", 2, 24))
 
 
@@ -158,7 +161,7 @@ def test_what_is_no_image_or_video(tmp_path):
         file.writeframes(bytes(1600))
 
     for name in ("cut.png", "text.png", "text.mp4", "empty.png", "sound.wav", "missing.png", "."):
-        for read in (media.read_image, media.read_video):
+        for read in (pictures.read_image, pictures.read_video):
             with pytest.raises(ValueError, match="cannot read the ") as error:
                 read(tmp_path / name)
             assert str(tmp_path / name) in str(error.value)
@@ -263,10 +266,10 @@ def test_writer_writes_what_it_was_given(tmp_path):
     assert all(frame.base is None for frame in writer.kept), (
         "a view keeps its whole chunk in memory"
     )
-    assert np.array_equal(media.read_video(tmp_path / "a.b.mp4", last=7), frames[-7:])
-    assert np.array_equal(media.read_video(tmp_path / "a.b.mp4"), frames)
+    assert np.array_equal(pictures.read_video(tmp_path / "a.b.mp4", last=7), frames[-7:])
+    assert np.array_equal(pictures.read_video(tmp_path / "a.b.mp4"), frames)
     with pytest.raises(ValueError, match="25 frames, 26 are needed"):
-        media.read_video(tmp_path / "a.b.mp4", last=26)
+        pictures.read_video(tmp_path / "a.b.mp4", last=26)
 
 
 def test_add_returns_before_its_frames_are_encoded(tmp_path, monkeypatch):
@@ -280,7 +283,7 @@ def test_add_returns_before_its_frames_are_encoded(tmp_path, monkeypatch):
     gate.set()
     writer.close()
     assert writer.count == 2
-    assert np.abs(media.read_video(tmp_path / "a.mp4").mean((1, 2, 3)) - [200, 100]).max() < 3
+    assert np.abs(pictures.read_video(tmp_path / "a.mp4").mean((1, 2, 3)) - [200, 100]).max() < 3
 
 
 def test_failure_to_encode_is_raised_and_claims_no_file(tmp_path, monkeypatch):
@@ -292,7 +295,7 @@ def test_failure_to_encode_is_raised_and_claims_no_file(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         writer.close()
     assert [file.name for file in tmp_path.iterdir()] == ["a.partial.mp4"]
-    assert len(media.read_video(tmp_path / "a.partial.mp4")) == 2
+    assert len(pictures.read_video(tmp_path / "a.partial.mp4")) == 2
 
 
 def test_closing_without_frames_leaves_nothing(tmp_path):
@@ -304,9 +307,9 @@ def test_closing_without_frames_leaves_nothing(tmp_path):
 
 
 def test_sheet_indices():
-    assert media.sheet_indices(1) == {0}
-    assert media.sheet_indices(5) == set(range(5))
-    indices = sorted(media.sheet_indices(81))
+    assert pictures.sheet_indices(1) == {0}
+    assert pictures.sheet_indices(5) == set(range(5))
+    indices = sorted(pictures.sheet_indices(81))
     assert len(indices) == 16
     assert (indices[0], indices[-1]) == (0, 80)
     assert set(np.diff(indices)) == {5, 6}
@@ -315,7 +318,7 @@ def test_sheet_indices():
 @pytest.mark.parametrize(("width", "tile"), [(640, (32, 320)), (128, (64, 128))])
 def test_sheet_is_a_grid_in_order(tmp_path, width, tile):
     levels = [10, 50, 90, 130, 170, 210]
-    media.write_sheet(tmp_path / "a.png", list(solid(levels, 64, width).numpy()))
+    pictures.write_sheet(tmp_path / "a.png", list(solid(levels, 64, width).numpy()))
     sheet = iio.imread(tmp_path / "a.png")
     h, w = tile
     assert sheet.shape == (2 * h, 4 * w, 3)

@@ -9,17 +9,13 @@ made_from    a digest of the shard's inputs, by which prepare.py knows it again.
 """
 
 import json
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import imageio.v3 as iio
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan5b.media import read_image, video_frames
 from wan5b.util import rng, write_tensors
 
 HEADER = "wan5b"  # the only key of a shard's metadata: the order of several would be left to chance
@@ -185,7 +181,7 @@ class Data:
         return row["x"][-1] if "x" in row else row["latent"]
 
 
-# ------------------------------------------------------------------------------- prompts and videos
+# ------------------------------------------------------------------------------- prompts, order
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -201,38 +197,6 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts; it should have one a line")
     return prompts
-
-
-def read_clips(path: str | Path, frames: int, fps: float) -> Iterator[np.ndarray]:
-    """The consecutive clips of a video, read as they are asked for: uint8 [frames, H, W, 3] each.
-
-    path: a video file, of which the frames nearest to the times k / fps are taken (its own rate
-    must be constant); or a folder of images, sorted by length of name, then name, all taken. What
-    is left over at the end is dropped. One of `media.UNREADABLE` if unreadable, ValueError if too
-    short for one clip.
-    """
-    if Path(path).is_dir():
-        files = sorted(Path(path).glob("[!.]*"), key=lambda file: (len(file.name), file.name))
-        source = (read_image(file)[0] for file in files)
-        ratio = 1.0  # frames of the source to one of the clip
-    else:
-        source = video_frames(path)
-        ratio = iio.immeta(path, plugin="pyav")["fps"] / fps
-
-    clip = [None] * frames
-    k = 0  # frames taken so far, over all clips
-    for i, frame in enumerate(source):
-        # One frame of the source may be nearest to several times, or to none.
-        while int(k * ratio + 0.5) == i:
-            clip[k % frames] = frame
-            k += 1
-            if k % frames == 0:
-                yield np.stack(clip)
-    if k < frames:
-        raise ValueError(f"{path} has {k} frames at {fps:g} fps, fewer than {frames}")
-
-
-# -------------------------------------------------------------------------------------------- order
 
 
 def order(n: int, position: int, seed: int | str) -> int:

@@ -1,86 +1,21 @@
-"""Pixels in and out: sizes; images and videos from files, fitted to a size; mp4s; contact sheets.
+"""Pixels in and out: sizes, frames fitted to a size, mp4s as they grow. extras/pictures.py reads files.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
 
 import os
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
-import av
 import imageio.v3 as iio
 import numpy as np
 import torch
-from imageio.plugins.pillow import PillowPlugin
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from wan5b.util import first_line, nearest, replacing
+from wan5b.util import nearest
 
-# What the libraries below raise for a file that they can't read.
-UNREADABLE = (
-    OSError,  # there is no such file, or no library knows its format
-    ValueError,  # PyAV: damaged
-    IndexError,  # PyAV: no picture in it
-    av.FFmpegError,  # PyAV: damaged otherwise
-    AttributeError,  # PyAV: an unknown codec
-    SyntaxError,  # Pillow: damaged
-    Image.DecompressionBombError,  # Pillow: 180 megapixels or more
-)
 SIDE = 32  # sides of a video are multiples of it: 16 pixels to a latent's, 2 of those to a token's
-
-# ------------------------------------------------------------------------------------------ reading
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 [1, H, W, 3], upright; of an animation or a video the first frame.
-
-    Any format that imageio reads. ValueError if unreadable.
-    """
-    try:
-        with iio.imopen(path, "r") as file:
-            if isinstance(file, PillowPlugin):
-                return _read_picture(path)[None]
-            return np.stack(list(islice(video_frames(path), 1)))
-    except UNREADABLE as error:
-        raise ValueError(f"cannot read the image {path}: {first_line(error)}") from error
-
-
-def _read_picture(path: str | Path) -> np.ndarray:
-    """What Pillow reads, as uint8 [H, W, 3]. Transparency is dropped."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16 bits of gray, which Pillow would clip at 255
-            gray = np.asarray(image) / 257
-            image = Image.fromarray(gray.round().astype(np.uint8))
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def video_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """The frames of a video file, uint8 [H, W, 3] each, upright: a phone stores them as it lies."""
-    with av.open(str(Path(path).absolute())) as file:  # a relative a:b.mp4 would be taken for a URL
-        file.streams.video[0].thread_type = "AUTO"
-        for frame in file.decode(video=0):
-            yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-
-
-def read_video(path: str | Path, last: int | None = None) -> np.ndarray:
-    """The frames of a video file, or its `last` ones, as uint8 [T, H, W, 3].
-
-    ValueError if unreadable or shorter.
-    """
-    try:
-        frames = deque(video_frames(path), maxlen=last)
-    except UNREADABLE as error:
-        raise ValueError(f"cannot read the video {path}: {first_line(error)}") from error
-
-    needed = last or 1
-    if len(frames) < needed:
-        raise ValueError(f"{path} has {len(frames)} frames, {needed} are needed")
-    return np.stack(frames)
-
 
 # -------------------------------------------------------------------------------------------- sizes
 
@@ -147,13 +82,13 @@ def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
 
     cropped = []
     for frame in frames:
-        resized = _resize(frame, size)
+        resized = resize(frame, size)
         cropped.append(resized[top : top + height, left : left + width])
     pixels = torch.from_numpy(np.stack(cropped))  # [T, H, W, 3]
     return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, T, H, W]
 
 
-def _resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A frame [h, w, 3] scaled to size, which is (width, height) as Pillow has it."""
     return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
@@ -217,24 +152,3 @@ class VideoWriter:
             os.replace(self.partial, self.path)
         else:
             self.partial.unlink()
-
-
-def sheet_indices(frames: int, count: int = 16) -> set[int]:
-    """The frames of a clip that a contact sheet shows: evenly spaced, first and last included."""
-    return {round(i) for i in np.linspace(0, frames - 1, min(count, frames))}
-
-
-def write_sheet(path: str | Path, frames: list[np.ndarray], columns: int = 4) -> None:
-    """A PNG of frames side by side, each shrunk to a width of 320 (or kept, if smaller)."""
-    h, w = frames[0].shape[:2]
-    width = min(w, 320)
-    size = (width, max(round(h * width / w), 1))
-    tiles = [_resize(frame, size) for frame in frames]
-
-    # The last row is filled up with black.
-    while len(tiles) % columns:
-        tiles.append(np.zeros_like(tiles[0]))
-
-    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    with replacing(path) as partial:
-        iio.imwrite(partial, np.concatenate(rows), extension=".png")

@@ -25,9 +25,6 @@ from wan5b.t5 import T5Config, T5Encoder
 from wan5b.util import first_line, write_tensors
 from wan5b.vae22 import VAE22, VAEConfig
 
-# Words that trainers and torch's wrappers put into keys; upstream's own names contain none of them.
-TRAINERS = {"model", "diffusion_model", "module"}
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 LFS_POINTER = b"version https://git-lfs"
 Device = str | torch.device
 
@@ -123,7 +120,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         return tensors, {key: json.loads(text) for key, text in header.items()}
 
 
-def _read_pickle(path: Path) -> dict:
+def read_pickle(path: Path) -> dict:
     """What torch.save wrote: plain containers, whose tensors are mapped."""
     with _reading(path, "no zip of a state dict"):
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
@@ -138,52 +135,25 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     tensors = {}
     for shard in sorted(set(shard_of.values())):
         path = index.parent / shard
-        found = _read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pickle(path)
+        found = _read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
         for key, tensor in found.items():
             if shard_of.get(key, shard) == shard:
                 tensors[key] = tensor
     return tensors
 
 
-def _read_part(path: Path, part: str) -> dict[str, Tensor]:
-    """A plain state dict, or one part of a training checkpoint: by default the generator."""
-    held = _read_pickle(path)
-    if part and part not in held:
-        raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, held))[:200]}")
-    names = [name for name in (part, "generator_ema", "generator") if held.get(name)]
-    tensors = held[names[0]] if names else held
-
-    other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if other:
-        names = ", ".join(map(str, other[:3]))
-        raise ValueError(f"{path} holds more than tensors ({names}); name its part to load")
-    return tensors
-
-
-def _clean(key: str) -> str:
-    return ".".join(word for word in key.split(".") if word not in TRAINERS | WRAPPERS)
-
-
-def open_tensors(path: str | Path, *patterns: str, part: str = "") -> Source:
+def open_tensors(path: str | Path, *patterns: str) -> Source:
     """Tensors by upstream's names, mapped: nothing is read yet.
 
-    path: a .safetensors file, an index of shards (.json), or a pickle, of which part names the
-    entry to take (default: generator_ema, else generator); or a folder that holds one of these,
-    named by the first of the patterns that fits.
+    path: a .safetensors file, an index of shards (.json), or a state dict of torch.save; or a
+    folder that holds one of these, named by the first of the patterns that fits.
     """
     file = locate(Path(path), *patterns)
-    metadata = {}
     if file.suffix == ".json":
-        tensors = _read_shards(file)
-    elif file.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(file)
-    else:
-        tensors = _read_part(file, part)
-
-    cleaned = {_clean(key): tensor for key, tensor in tensors.items()}
-    if len(cleaned) < len(tensors):
-        raise ValueError(f"{file} has keys that differ only by a wrapper's prefix; save one model")
-    return Source(file, cleaned, metadata)
+        return Source(file, _read_shards(file), {})
+    if file.suffix == ".safetensors":
+        return Source(file, *_read_safetensors(file))
+    return Source(file, read_pickle(file), {})
 
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -303,25 +273,22 @@ def build(kind: type[nn.Module], cfg, source: Source, device: Device, dtype: tor
     return model.eval()
 
 
-def open_dit(
-    path: str | Path, *, channels: int = 0, part: str = ""
-) -> tuple[DiTConfig, dict[str, Tensor]]:
+def open_dit(path: str | Path, *, channels: int = 0) -> tuple[DiTConfig, dict[str, Tensor]]:
     """The sizes and tensors of a DiT, mapped.
 
-    path: a release folder, its index, a .safetensors file, or a training checkpoint (.pt), of which
-    part is the entry to take (default: generator_ema, else generator). channels: the latent
-    channels needed; 0: any. Sizes come from the metadata of an export, else a config.json beside
-    the weights, and from the tensors themselves. ValueError for whatever is missing, damaged, of
-    other sizes or in another layout.
+    path: a release folder, its index, or a file of weights. channels: the latent channels needed;
+    0: any. Sizes come from the metadata of an export, else a config.json beside the weights, and
+    from the tensors themselves. ValueError for whatever is missing, damaged, of other sizes or in
+    another layout.
     """
-    source = open_tensors(path, *DIT_FILES, part=part)
+    source = open_tensors(path, *DIT_FILES)
     return check_dit(source, channels), source.tensors
 
 
 def load_dit(
     path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, **options
 ) -> WanDiT:
-    """The DiT of `open_dit`, in dtype on the device. options: channels and part, as there."""
+    """The DiT of `open_dit`, in dtype on the device. options: channels, as there."""
     cfg, tensors = open_dit(path, **options)
     return build(WanDiT, cfg, Source(Path(path), tensors, {}), device, dtype)
 
@@ -379,7 +346,7 @@ def save_dit(
     header = {key: json.dumps(entry) for key, entry in metadata.items()}
     state = model.state_dict()
     value = value or state.get
-    tensors = {_clean(name): value(name).to("cpu", dtype) for name in state}
+    tensors = {name: value(name).to("cpu", dtype) for name in state}
     write_tensors(path, tensors, header)
 
 

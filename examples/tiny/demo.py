@@ -24,16 +24,16 @@ sys.path.insert(
     0, str(Path(__file__).parents[2])
 )  # the repository: its scripts are imported, not installed
 
-from wan5b.extras.curves import curves
-
 import prepare
 import sample
 import train
 from wan5b import fsdp, media
 from wan5b.data import TextStore, write_shard
 from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras import pictures
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.formats import load_dit, load_vae
+from wan5b.extras.log import curves
 from wan5b.flow import few_step_sigmas, shift_sigma
 from wan5b.t5 import T5Config, T5Encoder
 from wan5b.weights import save_dit
@@ -249,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
             media.to_frames(video[row])[column].numpy() for row in range(4) for column in columns
         ]
         print(f"sheet: 4 rows of {name}")
-    media.write_sheet(out / "sheet.png", tiles, columns=8)
+    pictures.write_sheet(out / "sheet.png", tiles, columns=8)
     curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
 
 

@@ -6,6 +6,7 @@ Known beside upstream's own files:
 
 a checkpoint folder of train.py (runs/x/step-0000100): the generator's average, if kept, else its
     masters, read in float32 where others are mapped, and what facts.json says of the run
+a trainer's .pt: the entry generator_ema or generator, behind the prefixes of wrappers
 a LinearCodec's file, which holds a `basis`, in the VAE's place
 """
 
@@ -20,18 +21,52 @@ from wan5b.extras.codec import LinearCodec
 from wan5b.fsdp import read_weights
 from wan5b.t5 import T5Encoder, Tokenizer
 from wan5b.vae22 import VAE22, VAEConfig
-from wan5b.weights import Device, Source, build, read_json
+from wan5b.weights import Device, Source, build, read_json, read_pickle
 
+# Words that trainers and torch's wrappers put into keys; upstream's own names contain none of them.
+TRAINERS = {"model", "diffusion_model", "module"}
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 CHECKPOINT = ".metadata"  # the index that torch.distributed.checkpoint writes into its folder
 
 
 def open_layout(path: str | Path, *patterns: str, part: str = "") -> Source:
-    """Tensors of any layout by upstream's names. Arguments, errors: see `weights.open_tensors`."""
+    """Tensors of any layout by upstream's names. Arguments, errors: see `weights.open_tensors`.
+
+    part: the entry of a trainer's .pt to take (default: generator_ema, else generator).
+    """
     file = weights.locate(Path(path), CHECKPOINT, *patterns)
     if file.name == CHECKPOINT:
         facts = read_json(file.with_name("facts.json"))
         return Source(file, read_weights(file.parent), facts)
-    return weights.open_tensors(file, part=part)
+    if file.suffix in (".json", ".safetensors"):
+        source = weights.open_tensors(file)
+    else:
+        source = Source(file, _read_part(file, part), {})
+
+    cleaned = {clean(key): tensor for key, tensor in source.tensors.items()}
+    if len(cleaned) < len(source.tensors):
+        raise ValueError(f"{file} has keys that differ only by a wrapper's prefix; save one model")
+    return source._replace(tensors=cleaned)
+
+
+def _read_part(path: Path, part: str) -> dict[str, Tensor]:
+    """A plain state dict, or one part of a training checkpoint: by default the generator."""
+    held = read_pickle(path)
+    if part and part not in held:
+        raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, held))[:200]}")
+    names = [name for name in (part, "generator_ema", "generator") if held.get(name)]
+    tensors = held[names[0]] if names else held
+
+    other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if other:
+        names = ", ".join(map(str, other[:3]))
+        raise ValueError(f"{path} holds more than tensors ({names}); name its part to load")
+    return tensors
+
+
+def clean(key: str) -> str:
+    """A key without what trainers and wrappers put in front of upstream's name."""
+    return ".".join(word for word in key.split(".") if word not in TRAINERS | WRAPPERS)
 
 
 def open_dit(
