@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(shape))  # upstream's shape: channels, then ones
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)  # eps: if x is zero
+        return F.rms_norm(x, x.shape[-1:], self.gamma.flatten(), eps=1e-24)  # eps: x may be zero
 
 
 @fused
@@ -194,7 +194,7 @@ class Downsample(nn.Module):
         x = x.flatten(0, 1).movedim(-1, 1)  # [B*T, C, H + 1, W + 1]
         x = F.conv2d(x, conv.weight, stride=2).movedim(1, -1)  # [B*T, H/2, W/2, C]
         x = x.unflatten(0, (B, T)).add_(conv.bias)
-        if self.time_conv is not None and state.first:  # others start from zeros, this from x
+        if self.time_conv is not None and state.first:  # its past is this frame, not zeros
             state.history[self.time_conv] = x[:, :1].clone()
         return resample_time(self.time_conv, x, state)
 
