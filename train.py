@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sample import DEVICES, MODES, generate, write
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
@@ -27,18 +26,17 @@ from wan5b.extras.checks import check_config, check_fit, check_unchanged
 from wan5b.extras.config import Options, at_least, one_of, read, within
 from wan5b.extras.formats import load_vae, open_dit
 from wan5b.extras.offload import HostStorage
-from wan5b.flow import FEW_STEPS, sampling_sigmas
+from wan5b.extras.previews import sample_videos
+from wan5b.flow import FEW_STEPS
 from wan5b.kvcache import KVCache
 from wan5b.optim import AdamW
 from wan5b.stages import DISTILLATIONS, STAGES, Run, iteration
 from wan5b.t5 import NEGATIVE_PROMPT
-from wan5b.util import rng, script
+from wan5b.util import DEVICES, rng, script
 from wan5b.weights import fill, save_dit
 
 # In the progress line; metrics.jsonl has everything.
 SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
-# How sample videos are made, by stage; all others as few-step models are.
-SAMPLED = {"teacher": "bidirectional", "ar": "many"}
 
 
 @dataclass(frozen=True)
@@ -178,36 +176,6 @@ def facts(cfg: Config, sizes: DiTConfig, step: int) -> dict:
         "config": asdict(sizes),
         "training": asdict(cfg),
     }
-
-
-@torch.no_grad()
-def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
-    """A clip of each sample prompt, from the same noise each time, as this stage's model generates.
-
-    Image to video starts from the first frames of the data's first clips, whatever the prompts.
-    """
-    cfg = run.cfg
-    mode = MODES[SAMPLED.get(cfg.stage, "few")]
-    how = {"causal": mode.causal, "solver": "renoise", "window": run.window, "seed": cfg.seed}
-    sigmas = run.sigmas
-    if mode.guided:
-        how |= {"solver": "euler", "guidance": cfg.sample_guidance}
-        sigmas = sampling_sigmas(24, cfg.shift)
-
-    with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
-        for i, prompt in enumerate(cfg.sample_prompts):
-            shape = run.shape(sum(run.chunks))
-            noise = torch.randn((1, *shape), generator=rng("cpu", cfg.seed, "sample", i))
-            context = run.context([prompt, cfg.negative] if mode.guided else [prompt])
-            prefix = None
-            if cfg.prefix:
-                prefix = run.clips([i % len(run.data.store)])[:, :, : cfg.prefix]
-            latents = generate(
-                run.generator, noise, context, sigmas, run.chunks, prefix=prefix, **how
-            )
-            latents = list(latents)  # by all processes, which share the weights
-            if run.world.rank == 0:
-                write(vae, latents, folder / f"step-{step:07d}-{i}.mp4")
 
 
 # --------------------------------------------------------------------------------------------- loop

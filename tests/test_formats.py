@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from wan5b import weights
 from wan5b.dit import WanDiT
 from wan5b.extras import formats
-from wan5b.vae22 import LinearCodec
+from wan5b.extras.codec import LinearCodec
 
 FACTS = {"stage": "dmd", "step": 7, "levels": [1.0, 0.0], "shift": 5.0}
 

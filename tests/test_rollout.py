@@ -193,7 +193,7 @@ def test_a_context_for_every_chunk(model):
         assert rel(out[index], x) < 1e-5
         model(x, 0.0, own, cache=cache)
         cache.commit(x.shape[2])
-    with pytest.raises(ValueError, match="2 contexts for 3 chunks"):
+    with pytest.raises(AssertionError, match="2 contexts for 3 chunks"):
         next(rollout(model, video(6), texts[:2], SIGMAS, [1, 2, 3], cache))
 
 
@@ -253,13 +253,13 @@ def test_guided_per_sample_and_per_frame_levels(model):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"chunks": [3, 2]}, r"\[3, 2\] add up to 5 frames, the noise has 6"),
-        ({"exit_step": 4}, r"0 \.\. 3 .* got 4"),
-        ({"exit_step": -1}, r"0 \.\. 3 .* got -1"),
+        ({"chunks": [3, 2]}, r"\[3, 2\], noise of 6 frames"),
+        ({"exit_step": 4}, r"exit_step 4 of levels \[1.0, "),
+        ({"exit_step": -1}, r"exit_step -1 of levels \[1.0, "),
         ({"solver": "heun"}, "heun"),
     ],
 )
 def test_errors_name_the_values(model, given, says):
     arguments = {"chunks": [3, 3], "cache": new_cache(model, 6), **given}
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((AssertionError, ValueError), match=says):
         next(rollout(model, video(6), text(), SIGMAS, **arguments))

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.extras import formats
 from wan5b.t5 import T5Config, T5Encoder, Tokenizer
 from wan5b.vae22 import VAE22, VAEConfig
 from wan5b.weights import (
@@ -203,14 +204,14 @@ def test_training_checkpoint(tmp_path, weights, prefix):
     path = tmp_path / "model.pt"
     parts = {"generator": wrapped(1), "critic": wrapped(2), "generator_ema": wrapped(3)}
     torch.save(parts, path)
-    assert_holds(load_dit(path), scaled(3))
-    assert_holds(load_dit(path, part="critic"), scaled(2))
-    reject(load_dit, path, "fake", "generator, critic, generator_ema", part="fake")
+    assert_holds(formats.load_dit(path), scaled(3))
+    assert_holds(formats.load_dit(path, part="critic"), scaled(2))
+    reject(formats.load_dit, path, "fake", "generator, critic, generator_ema", part="fake")
     del parts["generator_ema"]
     torch.save(parts, path)
-    assert_holds(load_dit(path, dtype=torch.bfloat16), weights, torch.bfloat16)
+    assert_holds(formats.load_dit(path, dtype=torch.bfloat16), weights, torch.bfloat16)
     torch.save(parts["generator"], tmp_path / "plain.pth")
-    assert_holds(load_dit(tmp_path / "plain.pth"), weights)
+    assert_holds(formats.load_dit(tmp_path / "plain.pth"), weights)
 
 
 def test_model_survives_its_files(release, weights):
@@ -402,10 +403,10 @@ def test_pickle_that_needs_code_execution(tmp_path, load):
 
 def test_pickles_that_hold_something_else(tmp_path):
     torch.save({"model": {"x": torch.zeros(2)}, "step": 3}, tmp_path / "x.pt")
-    reject(load_dit, tmp_path / "x.pt", "more than tensors (model, step)", "part")
-    reject(load_dit, tmp_path / "x.pt", "1 unexpected (x)", part="model")
+    reject(formats.load_dit, tmp_path / "x.pt", "more than tensors (model, step)", "part")
+    reject(formats.load_dit, tmp_path / "x.pt", "1 unexpected (x)", part="model")
     torch.save({"model.x": torch.zeros(2), "x": torch.ones(2)}, tmp_path / "x.pt")
-    reject(load_dit, tmp_path / "x.pt", "prefix")
+    reject(formats.load_dit, tmp_path / "x.pt", "prefix")
 
 
 # ------------------------------------------------------------------------------------------- export

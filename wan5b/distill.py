@@ -7,12 +7,15 @@ chunks=...).
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wan5b.flow import solve, x0_from_v
 from wan5b.kvcache import KVCache, chunk_sizes
+from wan5b.util import rng
 
 # ------------------------------------------------------------------------------------------ rollout
 
@@ -50,17 +53,12 @@ def rollout(
     - solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising.
     - trace: a list that takes the input of every chunk's exit level, for `replay`.
     """
-    if sum(chunks) != noise.shape[2]:
-        raise ValueError(
-            f"chunks {chunks} add up to {sum(chunks)} frames, the noise has {noise.shape[2]}"
-        )
+    assert sum(chunks) == noise.shape[2], f"chunks {chunks}, noise of {noise.shape[2]} frames"
     last = len(sigmas) - 2
     exit_step = last if exit_step is None else exit_step
-    if not 0 <= exit_step <= last:
-        raise ValueError(f"exit_step must be in 0 .. {last} for levels {sigmas}, got {exit_step}")
+    assert 0 <= exit_step <= last, f"exit_step {exit_step} of levels {sigmas}"
     texts = context if isinstance(context, list) else [context] * len(chunks)
-    if len(texts) != len(chunks):
-        raise ValueError(f"{len(texts)} contexts for {len(chunks)} chunks: give one for each")
+    assert len(texts) == len(chunks), f"{len(texts)} contexts for {len(chunks)} chunks"
 
     # The prefix, in chunks too, of which the first may be smaller: 7 frames in chunks of 3 are 1,
     # 3, 3.
@@ -129,6 +127,86 @@ def guided(model: Callable, guidance: float) -> Callable:
         return uncond + guidance * (cond - uncond)
 
     return field
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+class Mode(NamedTuple):
+    """How a model makes clips."""
+
+    causal: bool  # chunk by chunk over a cache; else the whole clip at once
+    guided: bool  # by classifier-free guidance: two branches a forward
+    solver: str  # of flow.solve; "renoise" goes down the levels that few-step models are made for
+
+
+MODES = {
+    "few": Mode(True, False, "renoise"),
+    "many": Mode(True, True, "unipc"),
+    "bidirectional": Mode(False, True, "unipc"),
+    "few-bidirectional": Mode(False, False, "renoise"),
+}
+
+
+def generate(
+    model: Callable,
+    noise: Tensor,
+    context: Tensor,
+    sigmas: list[float],
+    chunks: list[int],
+    *,
+    causal: bool,
+    solver: str,
+    guidance: float | None = None,
+    prefix: Tensor | None = None,
+    window: int | None = None,
+    sink: int = 0,
+    seed: int = 0,
+    new_cache: Callable = KVCache,
+) -> Iterator[Tensor]:
+    """Latents of clips, piece by piece: the prefix first, if any, then every finished chunk.
+
+    - noise, sigmas, chunks, prefix: as in `rollout`; not causal: all chunks are made at once.
+    - context [B, L, D] of the prompts; with guidance [2B, L, D], the unconditional rows behind.
+    - solver: one of flow.SOLVERS; seed: of the noise that "renoise" adds.
+    - new_cache: called as KVCache is; may return one that was used before.
+    """
+    if prefix is None:
+        prefix = noise[:, :, :0].to(context.device)
+    else:
+        yield prefix
+    clean = prefix.shape[2]
+    total = clean + noise.shape[2]
+
+    # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work.
+    field = model
+    if guidance in (None, 1):
+        context = context[: len(noise)]
+    else:
+        field = guided(model, guidance)
+    draws = rng(context.device, seed, "renoise")
+
+    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draws, device=like.device)
+
+    if causal:
+        tokens = model.cfg.tokens_per_frame(*noise.shape[3:])
+        sizes = (len(context), min(window or total, total), tokens)
+        cache = new_cache(model.cfg, *sizes, window, sink, context.device, context.dtype)
+        cache.reset()
+        options = {"renoise": fresh, "prefix": prefix, "solver": solver}
+        finished = rollout(field, noise, context, sigmas, chunks, cache, **options)
+        yield from islice(finished, len(chunks))  # no more: the last need not be in the cache
+        return
+
+    def behind_prefix(x: Tensor, sigma: float) -> Tensor:
+        """v of x behind the prefix, which is clean at every step."""
+        levels = torch.full((len(x), total), sigma, dtype=torch.float64)
+        levels[:, :clean] = 0
+        return field(torch.cat([prefix, x], 2), levels, context)[:, :, clean:]
+
+    x = noise.to(context.device)
+    yield solve(behind_prefix, x, sigmas, solver, partial(fresh, 0))
 
 
 # ------------------------------------------------------------------------------------------- losses

@@ -355,35 +355,19 @@ class WanDiT(nn.Module):
         cfg = self.cfg
         batch, channels, frames, height, width = x.shape
         tokens = cfg.tokens_per_frame(height, width)
-        if channels != cfg.in_dim:
-            raise ValueError(
-                f"latents have {channels} channels, this model takes {cfg.in_dim}: "
-                "another latent space"
-            )
-        expected = (batch, cfg.text_len, cfg.text_dim)
-        if context.shape != expected:
-            raise ValueError(
-                f"context must be [B, text_len, text_dim] {expected}, zero-padded, "
-                f"got {tuple(context.shape)}"
-            )
-        if chunks and sum(chunks) != frames:
-            raise ValueError(
-                f"chunks {list(chunks)} add up to {sum(chunks)} frames, x has {frames}"
-            )
-        if chunks and window and window < max(chunks):
-            raise ValueError(
-                f"a chunk of {max(chunks)} frames does not fit in a window of {window}"
-            )
+        assert channels == cfg.in_dim, f"{channels} channels, the network takes {cfg.in_dim}"
+        text = (batch, cfg.text_len, cfg.text_dim)
+        assert context.shape == text, f"context of {tuple(context.shape)}, not {text}"
+        if chunks:
+            assert sum(chunks) == frames, f"chunks {list(chunks)} of {frames} frames"
+            assert not window or max(chunks) <= window, f"chunks {list(chunks)}, window {window}"
         if cache is not None:
-            if clean is not None or window:
-                raise ValueError(
-                    "a cached forward has clean frames and window from the cache: give neither"
-                )
+            assert clean is None, "clean frames are the cache's"
+            assert not window, "the window is the cache's"
             cache.check(cfg.num_layers, batch, tokens)
-        if clean is not None and (not chunks or clean.shape != x.shape):
-            raise ValueError(
-                f"teacher forcing takes chunks and a clean half of x's shape {tuple(x.shape)}"
-            )
+        if clean is not None:
+            assert chunks, "teacher forcing takes chunks"
+            assert clean.shape == x.shape, f"a clean half of {tuple(clean.shape)}, {tuple(x.shape)}"
 
     def _levels(self, sigma: float | Tensor, x: Tensor) -> Tensor:
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
@@ -393,11 +377,8 @@ class WanDiT(nn.Module):
             return torch.full((1, frames), sigma, dtype=torch.float64, device=x.device)
         rows = len(sigma) if sigma.ndim else 1
         level = sigma.to(x.device, torch.float64).reshape(rows, -1)
-        if level.shape[0] not in (1, batch) or level.shape[1] not in (1, frames):
-            raise ValueError(
-                f"sigma must be a number, [B] or [B, T] for x {tuple(x.shape)}, "
-                f"got {tuple(level.shape)}"
-            )
+        fits = level.shape[0] in (1, batch) and level.shape[1] in (1, frames)
+        assert fits, f"sigma {tuple(sigma.shape)} is no number, [B] or [B, T] of {tuple(x.shape)}"
         return level.expand(-1, frames)
 
     def _sinusoid(self, sigma: Tensor) -> Tensor:

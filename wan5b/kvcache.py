@@ -38,9 +38,8 @@ def chunk_sizes(frames: int, size: int = 3, first: int | None = None) -> list[in
         plan = f"chunks of {size}"
         if first:
             plan = f"a first chunk of {first} and {plan}"
-        raise ValueError(
-            f"{frames} latent frames do not divide into {plan}; nearest valid: {nearest}"
-        )
+        uneven = f"{frames} latent frames do not divide into {plan}"
+        raise ValueError(f"{uneven}; nearest valid: {nearest}")
     sizes = [size] * whole
     return [first, *sizes] if first else sizes
 
@@ -137,14 +136,10 @@ class KVCache:
             self.text_kept = False
 
     def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
-        """ValueError if the cache was made for another network, batch or latent size."""
+        """Whether the cache was made for this network, batch and latent size."""
         made_for = (self.memory.shape[0], self.memory.shape[2], self.tokens_per_frame)
         given = (layers, batch, tokens_per_frame)
-        if made_for != given:
-            raise ValueError(
-                f"the cache is for layers, batch, tokens a frame {made_for}, "
-                f"the forward has {given}"
-            )
+        assert made_for == given, f"cache of layers, batch, tokens {made_for}, forward of {given}"
 
     # ------------------------------------------------------------------------------------- modes
 
@@ -158,14 +153,11 @@ class KVCache:
 
     def replay(self, chunks: list[int]) -> CachedAttention:
         """Run the last chunks written once more, with grad, each seeing what it saw then."""
-        frames = sum(chunks)
-        if not torch.is_grad_enabled() or not frames <= self.written <= self.capacity:
-            raise ValueError(
-                f"chunks over a cache repeat, with grad, what it holds: "
-                f"{chunks}, {self.written} frames"
-            )
+        there = sum(chunks) <= self.written <= self.capacity
+        assert there, f"chunks {chunks} of {self.written} frames in a cache of {self.capacity}"
+        assert torch.is_grad_enabled(), "without grad a replay would only repeat what is known"
         spans = []
-        start = self.written - frames
+        start = self.written - sum(chunks)
         for size in chunks:
             spans.append(self._span(start, size))
             start += size
@@ -174,10 +166,8 @@ class KVCache:
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
         pending = self.written - self.frames
-        if not 0 < n_frames <= pending:
-            raise ValueError(
-                f"commit({n_frames}) of {pending} frames run behind {self.frames} committed ones"
-            )
+        possible = 0 < n_frames <= pending
+        assert possible, f"commit({n_frames}) of {pending} frames run behind {self.frames}"
         self.frames += n_frames
 
     # ------------------------------------------------------------------------------------ memory
@@ -216,7 +206,10 @@ class KVCache:
         """Where frames start .. start + n_frames read and write. Changes nothing."""
         end = start + n_frames
         window = self.window or max(end, self.capacity)
-        self._check_room(start, end, window)
+        assert n_frames <= window - self.sink, (n_frames, window, self.sink)
+        if torch.is_grad_enabled() or window > self.capacity:
+            # A ring would replace what a window or a backward still has to see.
+            assert end <= self.capacity, f"{start} + {n_frames} frames in {self.capacity}: no room"
 
         oldest = max(self.sink, end - (window - self.sink))
         ring = self.capacity - self.sink
@@ -229,21 +222,6 @@ class KVCache:
         seen = past if torch.is_grad_enabled() else past + own
         reads = sorted(self._slot(frame) for frame in seen)
         return Span(start, n_frames, self._ranges(reads), self._ranges(map(self._slot, own)))
-
-    def _check_room(self, start: int, end: int, window: int) -> None:
-        if end > self.capacity and (window > self.capacity or torch.is_grad_enabled()):
-            way_out = "no window is set"
-            if self.window:
-                way_out = "a rollout with grad needs room for the whole video"
-            raise ValueError(
-                f"the cache holds {self.capacity} frames; {start} + {end - start} do not fit: "
-                f"{way_out}"
-            )
-        if end - start > window - self.sink:
-            raise ValueError(
-                f"a chunk of {end - start} frames does not fit in window {window} "
-                f"with sink {self.sink}"
-            )
 
     def _slot(self, frame: int) -> int:
         """Where a frame of the video lies: the sink stays, the others go round in a ring."""

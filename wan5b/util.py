@@ -13,6 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+# Where networks may run; the first is the default.
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES = ["cuda", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
 # ------------------------------------------------------------------------------------------- chance
 
 

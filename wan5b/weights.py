@@ -25,6 +25,9 @@ from wan5b.t5 import T5Config, T5Encoder
 from wan5b.util import first_line, write_tensors
 from wan5b.vae22 import VAE22, VAEConfig
 
+# Words that trainers and torch's wrappers put into keys; upstream's own names contain none of them.
+TRAINERS = {"model", "diffusion_model", "module"}
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 LFS_POINTER = b"version https://git-lfs"
 Device = str | torch.device
 
@@ -142,6 +145,20 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def state_dict(path: Path, held: dict) -> dict[str, Tensor]:
+    """What a file holds, if that is tensors by name. Else ValueError."""
+    other = [k for k, v in held.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if other:
+        names = ", ".join(map(str, other[:3]))
+        raise ValueError(f"{path} holds more than tensors ({names}); name its part to load")
+    return held
+
+
+def clean(key: str) -> str:
+    """A key without what trainers and wrappers put in front of upstream's name."""
+    return ".".join(word for word in key.split(".") if word not in TRAINERS | WRAPPERS)
+
+
 def open_tensors(path: str | Path, *patterns: str) -> Source:
     """Tensors by upstream's names, mapped: nothing is read yet.
 
@@ -153,7 +170,7 @@ def open_tensors(path: str | Path, *patterns: str) -> Source:
         return Source(file, _read_shards(file), {})
     if file.suffix == ".safetensors":
         return Source(file, *_read_safetensors(file))
-    return Source(file, read_pickle(file), {})
+    return Source(file, state_dict(file, read_pickle(file)), {})
 
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -346,7 +363,7 @@ def save_dit(
     header = {key: json.dumps(entry) for key, entry in metadata.items()}
     state = model.state_dict()
     value = value or state.get
-    tensors = {name: value(name).to("cpu", dtype) for name in state}
+    tensors = {clean(name): value(name).to("cpu", dtype) for name in state}
     write_tensors(path, tensors, header)
 
 

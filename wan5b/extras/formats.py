@@ -21,11 +21,8 @@ from wan5b.extras.codec import LinearCodec
 from wan5b.fsdp import read_weights
 from wan5b.t5 import T5Encoder, Tokenizer
 from wan5b.vae22 import VAE22, VAEConfig
-from wan5b.weights import Device, Source, build, read_json, read_pickle
+from wan5b.weights import Device, Source, build, clean, read_json, read_pickle, state_dict
 
-# Words that trainers and torch's wrappers put into keys; upstream's own names contain none of them.
-TRAINERS = {"model", "diffusion_model", "module"}
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 CHECKPOINT = ".metadata"  # the index that torch.distributed.checkpoint writes into its folder
 
 
@@ -55,18 +52,7 @@ def _read_part(path: Path, part: str) -> dict[str, Tensor]:
     if part and part not in held:
         raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, held))[:200]}")
     names = [name for name in (part, "generator_ema", "generator") if held.get(name)]
-    tensors = held[names[0]] if names else held
-
-    other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if other:
-        names = ", ".join(map(str, other[:3]))
-        raise ValueError(f"{path} holds more than tensors ({names}); name its part to load")
-    return tensors
-
-
-def clean(key: str) -> str:
-    """A key without what trainers and wrappers put in front of upstream's name."""
-    return ".".join(word for word in key.split(".") if word not in TRAINERS | WRAPPERS)
+    return state_dict(path, held[names[0]] if names else held)
 
 
 def open_dit(

@@ -1,0 +1,45 @@
+"""Sample videos of a run of train.py: clips of fixed prompts, always from the same noise."""
+
+from pathlib import Path
+
+import torch
+
+from wan5b.distill import MODES, generate
+from wan5b.extras.clips import write
+from wan5b.flow import sampling_sigmas
+from wan5b.stages import Run
+from wan5b.util import rng
+
+# How each stage's network is sampled; all others as few-step models are.
+SAMPLED = {"teacher": "bidirectional", "ar": "many"}
+STEPS = 24  # of the modes with guidance
+
+
+@torch.no_grad()
+def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
+    """A clip of each sample prompt, from the same noise each time, as this stage's model generates.
+
+    Image to video starts from the first frames of the data's first clips, whatever the prompts.
+    """
+    cfg = run.cfg
+    mode = MODES[SAMPLED.get(cfg.stage, "few")]
+    how = {"causal": mode.causal, "solver": "renoise", "window": run.window, "seed": cfg.seed}
+    sigmas = run.sigmas
+    if mode.guided:
+        how |= {"solver": "euler", "guidance": cfg.sample_guidance}
+        sigmas = sampling_sigmas(STEPS, cfg.shift)
+
+    with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
+        for i, prompt in enumerate(cfg.sample_prompts):
+            shape = run.shape(sum(run.chunks))
+            noise = torch.randn((1, *shape), generator=rng("cpu", cfg.seed, "sample", i))
+            context = run.context([prompt, cfg.negative] if mode.guided else [prompt])
+            prefix = None
+            if cfg.prefix:
+                prefix = run.clips([i % len(run.data.store)])[:, :, : cfg.prefix]
+            latents = generate(
+                run.generator, noise, context, sigmas, run.chunks, prefix=prefix, **how
+            )
+            latents = list(latents)  # by all processes, which share the weights
+            if run.world.rank == 0:
+                write(vae, latents, folder / f"step-{step:07d}-{i}.mp4")
