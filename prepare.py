@@ -34,15 +34,14 @@ from wan5b.data import (
     TextStore,
     difference,
     open_shard,
-    read_prompts,
     write_shard,
 )
 from wan5b.distill import guided, rollout
+from wan5b.extras.files import UNREADABLE, parse_size, read_clips, read_prompts
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae, read_metadata
-from wan5b.extras.pictures import UNREADABLE, read_clips
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
 from wan5b.kvcache import KVCache, chunk_sizes
-from wan5b.media import fit, latent_frames, parse_size
+from wan5b.media import fit, latent_frames
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng, script
 from wan5b.vae22 import VAEConfig

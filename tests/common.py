@@ -1,4 +1,6 @@
-"""What the tests share: the reference's vectors, models built from them, relative error, where tests run."""
+"""What the tests share: the reference's vectors, models built from them, relative error, where
+tests run.
+"""
 
 import json
 import signal
@@ -43,7 +45,9 @@ def golden_dit(name: str, device="cpu", dtype=torch.float32) -> WanDiT:
 
 
 def new_cache(model: WanDiT, frames: int, batch: int = 1, **options) -> KVCache:
-    """A cache for latents of 4 x 6 pixels, where the model is. It holds NaN, as new memory may: none may be read."""
+    """A cache for latents of 4 x 6 pixels, where the model is. It holds NaN, as new memory may:
+    none may be read.
+    """
     weight = model.head.head.weight
     cache = KVCache(
         model.cfg, batch, frames, 6, device=weight.device, dtype=weight.dtype, **options
@@ -77,7 +81,9 @@ def frames_first(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def compiling():
-    """fuse.py may be switched on inside; afterwards it is off, and the compiler's limits are what they were."""
+    """fuse.py may be switched on inside; afterwards it is off, and the compiler's limits are what
+    they were.
+    """
     config, limits = torch._dynamo.config, ("recompile_limit", "fail_on_recompile_limit_hit")
     before = {name: getattr(config, name) for name in limits}
     try:

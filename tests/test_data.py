@@ -16,8 +16,8 @@ from common import private_memory, randn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wan5b.data import HEADER, Store, TextStore, order, read_prompts, write_shard
-from wan5b.extras.pictures import read_clips
+from wan5b.data import HEADER, Store, TextStore, order, write_shard
+from wan5b.extras.files import read_clips, read_prompts
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -285,8 +285,8 @@ def test_clips_are_read_once_and_no_further_than_asked_for(tmp_path, monkeypatch
             decoded.append(i)
             yield np.full((256, 256, 3), i % 256, np.uint8)
 
-    monkeypatch.setattr("wan5b.extras.pictures.video_frames", endless)
-    monkeypatch.setattr("wan5b.extras.pictures.iio.immeta", lambda path, **_: {"fps": 48})
+    monkeypatch.setattr("wan5b.extras.files.video_frames", endless)
+    monkeypatch.setattr("wan5b.extras.files.iio.immeta", lambda path, **_: {"fps": 48})
     first, second = islice(read_clips(tmp_path / "v.mp4", 5, 24), 2)
     assert first[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
     assert second[:, 0, 0, 0].tolist() == [10, 12, 14, 16, 18]

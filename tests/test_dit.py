@@ -1,4 +1,6 @@
-"""The DiT against the reference's vectors, the releases' manifests, its masks' definition and itself."""
+"""The DiT against the reference's vectors, the releases' manifests, its masks' definition and
+itself.
+"""
 
 import json
 from unittest import mock
@@ -51,7 +53,7 @@ def tiny():
     return WanDiT(TINY).init_weights(torch.Generator().manual_seed(0)).requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------- vectors
+# ------------------------------------------------------------------------------------------ vectors
 
 
 @pytest.mark.parametrize(("device", "dtype", "bar"), PLACES)
@@ -72,7 +74,7 @@ def test_causal_mask_vectors(name, device, dtype, bar):
     assert rel(masked(model, g, name), golden("dit_causal_masks")[0][f"out.{name}"]) < bar
 
 
-# ------------------------------------------------------------------------------------------------------ geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_init_weights_fills_everything_and_repeats(tiny):
         assert torch.equal(a, b), name
 
 
-# ----------------------------------------------------------------------------------------------------- behaviour
+# ---------------------------------------------------------------------------------------- behaviour
 
 
 @torch.no_grad()
@@ -137,7 +139,9 @@ def test_batch_equals_singles_and_the_text_matters(tiny, options):
 @pytest.mark.parametrize("level", [0.0, 0.25])
 @torch.no_grad()
 def test_clean_sigma_is_the_level_of_the_clean_half(tiny, level):
-    """A noisy chunk at the level, and with the content, of its clean twin sees what a plain causal forward sees."""
+    """A noisy chunk at the level, and with the content, of its clean twin sees what a plain causal
+    forward sees.
+    """
     x, context = randn(1, 8, 4, 4, 4), randn(1, 12, 24, seed=1)
     plain = tiny(x, level, context, chunks=[2, 2])
     assert rel(tiny(x, level, context, chunks=[2, 2], clean=x, clean_sigma=level), plain) < 1e-6
@@ -145,7 +149,9 @@ def test_clean_sigma_is_the_level_of_the_clean_half(tiny, level):
 
 
 def test_rotation_is_a_product_of_complex_numbers():
-    """Adjacent channels as complex numbers, (time, row, column) split 3 pairs of 4: 2, 1, 1; start is an offset."""
+    """Adjacent channels as complex numbers, (time, row, column) split 3 pairs of 4: 2, 1, 1; start
+    is an offset.
+    """
     t, h, w, x = 3, 2, 4, randn(1, 3 * 2 * 4, 1, 8)
     angles = torch.stack(
         [
@@ -161,7 +167,7 @@ def test_rotation_is_a_product_of_complex_numbers():
     assert rel(out, torch.view_as_real(turned).flatten(-2)) < 1e-6
 
 
-# --------------------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 LAYOUTS = [
     ((3, 3), 6),
@@ -200,7 +206,9 @@ def by_definition(chunks, p, window, teacher):
 @pytest.mark.parametrize("window", [None, 2, 4])
 @pytest.mark.parametrize(("chunks", "p"), LAYOUTS)
 def test_causal_masks_and_their_block_form(chunks, p, window, teacher):
-    """The dense mask equals the definition; the BlockMask names every block that holds a key, and no other, rightly."""
+    """The dense mask equals the definition; the BlockMask names every block that holds a key, and
+    no other, rightly.
+    """
     window = window and max(window, *chunks)
     expected = by_definition(chunks, p, window, teacher)
     with mock.patch.object(attention_module, "interval_mask", lambda intervals: intervals):
@@ -257,7 +265,7 @@ def test_both_masks_give_the_same_attention(chunks, p, window):
     assert rel(flex, attention(q, k, v, dense_mask(intervals))) < 1e-6
 
 
-# ------------------------------------------------------------------------------------------------------- the GPU
+# ------------------------------------------------------------------------------------------ the GPU
 
 
 @pytest.mark.parametrize(
@@ -269,7 +277,9 @@ def test_both_masks_give_the_same_attention(chunks, p, window):
 )
 @pytest.mark.parametrize("window", [None, 6])
 def test_flex_attention_forward_and_backward(window, head_dim, dtype, bar):
-    """The compiled path with several blocks of 128, a padded tail and full blocks, against dense float32."""
+    """The compiled path with several blocks of 128, a padded tail and full blocks, against dense
+    float32.
+    """
     chunks, p = (3,) * 7, 23
     compare(
         lambda *qkv: attention(*qkv, causal_mask(chunks, p, window, True, qkv[0].device)),
@@ -290,7 +300,9 @@ def test_cudnn_attention_forward_and_backward(queries, keys):
 
 
 def compare(function, tensors, dtype, bar):
-    """Output and the three gradients of function(q, k, v) on CUDA in dtype against float32 on the CPU."""
+    """Output and the three gradients of function(q, k, v) on CUDA in dtype against float32 on the
+    CPU.
+    """
     results = []
     for place in ({"device": "cpu", "dtype": torch.float32}, {"device": "cuda", "dtype": dtype}):
         *qkv, grad = (
@@ -308,7 +320,9 @@ def compare(function, tensors, dtype, bar):
 @gpu
 @pytest.mark.parametrize("name", ["block1_local2", "teacher_forcing3"])
 def test_flex_gradients_of_the_model(name):
-    """All parameters' gradients through the compiled masks equal those of the dense masks on the CPU."""
+    """All parameters' gradients through the compiled masks equal those of the dense masks on the
+    CPU.
+    """
     grads = []
     for device in ("cpu", "cuda"):
         model, g = inputs("dit_causal_masks", device)
@@ -317,7 +331,7 @@ def test_flex_gradients_of_the_model(name):
     assert rel(grads[1], grads[0]) < 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
 

@@ -1,4 +1,6 @@
-"""Levels, noising, loss weight and solvers against the reference's vectors and against exact solutions."""
+"""Levels, noising, loss weight and solvers against the reference's vectors and against exact
+solutions.
+"""
 
 import math
 
@@ -94,7 +96,9 @@ def test_unipc_vectors(n, shift):
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("unipc", 2)])
 def test_solver_converges_to_the_exact_solution(solver, order):
-    """dx/dsigma = a x + c from sigma 1 to 0, whose solution is known; halving the step divides the error by 2^order."""
+    """dx/dsigma = a x + c from sigma 1 to 0, whose solution is known; halving the step divides the
+    error by 2^order.
+    """
     a, c, x = 1.3, 0.4, randn(1, 4, 2, 2, 2).double()
     exact = (x + c / a) * math.exp(-a) - c / a
     errors = [

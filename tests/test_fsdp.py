@@ -55,7 +55,7 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-# ------------------------------------------------------------------------------------------------- the optimizer
+# ------------------------------------------------------------------------------------ the optimizer
 
 
 def make_mlp(dtype=torch.float32) -> tuple[nn.Module, dict]:
@@ -107,7 +107,9 @@ def test_adamw_is_torch_s(beta1, weight_decay, clip):
 
 
 def test_a_master_is_its_bfloat16_and_16_bits():
-    """Bit for bit: against integers of numpy, for patterns of all kinds, ties, zeros and denormals among them."""
+    """Bit for bit: against integers of numpy, for patterns of all kinds, ties, zeros and denormals
+    among them.
+    """
     g = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=g).int()
     ties = torch.randint(-(2**15), 2**15, (5000,), generator=g).int() * 65536 + 0x8000
@@ -139,7 +141,9 @@ class AverageInHostMemory(HostStorage):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 def test_streamed_state_gives_the_same_bits(tmp_path, dtype, beta1):
-    """Nothing, all state, or the average alone passes through buffers; and a checkpoint goes from one to the other."""
+    """Nothing, all state, or the average alone passes through buffers; and a checkpoint goes from
+    one to the other.
+    """
     cpu = torch.device("cpu")
 
     def train_one(storage, resume=None):
@@ -184,7 +188,9 @@ def test_streamed_state_gives_the_same_bits(tmp_path, dtype, beta1):
 
 
 def test_what_the_state_costs():
-    """The average never lies on a GPU; with offload nothing does. A bfloat16 weight's master costs 2 bytes more."""
+    """The average never lies on a GPU; with offload nothing does. A bfloat16 weight's master costs
+    2 bytes more.
+    """
     cpu, cuda, half, full = torch.device("cpu"), torch.device("cuda"), torch.bfloat16, torch.float32
 
     def placed(dtype, beta1, ema, everything, device):
@@ -279,7 +285,9 @@ def test_averaged_swaps_and_restores(dtype):
 
 
 def test_checkpoints(tmp_path):
-    """keep; half-written ones are no checkpoints and go with the next save; what is read back is what was saved."""
+    """keep; half-written ones are no checkpoints and go with the next save; what is read back is
+    what was saved.
+    """
     mlp, initial = make_mlp()
     optimizers, world = (
         {"generator": make_optimizer(mlp, initial, betas=(0.9, 0.99), ema=True)},
@@ -315,7 +323,7 @@ def test_world_refuses(monkeypatch):
         train.check(train.Config("ar", "x", "x", latents="x", batch=6), world)
 
 
-# --------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 @pytest.fixture(
@@ -503,7 +511,9 @@ def test_one_process_resumes_what_two_saved(data, place, two):
 
 
 def test_one_process_joins_the_halves_that_two_saved(data, two):
-    """bfloat16: the checkpoint's masters are float32, of more bits than the weights, and come back bit for bit."""
+    """bfloat16: the checkpoint's masters are float32, of more bits than the weights, and come back
+    bit for bit.
+    """
     run = stages.Run(config(data, "ar", "unused", beta1=0.5, dtype="bfloat16"), fsdp.World("cpu"))
     saved = checkpoint_state(two[0] / "half/step-0000002")
     assert {value.dtype for value in saved.values()} == {torch.float32}

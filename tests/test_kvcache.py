@@ -1,4 +1,6 @@
-"""The cache against the reference's vectors and against masked whole-sequence forwards; gradients, ring, errors."""
+"""The cache against the reference's vectors and against masked whole-sequence forwards; gradients,
+ring, errors.
+"""
 
 import re
 from unittest import mock
@@ -31,7 +33,9 @@ def text(seed=9, batch=1):
 
 
 def cached(model, x, sigma, context, chunks, cache, clean=None):
-    """v of x chunk by chunk. The next chunks attend to the pass over `clean` at sigma 0, or else to x as it was run."""
+    """v of x chunk by chunk. The next chunks attend to the pass over `clean` at sigma 0, or else to
+    x as it was run.
+    """
     out, start = [], 0
     for size in chunks:
         part = slice(start, start + size)
@@ -50,7 +54,7 @@ def levels(chunks):
     )
 
 
-# ----------------------------------------------------------------------------------------- against the reference
+# ---------------------------------------------------------------------------- against the reference
 
 
 @pytest.mark.parametrize(("device", "dtype", "bar"), PLACES)
@@ -92,7 +96,7 @@ def test_vectors(name, chunks, options, frames, grad, device, dtype, bar):
     assert rel(torch.cat(out, 2), g[f"out.{name}"]) < bar
 
 
-# ------------------------------------------------------------------------------- against masked forwards, no memory
+# --------------------------------------------------------------- against masked forwards, no memory
 
 LAYOUTS = [
     ([3, 3], None),
@@ -107,7 +111,9 @@ LAYOUTS = [
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(("chunks", "window"), LAYOUTS)
 def test_equals_teacher_forcing(model, chunks, window, grad):
-    """Clean chunks committed at sigma 0, then a noisy one: what teacher forcing does for all chunks at once."""
+    """Clean chunks committed at sigma 0, then a noisy one: what teacher forcing does for all chunks
+    at once.
+    """
     t = sum(chunks)
     x, clean, context, sigma = (
         video(t, batch=2),
@@ -131,7 +137,8 @@ def test_equals_block_causal_forward(model, chunks, window):
     assert rel(v, model(x, sigma, context, chunks=chunks, window=window)) < 2e-6
 
 
-RINGS = [  # chunks, window, sink: the ring of window - sink slots is not a multiple of the chunks in most
+# chunks, window, sink: the ring of window - sink slots is not a multiple of the chunks in most
+RINGS = [
     ([1] * 9, 3, 1),
     ([2] * 5, 5, 0),
     ([3] * 4, 7, 2),
@@ -145,7 +152,9 @@ RINGS = [  # chunks, window, sink: the ring of window - sink slots is not a mult
 @pytest.mark.parametrize(("chunks", "window", "sink"), RINGS)
 @torch.no_grad()
 def test_ring_equals_long_memory_and_sink_mask(model, chunks, window, sink):
-    """Memories from just the window to the whole video, and a masked forward that has no memory, agree."""
+    """Memories from just the window to the whole video, and a masked forward that has no memory,
+    agree.
+    """
     t = sum(chunks)
     x, context, sigma = video(t), text(), levels(chunks)
     end = [sum(chunks[: i + 1]) for i, size in enumerate(chunks) for _ in range(size)]
@@ -184,7 +193,7 @@ def test_committed_memory_is_read_only(model):
         cache.commit(3)
 
 
-# ------------------------------------------------------------------------------------------------------ gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 def gradients(model, loss):
@@ -219,7 +228,9 @@ def play(model, chunks, exit_step, noise, context, checkpointing=False, **option
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"window": 5, "sink": 1}])
 @pytest.mark.parametrize("exit_step", [0, 2])
 def test_checkpointing_changes_no_gradient(model, exit_step, options):
-    """Backward comes after all commits, so a recomputation must read what its forward read, not what is there now."""
+    """Backward comes after all commits, so a recomputation must read what its forward read, not
+    what is there now.
+    """
     noise, context = video(7), text()
     calls = []
     handle = model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -236,7 +247,9 @@ def test_checkpointing_changes_no_gradient(model, exit_step, options):
 
 
 def test_recomputation_leaves_committed_memory_alone(model):
-    """One backward per chunk, oldest first: a recomputation that wrote would spoil what the next one reads."""
+    """One backward per chunk, oldest first: a recomputation that wrote would spoil what the next
+    one reads.
+    """
     noise, context, sigmas, cache = video(9), text(), few_step_sigmas(), new_cache(model, 9)
     _, expected = play(model, [3, 3, 3], 1, noise, context)
     model.checkpointing = True
@@ -258,9 +271,11 @@ def test_recomputation_leaves_committed_memory_alone(model):
 @pytest.mark.parametrize(("chunks", "window"), [([3, 3], None), ([1, 2, 3], 4)])
 @pytest.mark.parametrize("exit_step", [0, 2])
 def test_gradients_equal_teacher_forcing(model, chunks, window, exit_step):
-    """One masked forward over the exit level's inputs, with the finished chunks as its clean half, has no cache.
+    """One masked forward over the exit level's inputs, with the finished chunks as its clean half,
+    has no cache.
 
-    Detached latents are not enough there: the keys of the clean half must be cut off from the parameters too.
+    Detached latents are not enough there: the keys of the clean half must be cut off from the
+    parameters too.
     """
     inputs = []
 
@@ -295,7 +310,9 @@ def test_gradients_equal_teacher_forcing(model, chunks, window, exit_step):
 
 
 def test_no_gradient_crosses_blocks(model):
-    """A loss on the second chunk: nothing reaches the first one's noise, and the first may as well be given data."""
+    """A loss on the second chunk: nothing reaches the first one's noise, and the first may as well
+    be given data.
+    """
     noise, context, sigmas = video(6).requires_grad_(), text(), few_step_sigmas()
     first, second = rollout(model, noise, context, sigmas, [3, 3], new_cache(model, 6), exit_step=0)
     ours = gradients(model, weighted(second))
@@ -329,7 +346,7 @@ def test_rollout_gradients_in_other_places(model, device, dtype, bar):
     assert rel(grads, reference) < (1e-3 if dtype == torch.float32 else 6e-2)
 
 
-# ----------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 @torch.no_grad()
@@ -372,7 +389,7 @@ def test_text_is_embedded_once_per_context_and_reset(model):
         model.zero_grad()
 
 
-# --------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -473,7 +490,9 @@ def test_a_longer_forward_in_a_full_ring_must_be_committed(model):
 @pytest.mark.parametrize(("batch", "tokens"), [(1, P - 2), (1, P + 2), (2, P)])
 @torch.no_grad()
 def test_a_cache_made_for_other_latents_is_refused(model, batch, tokens):
-    """Batch or tokens per frame differ: an error before anything is written, never a part of the tokens."""
+    """Batch or tokens per frame differ: an error before anything is written, never a part of the
+    tokens.
+    """
     cache = KVCache(model.cfg, batch, 3, tokens)
     with pytest.raises(
         AssertionError, match=rf"\(2, {batch}, {tokens}\), forward of \(2, 1, {P}\)"
@@ -503,7 +522,9 @@ def test_an_interrupted_forward_leaves_the_cache_usable(model):
     "options", [{"frames": 9}, {"frames": 6, "window": 6, "sink": 2}], ids=["whole", "ring"]
 )
 def test_graphs_repeat_the_forwards(options):
-    """Replayed forwards equal plain ones: for another text, another start of the video, other weights in place."""
+    """Replayed forwards equal plain ones: for another text, another start of the video, other
+    weights in place.
+    """
     net = golden_dit("dit_causal_masks").cuda()
     noise, frames = video(18).cuda(), options.pop("frames")
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 from wan5b import media
-from wan5b.extras import pictures
-from wan5b.extras.pictures import read_clips
+from wan5b.extras import files
+from wan5b.extras.files import read_clips
 
 
 def picture(height=30, width=50, seed=0):
@@ -52,7 +52,7 @@ def transparent():
 )
 def test_image_formats(tmp_path, name, image, expected):
     image.save(tmp_path / name, quality=95, lossless=True)
-    pixels = pictures.read_image(tmp_path / name)
+    pixels = files.read_image(tmp_path / name)
     expected = np.asarray(expected.convert("RGB"))[None]
     assert pixels.dtype == np.uint8
     assert pixels.shape == expected.shape
@@ -63,7 +63,7 @@ def test_image_formats(tmp_path, name, image, expected):
 def test_16_bit_images_keep_their_range(tmp_path):
     gray = np.linspace(0, 65535, 30 * 50).reshape(30, 50).astype(np.uint16)
     Image.fromarray(gray).save(tmp_path / "a.png")
-    pixels = pictures.read_image(tmp_path / "a.png")[0]
+    pixels = files.read_image(tmp_path / "a.png")[0]
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert np.abs(pixels - gray[..., None] / 257).max() <= 0.5
 
@@ -72,8 +72,8 @@ def test_formats_of_ffmpeg(tmp_path):
     """What Pillow does not read: the first frame."""
     frames = np.stack([picture(64, 96, seed) for seed in (1, 2)])
     iio.imwrite(tmp_path / "a.mp4", frames, plugin="pyav", codec="libx264")
-    pixels = pictures.read_image(tmp_path / "a.mp4")
-    assert np.array_equal(pixels, pictures.read_video(tmp_path / "a.mp4")[:1])
+    pixels = files.read_image(tmp_path / "a.mp4")
+    assert np.array_equal(pixels, files.read_video(tmp_path / "a.mp4")[:1])
 
 
 def test_first_frame_of_an_animation(tmp_path):
@@ -81,9 +81,7 @@ def test_first_frame_of_an_animation(tmp_path):
     second = picture(seed=2).quantize(64)
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     assert iio.imread(tmp_path / "a.gif").shape[0] == 2
-    assert np.array_equal(
-        pictures.read_image(tmp_path / "a.gif")[0], np.asarray(first.convert("RGB"))
-    )
+    assert np.array_equal(files.read_image(tmp_path / "a.gif")[0], np.asarray(first.convert("RGB")))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -95,7 +93,7 @@ def test_photographs_are_upright(tmp_path, orientation, mode):
     stored = Image.open(tmp_path / "a.jpg")
     upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     assert not np.array_equal(upright, np.asarray(stored.convert("RGB")))
-    assert np.array_equal(pictures.read_image(tmp_path / "a.jpg")[0], upright)
+    assert np.array_equal(files.read_image(tmp_path / "a.jpg")[0], upright)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +117,10 @@ def test_videos_are_upright(tmp_path, degrees, matrix):
     path.write_bytes(content[:start] + header(*matrix) + content[start + len(upright) :])
 
     expected = np.rot90(lying, -degrees // 90, (1, 2))
-    for read in (pictures.read_video, lambda path: next(read_clips(path, 2, 24))):
+    for read in (files.read_video, lambda path: next(read_clips(path, 2, 24))):
         assert read(path).shape == expected.shape
         assert np.abs(read(path).astype(int) - expected).mean() < 20
-    assert np.array_equal(pictures.read_image(path), pictures.read_video(path)[:1])
+    assert np.array_equal(files.read_image(path), files.read_video(path)[:1])
 
 
 def test_damaged_pictures(tmp_path):
@@ -141,10 +139,10 @@ def test_damaged_pictures(tmp_path):
 
     for name in ("chunk.png", "huge.png", "codec.mp4"):
         with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
-            pictures.read_image(tmp_path / name)
+            files.read_image(tmp_path / name)
     with pytest.raises(ValueError, match="cannot read the video .*codec.mp4"):
-        pictures.read_video(tmp_path / "codec.mp4")
-    with pytest.raises(pictures.UNREADABLE):
+        files.read_video(tmp_path / "codec.mp4")
+    with pytest.raises(files.UNREADABLE):
         next(read_clips(tmp_path / "codec.mp4", 2, 24))
 
 
@@ -161,7 +159,7 @@ def test_what_is_no_image_or_video(tmp_path):
         file.writeframes(bytes(1600))
 
     for name in ("cut.png", "text.png", "text.mp4", "empty.png", "sound.wav", "missing.png", "."):
-        for read in (pictures.read_image, pictures.read_video):
+        for read in (files.read_image, files.read_video):
             with pytest.raises(ValueError, match="cannot read the ") as error:
                 read(tmp_path / name)
             assert str(tmp_path / name) in str(error.value)
@@ -172,15 +170,15 @@ def test_what_is_no_image_or_video(tmp_path):
 
 
 def test_parse_size():
-    assert media.parse_size("704x1280") == (704, 1280)
-    assert media.parse_size("32X64") == (32, 64)
+    assert files.parse_size("704x1280") == (704, 1280)
+    assert files.parse_size("32X64") == (32, 64)
     for text, valid in {"70x96": "64 or 96 by 96 or 128", "0x96": "32 or 64 by 96 or 128"}.items():
         says = f"size {text} is not HEIGHTxWIDTH .* of 32; nearest valid: {valid}"
         with pytest.raises(ValueError, match=says):
-            media.parse_size(text)
+            files.parse_size(text)
     for text in ("64", "64x-96", "axb", "32x32x32", ""):
         with pytest.raises(ValueError, match=f"size {text} is not HEIGHTxWIDTH in multiples of 32"):
-            media.parse_size(text)
+            files.parse_size(text)
 
 
 def test_latent_frames():
@@ -208,13 +206,13 @@ def test_latent_frames():
     ],
 )
 def test_fitting_size(shape, expected):
-    assert media.fitting_size(*shape) == expected
+    assert files.fitting_size(*shape) == expected
 
 
 def test_fitting_size_never_exceeds_the_area():
     for height, width in np.random.default_rng(0).integers(1, 5000, (500, 2)).tolist():
         for area in (704 * 1280, 64 * 96):
-            h, w = media.fitting_size(height, width, area)
+            h, w = files.fitting_size(height, width, area)
             assert h % 32 == w % 32 == 0 < h * w <= area, (height, width)
 
 
@@ -266,10 +264,10 @@ def test_writer_writes_what_it_was_given(tmp_path):
     assert all(frame.base is None for frame in writer.kept), (
         "a view keeps its whole chunk in memory"
     )
-    assert np.array_equal(pictures.read_video(tmp_path / "a.b.mp4", last=7), frames[-7:])
-    assert np.array_equal(pictures.read_video(tmp_path / "a.b.mp4"), frames)
+    assert np.array_equal(files.read_video(tmp_path / "a.b.mp4", last=7), frames[-7:])
+    assert np.array_equal(files.read_video(tmp_path / "a.b.mp4"), frames)
     with pytest.raises(ValueError, match="25 frames, 26 are needed"):
-        pictures.read_video(tmp_path / "a.b.mp4", last=26)
+        files.read_video(tmp_path / "a.b.mp4", last=26)
 
 
 def test_add_returns_before_its_frames_are_encoded(tmp_path, monkeypatch):
@@ -283,7 +281,7 @@ def test_add_returns_before_its_frames_are_encoded(tmp_path, monkeypatch):
     gate.set()
     writer.close()
     assert writer.count == 2
-    assert np.abs(pictures.read_video(tmp_path / "a.mp4").mean((1, 2, 3)) - [200, 100]).max() < 3
+    assert np.abs(files.read_video(tmp_path / "a.mp4").mean((1, 2, 3)) - [200, 100]).max() < 3
 
 
 def test_failure_to_encode_is_raised_and_claims_no_file(tmp_path, monkeypatch):
@@ -295,7 +293,7 @@ def test_failure_to_encode_is_raised_and_claims_no_file(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         writer.close()
     assert [file.name for file in tmp_path.iterdir()] == ["a.partial.mp4"]
-    assert len(pictures.read_video(tmp_path / "a.partial.mp4")) == 2
+    assert len(files.read_video(tmp_path / "a.partial.mp4")) == 2
 
 
 def test_closing_without_frames_leaves_nothing(tmp_path):
@@ -307,9 +305,9 @@ def test_closing_without_frames_leaves_nothing(tmp_path):
 
 
 def test_sheet_indices():
-    assert pictures.sheet_indices(1) == {0}
-    assert pictures.sheet_indices(5) == set(range(5))
-    indices = sorted(pictures.sheet_indices(81))
+    assert files.sheet_indices(1) == {0}
+    assert files.sheet_indices(5) == set(range(5))
+    indices = sorted(files.sheet_indices(81))
     assert len(indices) == 16
     assert (indices[0], indices[-1]) == (0, 80)
     assert set(np.diff(indices)) == {5, 6}
@@ -318,7 +316,7 @@ def test_sheet_indices():
 @pytest.mark.parametrize(("width", "tile"), [(640, (32, 320)), (128, (64, 128))])
 def test_sheet_is_a_grid_in_order(tmp_path, width, tile):
     levels = [10, 50, 90, 130, 170, 210]
-    pictures.write_sheet(tmp_path / "a.png", list(solid(levels, 64, width).numpy()))
+    files.write_sheet(tmp_path / "a.png", list(solid(levels, 64, width).numpy()))
     sheet = iio.imread(tmp_path / "a.png")
     h, w = tile
     assert sheet.shape == (2 * h, 4 * w, 3)

@@ -60,7 +60,9 @@ def test_vectors(name, grad, device, dtype, bar):
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"window": 5, "sink": 1}])
 @pytest.mark.parametrize("exit_step", [0, 2, None])
 def test_grad_changes_nothing_but_the_graph(model, exit_step, options):
-    """Same noise (the global generator's for re-noising), same latents; only each chunk's exit forward has grad."""
+    """Same noise (the global generator's for re-noising), same latents; only each chunk's exit
+    forward has grad.
+    """
     results = []
     for grad in (False, True):
         recorder, state = Recorder(model), torch.manual_seed(5)
@@ -108,7 +110,9 @@ def test_a_block_is_yielded_before_its_commit_pass(model):
 @pytest.mark.parametrize("given", [1, 4, 7])
 @torch.no_grad()
 def test_first_frames_continue_a_video(model, given):
-    """Handing back the start of a generated video as clean frames makes the same rest: positions, levels, text."""
+    """Handing back the start of a generated video as clean frames makes the same rest: positions,
+    levels, text.
+    """
     noise, context, cache = video(10), text(), new_cache(model, 10)
 
     def renoise_from(chunk):
@@ -147,7 +151,9 @@ def test_given_frames_are_taken_in_blocks(model, given, chunks):
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
 @torch.no_grad()
 def test_many_step_sampling(model, solver):
-    """Equals a loop over masked whole-sequence forwards: finished chunks as clean half, the current one integrated."""
+    """Equals a loop over masked whole-sequence forwards: finished chunks as clean half, the current
+    one integrated.
+    """
     noise, context, sigmas, chunks = video(6), text(), sampling_sigmas(6), [1, 2, 3]
     ours = torch.cat(
         list(rollout(model, noise, context, sigmas, chunks, new_cache(model, 6), solver=solver)), 2

@@ -1,4 +1,6 @@
-"""The rules of the house that a machine can check: who imports whom, what is not imported, how long the core is."""
+"""The rules of the house that a machine can check: who imports whom, what is not imported, how long
+the core is.
+"""
 
 import ast
 import io
@@ -96,7 +98,9 @@ def test_counting():
 
 
 def test_import_order():
-    """Inside wan5b upward only; extras import wan5b and one another, without a circle; nothing imports scripts."""
+    """Inside wan5b upward only; extras import wan5b and one another, without a circle; nothing
+    imports scripts.
+    """
     assert {path.stem for path in INSIDE} == {"__init__", *ORDER}
     for path in INSIDE:
         allowed = set(ORDER[: ORDER.index(path.stem)]) if path.stem in ORDER else set()

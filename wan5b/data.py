@@ -158,7 +158,8 @@ class TextStore(Store):
 
 
 class Data:
-    """What a run of train.py reads: texts, and the clips or trajectories that its stage learns from.
+    """What a run of train.py reads: texts, and the clips or trajectories that its stage learns
+    from.
 
     prompts    of all items to train on, in order: the clips', else all that the texts hold
 
@@ -182,21 +183,6 @@ class Data:
 
 
 # ------------------------------------------------------------------------------- prompts, order
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line, UTF-8; blank lines are dropped.
-
-    ValueError if missing, not UTF-8, or without prompts.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; it should have one a line")
-    return prompts
 
 
 def order(n: int, position: int, seed: int | str) -> int:

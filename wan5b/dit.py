@@ -9,7 +9,6 @@ time embedding and head in float32 by hand, whatever the weights' dtype.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -173,15 +172,7 @@ class Block(nn.Module):
         """Rows of the parameter + the projected time mod [B, T, 6, D]: float32 [B, T, 1, D] each."""
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
-    def forward(
-        self,
-        x: Tensor,
-        mod: Tensor,
-        rope: Tensor,
-        context: Tensor | None,
-        attend: Callable,
-        text: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x, mod, rope, context, attend, text=None) -> Tensor:
         """x [B, T, P, D], mod [B or 1, T or 1, 6, D] float32, context [B, L, D] -> [B, T, P, D]
 
         attend(q, k, v): self-attention. text [2, B, L, N, K]: where the text's keys and values are
@@ -317,19 +308,11 @@ class WanDiT(nn.Module):
             cache.text_kept = True
         return v.to(v_dtype)
 
-    def compute(
-        self,
-        x: Tensor,
-        sigma: Tensor,
-        rope: Tensor,
-        frames: int,
-        attend: Callable,
-        context: Tensor | None,
-        text: Tensor | None = None,
-    ) -> Tensor:
+    def compute(self, x, sigma, rope, frames, attend, context, text=None) -> Tensor:
         """The network itself -> v of the last `frames` frames of x, float32.
 
-        Works on tensors alone and waits for nothing, so that extras can record it as a CUDA graph.
+        It works on tensors alone and waits for nothing, so it can be recorded as a CUDA graph.
+        x [B, C, T, H, W], sigma [B or 1, T] float64, rope of `rope_table`, context [B, L, D'].
 
         attend(layer, q, k, v): self-attention. text [layers, 2, B, L, N, K]: where the text's keys
         and values are put, or, with context None, are.

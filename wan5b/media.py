@@ -1,4 +1,5 @@
-"""Pixels in and out: sizes, frames fitted to a size, mp4s as they grow. extras/pictures.py reads files.
+"""Pixels in and out: sizes, frames fitted to a size, mp4s as they grow. extras/files.py reads
+files.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from wan5b.util import nearest
 
-SIDE = 32  # sides of a video are multiples of it: 16 pixels to a latent's, 2 of those to a token's
-
 # -------------------------------------------------------------------------------------------- sizes
 
 
@@ -25,45 +24,6 @@ def latent_frames(frames: int) -> int:
     if frames < 1 or frames % 4 != 1:
         raise ValueError(f"{frames} frames are not 4k + 1; nearest valid: {nearest(frames, 4, 1)}")
     return (frames + 3) // 4
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Text like 704x1280 -> (height, width) in pixels. ValueError unless multiples of 32."""
-    sides = []
-    for side in text.lower().split("x"):
-        sides.append(int(side) if side.isdecimal() else 0)
-
-    if len(sides) != 2 or any(side < 1 or side % SIDE for side in sides):
-        valid = " by ".join(nearest(side, SIDE, SIDE) for side in sides)
-        raise ValueError(
-            f"size {text} is not HEIGHTxWIDTH in multiples of 32; nearest valid: {valid}"
-        )
-    return sides[0], sides[1]
-
-
-def fitting_size(height: int, width: int, area: int = 704 * 1280) -> tuple[int, int]:
-    """The (height, width) for a picture of this shape.
-
-    Both are multiples of 32, their product is at most `area`, and their ratio is nearest to the
-    picture's: of two candidates, whose width or whose height is rounded down first.
-    """
-    ratio = width / height
-    # A very wide picture is still 32 pixels high, a very tall one 32 pixels wide.
-    ideal_width = min(max((area * ratio) ** 0.5, SIDE), area / SIDE)
-
-    def floor(side: float) -> int:
-        return max(int(side // SIDE * SIDE), SIDE)
-
-    w = floor(ideal_width)
-    width_first = (floor(area / w), w)
-    h = floor(area / ideal_width)
-    height_first = (h, floor(area / h))
-
-    def distortion(size: tuple[int, int]) -> float:
-        """How far the ratio is from the picture's, as a factor >= 1."""
-        return max(ratio * size[0] / size[1], size[1] / size[0] / ratio)
-
-    return min(height_first, width_first, key=distortion)  # the first of them wins a tie
 
 
 # -------------------------------------------------------------------------------- frames and pixels

@@ -30,7 +30,7 @@ import train
 from wan5b import fsdp, media
 from wan5b.data import TextStore, write_shard
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras import pictures
+from wan5b.extras import files
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.log import curves
@@ -249,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
             media.to_frames(video[row])[column].numpy() for row in range(4) for column in columns
         ]
         print(f"sheet: 4 rows of {name}")
-    pictures.write_sheet(out / "sheet.png", tiles, columns=8)
+    files.write_sheet(out / "sheet.png", tiles, columns=8)
     curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan5b.extras.pictures import sheet_indices, write_sheet
+from wan5b.extras.files import sheet_indices, write_sheet
 from wan5b.media import VideoWriter, to_frames
 from wan5b.util import write_json, write_tensors
 

@@ -1,4 +1,4 @@
-"""Images and videos from files, of any origin, as frames; contact sheets.
+"""What people bring: images and videos of any origin, sizes, prompts; contact sheets.
 
 Frames are uint8 [T, H, W, 3].
 """
@@ -15,7 +15,7 @@ from imageio.plugins.pillow import PillowPlugin
 from PIL import Image, ImageOps
 
 from wan5b.media import resize
-from wan5b.util import first_line, replacing
+from wan5b.util import first_line, nearest, replacing
 
 # What the libraries below raise for a file that they can't read.
 UNREADABLE = (
@@ -105,6 +105,65 @@ def read_clips(path: str | Path, frames: int, fps: float) -> Iterator[np.ndarray
                 yield np.stack(clip)
     if k < frames:
         raise ValueError(f"{path} has {k} frames at {fps:g} fps, fewer than {frames}")
+
+
+# ------------------------------------------------------------------------------- sizes, prompts
+
+SIDE = 32  # sides of a video are multiples of it: 16 pixels to a latent's, 2 of those to a token's
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Text like 704x1280 -> (height, width) in pixels. ValueError unless multiples of 32."""
+    sides = []
+    for side in text.lower().split("x"):
+        sides.append(int(side) if side.isdecimal() else 0)
+
+    if len(sides) != 2 or any(side < 1 or side % SIDE for side in sides):
+        valid = " by ".join(nearest(side, SIDE, SIDE) for side in sides)
+        raise ValueError(
+            f"size {text} is not HEIGHTxWIDTH in multiples of 32; nearest valid: {valid}"
+        )
+    return sides[0], sides[1]
+
+
+def fitting_size(height: int, width: int, area: int = 704 * 1280) -> tuple[int, int]:
+    """The (height, width) for a picture of this shape.
+
+    Both are multiples of 32, their product is at most `area`, and their ratio is nearest to the
+    picture's: of two candidates, whose width or whose height is rounded down first.
+    """
+    ratio = width / height
+    # A very wide picture is still 32 pixels high, a very tall one 32 pixels wide.
+    ideal_width = min(max((area * ratio) ** 0.5, SIDE), area / SIDE)
+
+    def floor(side: float) -> int:
+        return max(int(side // SIDE * SIDE), SIDE)
+
+    w = floor(ideal_width)
+    width_first = (floor(area / w), w)
+    h = floor(area / ideal_width)
+    height_first = (h, floor(area / h))
+
+    def distortion(size: tuple[int, int]) -> float:
+        """How far the ratio is from the picture's, as a factor >= 1."""
+        return max(ratio * size[0] / size[1], size[1] / size[0] / ratio)
+
+    return min(height_first, width_first, key=distortion)  # the first of them wins a tie
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt a line, UTF-8; blank lines are dropped.
+
+    ValueError if missing, not UTF-8, or without prompts.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; it should have one a line")
+    return prompts
 
 
 # ------------------------------------------------------------------------------------------ sheets
