@@ -140,15 +140,10 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     teacher.requires_grad_(False)
     critic, initial = network(cfg, world, *scores)
     optimizers["critic"] = optimizer(critic, initial, False)
-    cache = KVCache(
-        generator.cfg,
-        cfg.micro_batch,
-        cfg.frames,
-        generator.cfg.tokens_per_frame(cfg.height, cfg.width),
-        cfg.window or None,
-        device=world.device,
-        dtype=getattr(torch, cfg.dtype),
-    )
+    tokens = generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+    sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
+    dtype = getattr(torch, cfg.dtype)
+    cache = KVCache(generator.cfg, *sizes, device=world.device, dtype=dtype)
     return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
 
 
