@@ -22,8 +22,8 @@ from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import log
 from wan5b.extras.budget import GIB, FlopCount, afford, expected, matmul_rate, memory_gib
-from wan5b.extras.checks import check_config, check_fit, check_unchanged
-from wan5b.extras.config import Options, at_least, one_of, read, within
+from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
+from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import sample_videos
@@ -44,14 +44,14 @@ class Config(Options):
     """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
 
     stage: str = one_of(STAGES, "")
-    out: str = ""
-    text: str = ""  # embeddings of all prompts
-    weights: str = ""  # where the trained network starts; empty: random weights of `preset`
+    out: str = path()
+    text: str = path()  # embeddings of all prompts
+    weights: str = path()  # where the trained network starts; empty: random weights of `preset`
     preset: str = one_of(PRESETS, "tiny")
-    teacher: str = ""  # dmd, sid: the frozen network; the critic starts from it too
-    latents: str = ""  # teacher, ar; dmd and sid with prefix = 1
-    trajectories: str = ""  # ode
-    vae: str = ""  # for sample videos
+    teacher: str = path()  # dmd, sid: the frozen network; the critic starts from it too
+    latents: str = path()  # teacher, ar; dmd and sid with prefix = 1
+    trajectories: str = path()  # ode
+    vae: str = path()  # for sample videos
     negative: str = NEGATIVE_PROMPT
 
     frames: int = at_least(1, 21)  # latent frames
@@ -159,7 +159,7 @@ def network(cfg: Config, world: fsdp.World, sizes: DiTConfig, tensors: dict) -> 
     return model, tensors
 
 
-def facts(cfg: Config, sizes: DiTConfig, step: int) -> dict:
+def facts(cfg: Config, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
     """What a checkpoint or export says of itself; sample.py reads levels, shift, chunk, prefix."""
     return {
         "stage": cfg.stage,
@@ -170,6 +170,7 @@ def facts(cfg: Config, sizes: DiTConfig, step: int) -> dict:
         "prefix": cfg.prefix or None,
         "config": asdict(sizes),
         "training": asdict(cfg),
+        "data": data,
     }
 
 
@@ -178,14 +179,24 @@ def facts(cfg: Config, sizes: DiTConfig, step: int) -> dict:
 
 def main(cfg: Config, world: fsdp.World) -> None:
     check_config(cfg, world)
+    leading = world.rank == 0
+    with log.locked(Path(cfg.out)) if leading else contextlib.nullcontext():
+        train(cfg, world)
+
+
+def train(cfg: Config, world: fsdp.World) -> None:
+    # Whether this run has been begun, or is finished.
     out = Path(cfg.out)
     leading = world.rank == 0
     final = out / f"{cfg.stage}.safetensors"
+    data = held_by(cfg)
     if final.exists():
-        raise ValueError(f"{final} exists, so this run is finished; choose another out")
+        check_finished(cfg, data, final)
+        print(f"{final} is there: this run is finished")
+        return
     saved = fsdp.checkpoints(out)
     if saved:
-        check_unchanged(cfg, saved[-1])
+        check_unchanged(cfg, data, saved[-1])
 
     # Every process opens the VAE, needed or not: what is wrong with it ends all of them.
     vae = None
@@ -203,7 +214,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
     tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
 
     def checkpoint(done: int) -> None:
-        fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done), cfg.keep)
+        fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done, data), cfg.keep)
         if leading:
             log.curves([out])
 
@@ -241,20 +252,19 @@ def main(cfg: Config, world: fsdp.World) -> None:
         if done % cfg.save_every == 0 or done == cfg.steps:
             checkpoint(done)
 
-    export(run, final)
+    export(run, final, data)
     if leading:
         needed = sum(run.budget["device"].values()) / GIB
         peak = memory_gib(world.device)
         print(f"peak memory: {peak:.2f} GiB (on a CPU the process's), expected {needed:.2f}")
 
 
-def export(run: Run, path: Path) -> None:
+def export(run: Run, final: Path, data: dict[str, str]) -> None:
     """The generator's average, if kept, else its masters, as one file; all processes take part."""
     result = run.optimizers["generator"].result
     if run.world.rank == 0:
-        save_dit(
-            run.generator, path, facts(run.cfg, run.generator.cfg, run.cfg.steps), value=result
-        )
+        said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data)
+        save_dit(run.generator, final, said, value=result)
         return
     for name in run.generator.state_dict():
         result(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -49,14 +50,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield partial
 
         # The content first, then the name: the disk may reorder what is not waited for.
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -71,7 +72,10 @@ def write_tensors(
     """A safetensors file, with metadata in its header, written as by `replacing`."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"cannot write {path}: {first_line(error)}") from error
         partial.chmod(0o644)  # save_file lets nobody else read it
 
 
@@ -102,7 +106,7 @@ def script(main: Callable[[], Any]) -> None:
     """Run a script: a user's mistake is one line on stderr and exit code 2; Ctrl-C is code 130."""
     try:
         sys.exit(main())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
