@@ -1,5 +1,4 @@
-"""What a clip leaves on disk: an mp4 that grows, beside it a record, latents and a contact sheet.
-"""
+"""What a clip leaves on disk: an mp4 that grows, beside it a record, latents and a contact sheet."""
 
 from collections.abc import Iterable
 from contextlib import closing

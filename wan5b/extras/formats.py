@@ -95,8 +95,7 @@ def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
 
 
 def read_metadata(path: str | Path) -> dict:
-    """What `save_dit` was given as metadata, or a checkpoint of train.py says of itself; else {}.
-    """
+    """What `save_dit` was given as metadata, or a checkpoint of train.py says of itself; else {}."""
     facts = Path(path) / "facts.json"
     if not facts.exists():
         return weights.read_metadata(path)
