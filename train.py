@@ -8,7 +8,6 @@ The same command again goes on from the newest checkpoint. Nothing random depend
 comes from (seed, step, sample).
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -25,7 +24,7 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from sample import DEVICES, generate, write
+from sample import DEVICES, MODES, generate, write
 from wan5b import fsdp, fuse
 from wan5b.data import rng
 from wan5b.dit import PRESETS, DiTConfig
@@ -215,21 +214,21 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     Image to video starts from the first frames of the data's first clips, whatever the prompts.
     """
     cfg = run.cfg
-    mode = {"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")
-    sigmas = run.sigmas if mode == "few" else sampling_sigmas(24, cfg.shift)
-    how = argparse.Namespace(
-        mode=mode, guidance=cfg.sample_guidance, solver="euler", window=cfg.window or None, sink=0
-    )
+    mode = MODES[{"teacher": "bidirectional", "ar": "many"}.get(cfg.stage, "few")]
+    sigmas = run.sigmas
+    how = {"causal": mode.causal, "solver": mode.solver, "window": cfg.window or None}
+    if mode.guided:
+        sigmas = sampling_sigmas(24, cfg.shift)
+        how |= {"solver": "euler", "guidance": cfg.sample_guidance}
     with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             noise = torch.randn(
                 (1, *run.shape(sum(run.chunks))), generator=rng("cpu", cfg.seed, "sample", i)
             )
             first = run.clips([i % len(run.store)])[:, :, : cfg.prefix] if cfg.prefix else None
-            context = run.context([prompt] if mode == "few" else [prompt, cfg.negative])
-            pieces = list(
-                generate(how, run.generator, noise, context, sigmas, run.chunks, first, cfg.seed)
-            )
+            context = run.context([prompt, cfg.negative] if mode.guided else [prompt])
+            how |= {"prefix": first, "seed": cfg.seed}
+            pieces = list(generate(run.generator, noise, context, sigmas, run.chunks, **how))
             if run.world.rank == 0:
                 write(vae, pieces, folder / f"step-{step:07d}-{i}.mp4")
 

@@ -20,11 +20,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import random_context, random_networks
 from wan5b import fuse
 from wan5b.attention import attention
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS
+from wan5b.extras.random_weights import random_context, random_networks
 from wan5b.flow import few_step_sigmas
 from wan5b.fp8 import quantize_blocks
 from wan5b.kvcache import KVCache, chunk_sizes
