@@ -1,8 +1,12 @@
-"""What a clip leaves on disk: an mp4 that grows, beside it a record, latents and a contact sheet."""
+"""What clips leave on disk: names where nothing is in the way, an mp4 that grows, a record that repeats it."""
 
+import json
+import os
 from collections.abc import Iterable
 from contextlib import closing
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +15,73 @@ from tqdm import tqdm
 from wan5b.extras.files import sheet_indices, write_sheet
 from wan5b.media import VideoWriter, to_frames
 from wan5b.util import write_json, write_tensors
+
+
+class Clip(NamedTuple):
+    prompt: str
+    seed: int
+    path: Path  # of the mp4; what else is written has its name and another suffix
+
+
+def name_clips(prompts: list[str], seeds: list[int], out: str) -> list[Clip]:
+    """A clip for each prompt and each seed.
+
+    out: the mp4, the suffix of which may be left out, or a FOLDER/, in which it is sample.mp4.
+    Several clips have the prompt's number and the seed in their names.
+    """
+    if out.endswith("/"):
+        out += "sample"
+    path = Path(out.removesuffix(".mp4") + ".mp4")
+    seeds = list(dict.fromkeys(seeds))  # one given twice makes one clip
+    if len(prompts) * len(seeds) == 1:
+        return [Clip(prompts[0], seeds[0], path)]
+
+    clips = []
+    for i, prompt in enumerate(prompts):
+        for seed in seeds:
+            clips.append(Clip(prompt, seed, path.with_stem(f"{path.stem}-{i:03d}-{seed}")))
+    return clips
+
+
+def claim(clips: list[Clip], *, sheet: bool, latents: bool, overwrite: bool) -> None:
+    """Make the folder. ValueError if it can't be written to, or if a file is in the way.
+
+    That is an mp4, a record or, if asked for, a sheet (PNG) or latents.
+    """
+    suffixes = [".mp4", ".json"]
+    if sheet:
+        suffixes.append(".png")
+    if latents:
+        suffixes.append(".safetensors")
+    for clip, suffix in product(clips, suffixes):
+        file = clip.path.with_suffix(suffix)
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file} exists; choose another --out, or --overwrite")
+
+    folder = clips[0].path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write to the folder {folder}; choose another --out")
+
+
+def make_record(options: dict, clip: Clip, frames: int, found: dict) -> dict:
+    """What goes beside a clip as JSON: `read_settings` of it gives the options that repeat it.
+
+    options: of the whole run. found: what else there is to know.
+    """
+    own = {"prompt": [clip.prompt], "seed": [clip.seed], "frames": frames, "out": str(clip.path)}
+    # All prompts are in "prompt"; and a repetition replaces the clip only if it is told to.
+    own |= {"prompts": None, "settings": None, "overwrite": False}
+    return {"settings": options | own} | found
+
+
+def read_settings(path: str, names: list[str]) -> dict:
+    """The options of these names in a record. ValueError if it is none, or lacks one of them."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))["settings"]
+        return {name: settings[name] for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error!r}") from error
 
 
 def write(

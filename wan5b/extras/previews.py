@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from wan5b.distill import MODES, generate
 from wan5b.extras.clips import write
+from wan5b.extras.sampling import MODES, generate
 from wan5b.flow import sampling_sigmas
 from wan5b.stages import Run
 from wan5b.util import rng
