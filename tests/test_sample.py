@@ -25,13 +25,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sample
-from wan5b import fp8, fuse, media
-from wan5b.data import rng
+from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras import outputs, random_weights
+from wan5b.extras import clips as extras_clips
+from wan5b.extras import files, fp8, plan, random_weights, sampling
+from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
+from wan5b.util import rng
 from wan5b.vae22 import VAE22, VAEConfig, add_residual_
-from wan5b.weights import load_dit, load_vae, save_dit
+from wan5b.weights import save_dit
 
 SCRIPT = Path(sample.__file__)
 SIZE = (32, 64)
@@ -169,7 +171,7 @@ def test_prompts_and_seeds(run, tmp_path, capsys):
 
 def test_renoising_does_not_repeat_the_noise(run, monkeypatch):
     """On the CPU both come from generators of the same kind: they must not be seeded alike."""
-    rollout = sample.rollout
+    rollout = sampling.rollout
 
     def spy(field, noise, *args, renoise, **kwargs):
         fresh = renoise(0, 0, noise)
@@ -177,7 +179,7 @@ def test_renoising_does_not_repeat_the_noise(run, monkeypatch):
         assert (fresh - noise).abs().mean() > 0.5
         return rollout(field, noise, *args, renoise=renoise, **kwargs)
 
-    monkeypatch.setattr(sample, "rollout", spy)
+    monkeypatch.setattr(sampling, "rollout", spy)
     run("--frames", 9)
 
 
@@ -240,7 +242,7 @@ def test_image_to_video(run, tmp_path, vae):
     clips = [run("--image", image, "--frames", 13, out=image.stem) for image in images]
     for clip, image in zip(clips, images, strict=True):
         assert clip.record["chunks"] == [3]
-        first = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
+        first = vae.encode(media.fit(files.read_image(image), *SIZE)[None])
         assert torch.equal(clip.latents[:, :, :1], first)
     assert (
         rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-5
@@ -248,13 +250,13 @@ def test_image_to_video(run, tmp_path, vae):
 
 
 def test_size_follows_the_image(run, tmp_path, monkeypatch):
-    fitting, shapes = media.fitting_size, []
+    fitting, shapes = files.fitting_size, []
 
     def smaller(height, width):
         shapes.append((height, width))
         return fitting(height, width, 64 * 128)
 
-    monkeypatch.setattr(media, "fitting_size", smaller)
+    monkeypatch.setattr(plan, "fitting_size", smaller)
     made = run("--image", save_picture(tmp_path / "high.png", 300, 150), "--frames", 13, size=False)
     assert made.frames.shape == (13, 128, 64, 3)
     run("--frames", 9, out="text", size=False)
@@ -291,7 +293,7 @@ def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
     image = save_picture(tmp_path / "a.png")
     made = run(*options, "--frames", 13, "--image", image, out="image")
     assert torch.equal(
-        made.latents[:, :, :1], vae.encode(media.fit(media.read_image(image), *SIZE)[None])
+        made.latents[:, :, :1], vae.encode(media.fit(files.read_image(image), *SIZE)[None])
     )
     assert made.latents.isfinite().all()
     assert made.record["chunks"] == [3]
@@ -320,7 +322,7 @@ def test_few_steps_over_the_whole_clip(run, tmp_path, vae):
     image = save_picture(tmp_path / "a.png")
     made = run("--mode", "few-bidirectional", "--frames", 17, "--image", image, out="image")
     assert made.record["chunks"] == [4]
-    first = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
+    first = vae.encode(media.fit(files.read_image(image), *SIZE)[None])
     assert torch.equal(made.latents[:, :, :1], first)
     assert made.latents.isfinite().all()
 
@@ -341,7 +343,7 @@ def test_few_steps_over_the_whole_clip_are_this_loop(given):
             x = (1 - following) * x + following * torch.randn(x.shape, generator=draws)
 
     how = {"causal": False, "solver": "renoise", "seed": 7, "prefix": prefix if given else None}
-    made = list(sample.generate(model, noise, context, few_step_sigmas(), [5 - given], **how))
+    made = list(sampling.generate(model, noise, context, few_step_sigmas(), [5 - given], **how))
     assert len(made) == (2 if given else 1)
     assert rel(made[-1], x) < 1e-5
     assert torch.equal(torch.cat(made, 2)[:, :, :given], prefix)
@@ -360,7 +362,7 @@ def test_guidance_1_runs_one_branch(causal, monkeypatch):
 
     def clip(guidance):
         how = {"causal": causal, "solver": "euler", "guidance": guidance}
-        made = sample.generate(model, noise, context, sampling_sigmas(3), [2, 2], **how)
+        made = sampling.generate(model, noise, context, sampling_sigmas(3), [2, 2], **how)
         return torch.cat(list(made), 2)
 
     one = clip(1.0)
@@ -374,7 +376,7 @@ def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
     """--steps 1 --guidance 1: x0 = x - sigma v(x), with the level that the released sampler shows the network."""
     made = run("--mode", "bidirectional", "--steps", 1, "--guidance", 1, "--frames", 5, "--seed", 3)
     prompts = sample.encode_prompts(
-        sample.load_t5(release), sample.Tokenizer(sample.tokenizer_path(release)), ["a red ball"]
+        sample.load_t5(release), sample.load_tokenizer(release), ["a red ball"]
     )
     noise, sigma = randn(1, 48, 2, 2, 4, seed=3), sampling_sigmas(1)[0]
     with torch.no_grad():
@@ -404,7 +406,7 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
         "--image",
         image,
     )
-    clean = vae.encode(media.fit(media.read_image(image), *SIZE)[None])
+    clean = vae.encode(media.fit(files.read_image(image), *SIZE)[None])
     assert len(seen) == 3
     for (x, level), sigma in zip(seen, sampling_sigmas(3), strict=False):
         assert torch.equal(x[:, :, :1], torch.cat([clean, clean]))
@@ -415,7 +417,7 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("given", [0, 1])
-@pytest.mark.parametrize("mode", sample.MODES.values(), ids=sample.MODES)
+@pytest.mark.parametrize("mode", sampling.MODES.values(), ids=sampling.MODES)
 def test_a_batch_is_its_clips(mode, given):
     """`generate` with two clips at a time, as the demo does it; without chance: few is one step."""
     model = WanDiT(PRESETS["tiny"]).init_weights(torch.Generator().manual_seed(0))
@@ -427,7 +429,7 @@ def test_a_batch_is_its_clips(mode, given):
     def clips(rows):
         context = text[rows + [row + 2 for row in rows] if mode.guided else rows]
         start = x[rows, :, :given] if given else None
-        made = sample.generate(
+        made = sampling.generate(
             model, noise[rows], context, sigmas, [noise.shape[2]], prefix=start, **how
         )
         return torch.cat(list(made), 2)
@@ -724,7 +726,7 @@ def test_refusals_without_prompt_or_release(release, no_networks):
 
 
 def test_refusal_of_a_folder_that_is_read_only(run, no_networks, monkeypatch, tmp_path):
-    monkeypatch.setattr(outputs.os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(extras_clips.os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(ValueError, match=f"cannot write to the folder {tmp_path}; "):
         run()
 
@@ -754,13 +756,13 @@ def test_refusal_in_a_terminal(release):
     ],
 )
 def test_default_length(monkeypatch, tmp_path, mode, given, size, first, expected):
-    monkeypatch.setattr(sample, "open_dit", lambda *_, **__: (PRESETS["tiny"], {}))
-    monkeypatch.setattr(sample, "read_metadata", lambda _: {"chunk": size, "prefix": first})
-    monkeypatch.setattr(media, "read_video", lambda _, last: np.zeros((last, 32, 64, 3), np.uint8))
+    monkeypatch.setattr(plan, "open_dit", lambda *_, **__: (PRESETS["tiny"], {}))
+    monkeypatch.setattr(plan, "read_metadata", lambda _: {"chunk": size, "prefix": first})
+    monkeypatch.setattr(plan, "read_video", lambda _, last: np.zeros((last, 32, 64, 3), np.uint8))
     options = ["--release", "x", "--prompt", "a", "--mode", mode, "--out", f"{tmp_path}/a.mp4"]
     if given:
         options += ["--video", "x", "--prefix", str(4 * given - 3)]
-    job = sample.plan(sample.parse([*options, "--device", "cpu"]))
+    job = plan.plan(sample.parse([*options, "--device", "cpu"]))
     assert job.sampler["chunks"] == expected
     assert job.frames == 4 * (given + sum(expected)) - 3
 
@@ -771,7 +773,7 @@ def test_help_explains_every_option(capsys):
     shown = capsys.readouterr().out
     explained = re.findall(r"^--([a-z0-9-]+) ", shown, re.MULTILINE)
     assert sorted(explained) == sorted(name.replace("_", "-") for name in vars(sample.parse([])))
-    assert all(f"{mode} " in shown for mode in sample.MODES)
+    assert all(f"{mode} " in shown for mode in sampling.MODES)
 
 
 # ------------------------------------------------------------------------------------------------ compile and fp8
