@@ -53,6 +53,7 @@
 
 import argparse
 import functools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -62,6 +63,7 @@ from tqdm import tqdm
 from wan5b import fuse, media
 from wan5b.extras import graphs, random_weights
 from wan5b.extras.clips import Clip, make_record, read_settings, write
+from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.plan import plan
@@ -71,34 +73,42 @@ from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
 from wan5b.util import DEVICES, script
 
 
+class Parser(argparse.ArgumentParser):
+    """What is wrong with a command line is a ValueError, like everything that a user got wrong."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of a command line; with --settings, those that it lacks are the record's."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     parser.format_help = lambda: __doc__  # which explains all of these
     add = parser.add_argument
     for name in ("release", "weights", "prompts", "image", "video", "size", "settings"):
         add(f"--{name}")
     for name in ("random-weights", "sheet", "latents", "overwrite", "compile", "fp8", "low-memory"):
         add(f"--{name}", action="store_true")
-    for name in ("frames", "chunk", "window", "steps"):
+    for name in ("frames", "chunk", "window", "sink", "prefix", "steps"):
         add(f"--{name}", type=int)
-    add("--shift", type=float)
-    add("--guidance", type=float, default=5.0)
-    add("--prefix", type=int, default=9)
-    add("--sink", type=int, default=0)
+    for name in ("shift", "guidance"):
+        add(f"--{name}", type=float)
     add("--seed", type=int, default=[0], nargs="+")
     add("--prompt", default=[], nargs="+")
-    add("--negative", default=NEGATIVE_PROMPT)
+    add("--negative")
     add("--out", default="out/sample.mp4")
     add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"])
-    add("--mode", default="few", choices=list(MODES))
+    add("--mode", choices=list(MODES))
     add("--solver", choices=["unipc", "euler"])
     add("--device", default=DEVICES[0], choices=DEVICES)
     add("--dtype", choices=["bfloat16", "float32"])
 
     args = parser.parse_args(argv)
+    for name in ("release", "weights", "prompts", "image", "video", "settings"):
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     if args.settings:
-        recorded = read_settings(args.settings, list(vars(args)))
+        recorded = read_settings(args.settings, parser)
         args = parser.parse_args(argv, argparse.Namespace(**recorded))
     return args
 
@@ -109,6 +119,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def embed(texts: list[str], release: str, length: int, device: str) -> Tensor:
     """Context of the texts, [B, length, D] on the CPU. The encoder is gone afterwards."""
     tokenizer = load_tokenizer(release, length)
+    note_cut(tokenizer, texts)
     encoder = load_t5(release, device, torch.bfloat16)
     # One by one: memory does not grow, and no text's bits depend on its company.
     return torch.cat([encode_prompts(encoder, tokenizer, [text]).cpu() for text in texts])
@@ -119,7 +130,8 @@ def main(args: argparse.Namespace) -> None:
     job = plan(args)
 
     # Text first: the encoder is gone before the DiT comes.
-    texts = [*dict.fromkeys(clip.prompt for clip in job.clips), args.negative]
+    negative = NEGATIVE_PROMPT if args.negative is None else args.negative
+    texts = [*dict.fromkeys(clip.prompt for clip in job.clips), negative]
     if args.random_weights:
         context = random_weights.random_context(texts, job.cfg.text_len, job.cfg.text_dim)
         vae = random_weights.random_vae(args.preset, args.device)
