@@ -718,7 +718,7 @@ def test_what_an_export_says_of_itself_is_used(run, release, tmp_path, capsys):
     """Window and mode by default; a note where the command line wants another mode."""
     model = load_dit(release)
     for stage, own in (("ar", "many"), ("dmd", "few"), ("teacher", "bidirectional")):
-        path = tmp_path / f"{stage}.safetensors"
+        path = tmp_path / "weights" / f"{stage}.safetensors"
         save_dit(model, path, {"stage": stage, "window": 3, "chunk": 3})
         options = ["--weights", path, "--frames", 21] + ["--steps", 1] * (own != "few")
         made = run(*options, out=stage)
@@ -768,7 +768,8 @@ def test_settings_are_checked_like_a_command_line(tmp_path, change):
     settings = vars(sample.parse(["--random-weights", "--prompt", "x"]))
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"settings": settings}))
-    assert vars(sample.parse(["--settings", str(path)])) == settings
+    again = vars(sample.parse(["--settings", str(path)]))
+    assert again == settings | {"settings": str(path)}
     path.write_text("\ufeff" + json.dumps({"settings": settings | change}))
     with pytest.raises(ValueError, match=f"a.json is not a JSON .* {next(iter(change))} is "):
         sample.parse(["--settings", str(path)])
