@@ -120,6 +120,14 @@ def test_repeated_flop(checkpointing):
 # ---------------------------------------------------------------------------------------- bench.py
 
 
+def test_uneven_chunks():
+    """They are found before anything is measured."""
+    args = bench.parse(["--frames", "29", "--chunk", "4", "--long", "93"])
+    assert bench.chunks_of(args.frames, args.chunk) == [4, 4]
+    with pytest.raises(ValueError, match="nearest valid: 24 or 28"):
+        bench.parse(["--frames", "29", "--chunk", "4", "--long", "97"])
+
+
 def test_rates():
     """Three chunks of 2, 3, 3 latent frames, finished after 1, 3 and 4 seconds."""
     marks = [1.0, 3.0, 4.0]

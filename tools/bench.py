@@ -38,6 +38,7 @@ from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import to_frames
+from wan5b.util import script
 from wan5b.vae22 import VAE22, Stream
 
 PRESET = "ti2v-5B"
@@ -60,7 +61,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=3, help="clips of which the median is taken")
     text = "then a long video, window 21, sink 3, last variant"
     add("--long", type=int, metavar="FRAMES", help=text)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+
+    # What does not come out even ends the call here, not after all that is measured before it.
+    for frames in (args.frames, args.long):
+        if frames is not None:
+            chunks_of(frames, args.chunk)
+    return args
+
+
+def chunks_of(frames: int, chunk: int) -> list[int]:
+    """Latent frames of each chunk, for so many pixel frames. ValueError if that is not even."""
+    return chunk_sizes((frames + 3) // 4, chunk)
 
 
 # ------------------------------------------------------------------------------------------- bounds
@@ -255,7 +267,7 @@ def row(name: str, marks: list[float], bound: float, frames: int, peak: int) -> 
 
 def long_video(sampler: Sampler, clip: Clip, frames: int, chunk: int) -> str:
     """A video of so many pixel frames, of the clip's size, over a window of 21 with a sink of 3."""
-    chunks = chunk_sizes((frames + 3) // 4, chunk)
+    chunks = chunks_of(frames, chunk)
     _, channels, _, height, width = clip.noise.shape
     noise = torch.randn(1, channels, sum(chunks), height, width, device="cuda")
     video = Clip(noise, chunks, window=21, sink=3)
@@ -403,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     cfg = PRESETS[PRESET]
     height, width = (int(side) // 16 for side in args.geometry.split("x"))
-    chunks = chunk_sizes((args.frames + 3) // 4, args.chunk)
+    chunks = chunks_of(args.frames, args.chunk)
     rates = ceilings(cfg, args.chunk * cfg.tokens_per_frame(height, width))
 
     # The networks, a clip, and what these make of it in float32.
@@ -438,4 +450,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)
