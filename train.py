@@ -180,24 +180,27 @@ def facts(cfg: Config, sizes: DiTConfig, step: int, data: dict[str, str]) -> dic
 
 def main(cfg: Config, world: fsdp.World) -> None:
     check_config(cfg, world)
-    leading = world.rank == 0
-    with log.locked(Path(cfg.out)) if leading else contextlib.nullcontext():
-        train(cfg, world)
+    out = Path(cfg.out)
+    with log.locked(out) if world.rank == 0 else contextlib.nullcontext():
+        # Whether this run has been begun, or is finished.
+        data = held_by(cfg)
+        final = out / f"{cfg.stage}.safetensors"
+        if final.exists():
+            check_finished(cfg, data, final)
+            print(f"{final} is there: this run is finished")
+            return
+        saved = fsdp.checkpoints(out)
+        if saved:
+            check_unchanged(cfg, data, saved[-1])
+        run = train(cfg, world, data, saved[-1] if saved else None)
+        if run is not None:
+            export(run, final, data)
 
 
-def train(cfg: Config, world: fsdp.World) -> None:
-    # Whether this run has been begun, or is finished.
+def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run | None:
+    """All steps behind a checkpoint, if there is one. None if SIGTERM has stopped it."""
     out = Path(cfg.out)
     leading = world.rank == 0
-    final = out / f"{cfg.stage}.safetensors"
-    data = held_by(cfg)
-    if final.exists():
-        check_finished(cfg, data, final)
-        print(f"{final} is there: this run is finished")
-        return
-    saved = fsdp.checkpoints(out)
-    if saved:
-        check_unchanged(cfg, data, saved[-1])
 
     # Every process opens the VAE, needed or not: what is wrong with it ends all of them.
     vae = None
@@ -208,7 +211,7 @@ def train(cfg: Config, world: fsdp.World) -> None:
     flop = FlopCount()
     for model in filter(None, (run.generator, run.critic, run.teacher)):
         flop.watch(model)
-    start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
+    start = fsdp.load(world, saved, run.optimizers)["step"] if saved else 0
     if leading:
         log.begin(out, asdict(cfg), world.size, start)
     ceiling = matmul_rate(world.device, run.dtype)
@@ -231,7 +234,7 @@ def train(cfg: Config, world: fsdp.World) -> None:
             if step > start and step % cfg.save_every:  # otherwise this step's checkpoint is there
                 checkpoint(step)
             tqdm.write(f"stopped by SIGTERM in step {step}, which the same command begins anew")
-            return
+            return None
         metrics = world.mean(values)
         log.check_finite(values, metrics, step, world.rank, out)
 
@@ -253,11 +256,11 @@ def train(cfg: Config, world: fsdp.World) -> None:
         if done % cfg.save_every == 0 or done == cfg.steps:
             checkpoint(done)
 
-    export(run, final, data)
     if leading:
         needed = sum(run.budget["device"].values()) / GIB
         peak = memory_gib(world.device)
         print(f"peak memory: {peak:.2f} GiB (on a CPU the process's), expected {needed:.2f}")
+    return run
 
 
 def export(run: Run, final: Path, data: dict[str, str]) -> None:
