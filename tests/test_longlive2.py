@@ -1,4 +1,5 @@
-"""LongLive 2's procedure against what its own code made: rolling windows, images, prompts, scene cuts.
+"""LongLive 2's procedure against what its own code made: rolling windows, images, prompts, scene
+cuts.
 
 The vectors (golden/longlive2) are of NVlabs/LongLive 7860ad9, float32, CPU, tiny random weights.
 """

@@ -41,7 +41,9 @@ SIZE = (32, 64)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """imageio collects garbage whenever it closes a video: 0.25 s unless torch's objects are frozen."""
+    """imageio collects garbage whenever it closes a video: 0.25 s unless torch's objects are
+    frozen.
+    """
     gc.collect()
     gc.freeze()
     yield
@@ -103,7 +105,7 @@ def no_networks(monkeypatch):
         monkeypatch.setattr(random_weights, name, forbidden)
 
 
-# ------------------------------------------------------------------------------------------------- text to video
+# ------------------------------------------------------------------------------------ text to video
 
 
 def test_text_to_video(run, tmp_path):
@@ -200,7 +202,9 @@ def test_low_memory_gives_the_same(run, mode, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_order_of_memory(run, monkeypatch, low_memory):
-    """The text encoder is gone when the DiT comes; with --low-memory the DiT is gone when decoding begins."""
+    """The text encoder is gone when the DiT comes; with --low-memory the DiT is gone when decoding
+    begins.
+    """
     load_t5, load_dit, decode, alive = sample.load_t5, sample.load_dit, VAE22.decode_chunk, {}
 
     def kept(name, load):
@@ -234,7 +238,7 @@ def test_a_single_frame_and_a_sheet(run, tmp_path):
     )  # 16 different frames
 
 
-# -------------------------------------------------------------------------------------------------- given frames
+# ------------------------------------------------------------------------------------- given frames
 
 
 def test_image_to_video(run, tmp_path, vae):
@@ -280,7 +284,7 @@ def test_video_goes_on(run, tmp_path, vae):
         run("--video", tmp_path / "given.mp4", "--prefix", 6, out="b")
 
 
-# --------------------------------------------------------------------------------------------------------- modes
+# -------------------------------------------------------------------------------------------- modes
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
@@ -373,7 +377,9 @@ def test_guidance_1_runs_one_branch(causal, monkeypatch):
 
 
 def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
-    """--steps 1 --guidance 1: x0 = x - sigma v(x), with the level that the released sampler shows the network."""
+    """--steps 1 --guidance 1: x0 = x - sigma v(x), with the level that the released sampler shows
+    the network.
+    """
     made = run("--mode", "bidirectional", "--steps", 1, "--guidance", 1, "--frames", 5, "--seed", 3)
     prompts = sample.encode_prompts(
         sample.load_t5(release), sample.load_tokenizer(release), ["a red ball"]
@@ -385,7 +391,9 @@ def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
 
 
 def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
-    """Bidirectional: the network sees the image itself at level 0, whatever the solver made of that frame."""
+    """Bidirectional: the network sees the image itself at level 0, whatever the solver made of that
+    frame.
+    """
     forward, seen = WanDiT.forward, []
 
     def spy(self, x, sigma, context):
@@ -502,7 +510,9 @@ def test_window_bounds_the_memory(run, monkeypatch):
 
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_clips_share_a_cache(run, tmp_path, monkeypatch, low_memory):
-    """So that its CUDA graphs are of use to all of them; what it held of the clip before does not show."""
+    """So that its CUDA graphs are of use to all of them; what it held of the clip before does not
+    show.
+    """
     made, cache = [], sample.KVCache
     monkeypatch.setattr(sample, "KVCache", lambda *args: made.append(cache(*args)) or made[-1])
     options = ("--frames", 33, "--window", 5, "--sink", 1, *["--low-memory"] * low_memory)
@@ -513,7 +523,7 @@ def test_clips_share_a_cache(run, tmp_path, monkeypatch, low_memory):
     assert torch.equal(read(tmp_path / "a-000-2").latents, alone.latents)
 
 
-# --------------------------------------------------------------------------------------------------------- stops
+# -------------------------------------------------------------------------------------------- stops
 
 
 def stop_at(monkeypatch, call, error):
@@ -610,7 +620,7 @@ def test_ctrl_c_in_a_terminal(tmp_path):
     assert len(iio.imread(tmp_path / "a.mp4", plugin="pyav")) == written
 
 
-# ------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
@@ -874,7 +884,7 @@ def test_help_explains_every_option(capsys):
     assert all(f"{mode} " in shown for mode in sampling.MODES)
 
 
-# ------------------------------------------------------------------------------------------------ compile and fp8
+# ---------------------------------------------------------------------------------- compile and fp8
 
 
 def test_pieces_are_not_compiled_unless_asked_for(monkeypatch):
@@ -902,7 +912,9 @@ def test_compiled_piece_gives_the_same(monkeypatch):
 
 
 def test_fp8_rounding():
-    """Within half a step of e4m3 (2^-4 relative, 2^-10 of the scale near 0); each row on its own scale."""
+    """Within half a step of e4m3 (2^-4 relative, 2^-10 of the scale near 0); each row on its own
+    scale.
+    """
     x = randn(8, 64) * torch.logspace(-6, 6, 8)[:, None]
     x[3], x[4, 0] = 0, 1e9
     q, scale = fp8._quantize(x)
@@ -971,7 +983,9 @@ def test_fp8_linear_on_the_gpu():
 
 @gpu
 def test_clip_on_the_gpu(tmp_path):
-    """bfloat16, pinned copies beside the stream: the mp4 shows the decoded latents, and twice the same bytes."""
+    """bfloat16, pinned copies beside the stream: the mp4 shows the decoded latents, and twice the
+    same bytes.
+    """
     options = "--random-weights --preset tiny --size 32x64 --frames 33 --prompt a --latents --window 6 --device cuda"
     for name in ("a", "b"):
         sample.main(sample.parse([*options.split(), "--out", str(tmp_path / name)]))

@@ -226,7 +226,7 @@ class KVCache:
         return Span(start, n_frames, self._ranges(reads), self._ranges(places))
 
     def _past(self, start: int, end: int) -> list[int]:
-        """The frames in front of a chunk that it sees: the sink, a scene's first, the recent ones."""
+        """The frames that a chunk sees in front of it: the sink, a scene's first, recent ones."""
         window = self.window or max(end, self.capacity)
         assert end - start <= window - self.sink, (end - start, window, self.sink)
         if torch.is_grad_enabled() or window > self.capacity:
@@ -241,8 +241,7 @@ class KVCache:
             if began.start < start:  # the chunk that opens a scene still sees the one before
                 scene = began
         if scene.start < recent:
-            # Where a scene's first frames would leave, they stay, and recent ones leave in their
-            # place.
+            # Where a scene's first frames would leave, they stay, and recent ones go instead.
             recent = max(recent + len(scene), scene.stop)
         else:
             scene = range(0)
