@@ -218,7 +218,6 @@ def test_errors(tmp_path, tokenizer):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_hidden_on_the_gpu(golden, encoder, dtype, bar, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     tensors, cfg = golden
     model = T5Encoder(cfg).to("cuda", dtype)
     model.load_state_dict(encoder.state_dict())

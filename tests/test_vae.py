@@ -275,8 +275,6 @@ def test_linear_codec_refuses_what_the_vae_refuses(codec):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
 def test_golden_cuda(golden, released, monkeypatch, dtype, bar):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     vae = released.to("cuda", dtype)
     errors = golden_errors(vae, golden[1])
     print(errors)
