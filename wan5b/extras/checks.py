@@ -65,13 +65,13 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig) -> None:
             f"weights and teacher take different texts (width, length): {takes} and {other}"
         )
     if not data.prompts:
-        source = data.store.folder if data.store else cfg.text
+        source = cfg.text if data.store is None else data.store.folder
         raise ValueError(f"{source} holds nothing to train on")
     texts = [*data.prompts, *cfg.sample_prompts]
     if cfg.stage != "ode":
         texts.append(cfg.negative)
     data.text.check(texts, *takes)
-    if data.store:
+    if data.store is not None:
         _check_store(cfg, data, model.in_dim)
 
 
@@ -80,10 +80,10 @@ def _check_stages(cfg) -> None:
     teacher.
     """
     earlier = STAGES[: STAGES.index(cfg.stage) + 1]
-    allowed = {cfg.weights: earlier}
+    allowed = [(cfg.weights, earlier)]
     if cfg.stage in DISTILLATIONS:
-        allowed = {cfg.weights: earlier[1:], cfg.teacher: STAGES[:1]}
-    for path, stages in allowed.items():
+        allowed = [(cfg.weights, earlier[1:]), (cfg.teacher, STAGES[:1])]
+    for path, stages in allowed:
         made = read_metadata(path).get("stage") if path else None
         if made and made not in stages:
             raise ValueError(
@@ -148,5 +148,13 @@ def check_finished(cfg, data: dict[str, str], final: Path) -> None:
 
 
 def held_by(cfg) -> dict[str, str]:
-    """A digest of everything that a run reads, by the config's keys."""
-    return {key: digest(getattr(cfg, key)) for key in READS if getattr(cfg, key)}
+    """A digest of everything that a run reads, by the config's keys.
+
+    What is missing has none: the run says so when it opens it.
+    """
+    digests = {}
+    for key in READS:
+        path = getattr(cfg, key)
+        if path and Path(path).exists():
+            digests[key] = digest(path)
+    return digests

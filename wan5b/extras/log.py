@@ -41,7 +41,13 @@ def locked(out: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            # A run that was refused before it began leaves no folder.
+            if os.listdir(out) == ["lock"]:
+                (out / "lock").unlink()
+                out.rmdir()
 
 
 def begin(out: Path, config: dict, processes: int, start: int) -> None:
@@ -52,10 +58,10 @@ def begin(out: Path, config: dict, processes: int, start: int) -> None:
     record = {"commit": found.stdout.strip(), "processes": processes, "config": config}
     write_json(out / "config.json", record)
     log = out / METRICS
-    if log.exists():
-        rows = [row for row in read_metrics(log) if row["step"] < start]
-        with replacing(log) as partial:
-            partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    log.touch()
+    rows = [row for row in read_metrics(log) if row["step"] < start]
+    with replacing(log) as partial:
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def read_metrics(log: Path) -> list[dict[str, float]]:
@@ -105,7 +111,7 @@ def available() -> bool:
 
 
 def curves(folders: list[Path]) -> Path | None:
-    """Draw curves.png in the first folder. What goes wrong in it never ends a run: a note says so."""
+    """Draw curves.png in the first folder. An error in it never ends a run: a note says so."""
     try:
         return draw(folders)
     except Exception as error:  # a plotting library may raise anything, and only looks are at stake
