@@ -1,5 +1,5 @@
-"""Stopping and going on: what is saved, what a kill, a signal, a full disk or NaN leave of a run, and
-checkpoints in the place of weights.
+"""Stopping and going on: what a kill, a signal, a full disk or NaN leave of a run; checkpoints in
+the place of weights.
 """
 
 import json

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
 
 def a_rollout(run: stages.Run, step: int) -> tuple[stages.Batch, stages.Rolled]:
-    """What the generator's phase rolls out first; the batch's draws stand where the phase goes on."""
+    """What the generator's phase rolls out first; the draws stand where the phase goes on."""
     batch = first_batch(run, "generator", step)
     return batch, stages.roll_out(run, batch)
 

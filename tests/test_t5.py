@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import gpu
 from safetensors import safe_open
 
 from wan5b.t5 import (
@@ -214,10 +215,9 @@ def test_errors(tmp_path, tokenizer):
         tokenizer("A cat walks.")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@gpu
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_hidden_on_the_gpu(golden, encoder, dtype, bar, monkeypatch):
+def test_hidden_on_the_gpu(golden, encoder, dtype, bar):
     tensors, cfg = golden
     model = T5Encoder(cfg).to("cuda", dtype)
     model.load_state_dict(encoder.state_dict())

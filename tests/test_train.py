@@ -105,7 +105,7 @@ def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, prefix
     assert video.shape == (1 + 4 * (2 + prefix), 32, 32, 3)
 
 
-# --------------------------------------------------------------- compiled; in bfloat16; on a GPU too
+# -------------------------------------------------------------- compiled; in bfloat16; on a GPU too
 
 
 @pytest.mark.slow

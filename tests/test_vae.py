@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import gpu
 from safetensors import safe_open
 
 from wan5b import vae22
@@ -271,10 +272,9 @@ def test_linear_codec_refuses_what_the_vae_refuses(codec):
         codec.encode(torch.zeros(1, 3, 5, 40, 32))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@gpu
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=str)
-def test_golden_cuda(golden, released, monkeypatch, dtype, bar):
+def test_golden_cuda(golden, released, dtype, bar):
     vae = released.to("cuda", dtype)
     errors = golden_errors(vae, golden[1])
     print(errors)

@@ -111,7 +111,7 @@ def available() -> bool:
 
 
 def curves(folders: list[Path]) -> Path | None:
-    """Draw curves.png in the first folder; what goes wrong in it is a note and ends no run."""
+    """Draw curves.png in the first folder. An error in it never ends a run: a note says so."""
     try:
         return draw(folders)
     except Exception as error:  # a plotting library may raise anything, and only looks are at stake
