@@ -37,8 +37,9 @@ from wan5b.data import (
     write_shard,
 )
 from wan5b.distill import guided, rollout
-from wan5b.extras.files import UNREADABLE, parse_size, read_clips, read_prompts
+from wan5b.extras.files import parse_size, read_prompts
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae, read_metadata
+from wan5b.extras.pictures import read_clips
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import fit, latent_frames
@@ -280,7 +281,7 @@ def latents(args: argparse.Namespace) -> None:
                         {"latent": vae.encode(pixels[None].to(DEVICE)).to("cpu", dtype)},
                         [caption],
                     )
-            except UNREADABLE as error:  # one bad file should not end the work of hours
+            except ValueError as error:  # one bad file should not end the work of hours
                 skipped.append(f"{path}: {error}")
 
     fill(args, todo, encode)
