@@ -22,8 +22,8 @@ from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import log
 from wan5b.extras.budget import GIB, FlopCount, afford, expected, matmul_rate, memory_gib
-from wan5b.extras.checks import check_config, check_fit, check_unchanged
-from wan5b.extras.config import Options, at_least, one_of, read, within
+from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
+from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import sample_videos
@@ -44,14 +44,14 @@ class Config(Options):
     """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
 
     stage: str = one_of(STAGES, "")
-    out: str = ""
-    text: str = ""  # embeddings of all prompts
-    weights: str = ""  # where the trained network starts; empty: random weights of `preset`
+    out: str = path()
+    text: str = path()  # embeddings of all prompts
+    weights: str = path()  # where the trained network starts; empty: random weights of `preset`
     preset: str = one_of(PRESETS, "tiny")
-    teacher: str = ""  # dmd, sid: the frozen network; the critic starts from it too
-    latents: str = ""  # teacher, ar; dmd and sid with prefix = 1
-    trajectories: str = ""  # ode
-    vae: str = ""  # for sample videos
+    teacher: str = path()  # dmd, sid: the frozen network; the critic starts from it too
+    latents: str = path()  # teacher, ar; dmd and sid with prefix = 1
+    trajectories: str = path()  # ode
+    vae: str = path()  # for sample videos
     negative: str = NEGATIVE_PROMPT
 
     frames: int = at_least(1, 21)  # latent frames
@@ -140,15 +140,10 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     teacher.requires_grad_(False)
     critic, initial = network(cfg, world, *scores)
     optimizers["critic"] = optimizer(critic, initial, False)
-    cache = KVCache(
-        generator.cfg,
-        cfg.micro_batch,
-        cfg.frames,
-        generator.cfg.tokens_per_frame(cfg.height, cfg.width),
-        cfg.window or None,
-        device=world.device,
-        dtype=getattr(torch, cfg.dtype),
-    )
+    tokens = generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+    sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
+    dtype = getattr(torch, cfg.dtype)
+    cache = KVCache(generator.cfg, *sizes, device=world.device, dtype=dtype)
     return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
 
 
@@ -164,7 +159,7 @@ def network(cfg: Config, world: fsdp.World, sizes: DiTConfig, tensors: dict) -> 
     return model, tensors
 
 
-def facts(cfg: Config, sizes: DiTConfig, step: int) -> dict:
+def facts(cfg: Config, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
     """What a checkpoint or export says of itself; sample.py reads levels, shift, chunk, prefix."""
     return {
         "stage": cfg.stage,
@@ -173,8 +168,10 @@ def facts(cfg: Config, sizes: DiTConfig, step: int) -> dict:
         "shift": cfg.shift,
         "chunk": cfg.chunk,
         "prefix": cfg.prefix or None,
+        "window": cfg.window or None,
         "config": asdict(sizes),
         "training": asdict(cfg),
+        "data": data,
     }
 
 
@@ -184,13 +181,26 @@ def facts(cfg: Config, sizes: DiTConfig, step: int) -> dict:
 def main(cfg: Config, world: fsdp.World) -> None:
     check_config(cfg, world)
     out = Path(cfg.out)
+    with log.locked(out) if world.rank == 0 else contextlib.nullcontext():
+        # Whether this run has been begun, or is finished.
+        data = held_by(cfg)
+        final = out / f"{cfg.stage}.safetensors"
+        if final.exists():
+            check_finished(cfg, data, final)
+            print(f"{final} is there: this run is finished")
+            return
+        saved = fsdp.checkpoints(out)
+        if saved:
+            check_unchanged(cfg, data, saved[-1])
+        run = train(cfg, world, data, saved[-1] if saved else None)
+        if run is not None:
+            export(run, final, data)
+
+
+def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run | None:
+    """All steps behind a checkpoint, if there is one. None if SIGTERM has stopped it."""
+    out = Path(cfg.out)
     leading = world.rank == 0
-    final = out / f"{cfg.stage}.safetensors"
-    if final.exists():
-        raise ValueError(f"{final} exists, so this run is finished; choose another out")
-    saved = fsdp.checkpoints(out)
-    if saved:
-        check_unchanged(cfg, saved[-1])
 
     # Every process opens the VAE, needed or not: what is wrong with it ends all of them.
     vae = None
@@ -201,14 +211,14 @@ def main(cfg: Config, world: fsdp.World) -> None:
     flop = FlopCount()
     for model in filter(None, (run.generator, run.critic, run.teacher)):
         flop.watch(model)
-    start = fsdp.load(world, saved[-1], run.optimizers)["step"] if saved else 0
+    start = fsdp.load(world, saved, run.optimizers)["step"] if saved else 0
     if leading:
         log.begin(out, asdict(cfg), world.size, start)
     ceiling = matmul_rate(world.device, run.dtype)
     tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
 
     def checkpoint(done: int) -> None:
-        fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done), cfg.keep)
+        fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done, data), cfg.keep)
         if leading:
             log.curves([out])
 
@@ -224,7 +234,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
             if step > start and step % cfg.save_every:  # otherwise this step's checkpoint is there
                 checkpoint(step)
             tqdm.write(f"stopped by SIGTERM in step {step}, which the same command begins anew")
-            return
+            return None
         metrics = world.mean(values)
         log.check_finite(values, metrics, step, world.rank, out)
 
@@ -246,20 +256,19 @@ def main(cfg: Config, world: fsdp.World) -> None:
         if done % cfg.save_every == 0 or done == cfg.steps:
             checkpoint(done)
 
-    export(run, final)
     if leading:
         needed = sum(run.budget["device"].values()) / GIB
         peak = memory_gib(world.device)
         print(f"peak memory: {peak:.2f} GiB (on a CPU the process's), expected {needed:.2f}")
+    return run
 
 
-def export(run: Run, path: Path) -> None:
+def export(run: Run, final: Path, data: dict[str, str]) -> None:
     """The generator's average, if kept, else its masters, as one file; all processes take part."""
     result = run.optimizers["generator"].result
     if run.world.rank == 0:
-        save_dit(
-            run.generator, path, facts(run.cfg, run.generator.cfg, run.cfg.steps), value=result
-        )
+        said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data)
+        save_dit(run.generator, final, said, value=result)
         return
     for name in run.generator.state_dict():
         result(name)

@@ -1,4 +1,4 @@
-"""The demo from end to end, cut to a few steps a stage: its parts fit, and its export is sampled as the README says."""
+"""The demo from end to end in a few steps a stage: its parts fit, sample.py takes what it made."""
 
 import json
 import subprocess
@@ -13,49 +13,23 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.slow
 def test_demo_and_sampling_from_its_export(tmp_path):
     out = tmp_path / "demo"
-    command = [
-        sys.executable,
-        ROOT / "examples" / "tiny" / "demo.py",
-        "--out",
-        out,
-        "--steps",
-        "4",
-        "--clips",
-        "96",
-    ]
+    demo = ROOT / "examples" / "tiny" / "demo.py"
+    command = [sys.executable, demo, "--out", out, "--steps", "4", "--clips", "96"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((out / "report.json").read_text())["rows"]
-    assert list(rows) == ["teacher x1"] + [
-        f"{s} x{n}" for s in ("ar", "ode", "dmd", "dmd-data") for n in (1, 3)
-    ]
+    causal = ("ar", "ode", "dmd", "dmd-data")
+    assert list(rows) == ["teacher x1", *(f"{name} x{n}" for name in causal for n in (1, 3))]
     assert all(len(seeds) == 3 and seeds[0]["colour"] <= 1 for seeds in rows.values())
     assert (out / "sheet.png").exists()
     assert (out / "dmd" / "curves.png").exists()
 
     clip = tmp_path / "clip.mp4"
-    options = [
-        "--release",
-        out / "release",
-        "--weights",
-        out / "dmd" / "dmd.safetensors",
-        "--size",
-        "64x64",
-    ]
-    options += [
-        "--prompt",
-        "a red ring moves left",
-        "--frames",
-        "105",
-        "--window",
-        "9",
-        "--sheet",
-        "--out",
-        clip,
-    ]
-    done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", *options], capture_output=True, text=True, cwd=tmp_path
-    )
+    options = ["--release", out / "release", "--weights", out / "dmd" / "dmd.safetensors"]
+    options += ["--prompt", "a red ring moves left", "--size", "64x64", "--frames", "105"]
+    options += ["--window", "9", "--sheet", "--out", clip]
+    sample = [sys.executable, ROOT / "sample.py", *options]
+    done = subprocess.run(sample, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(clip.with_suffix(".json").read_text())["frames_written"] == 105
 

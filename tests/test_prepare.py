@@ -1,4 +1,4 @@
-"""prepare.py on a tiny release: what it writes, that it goes on where it stopped, what it refuses."""
+"""prepare.py on a tiny release: what it writes, where it goes on when stopped, what it refuses."""
 
 import gc
 import json
@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -19,11 +18,11 @@ from common import randn, rel
 from release import DIT, make_release, write_dit
 
 import prepare
-import sample
 from wan5b.data import Store, TextStore, write_shard
 from wan5b.distill import guided, rollout
-from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.pictures import read_clips
+from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
+from wan5b.extras.sampling import generate
 from wan5b.flow import few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache
 from wan5b.media import fit
@@ -73,10 +72,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def video(path, count, fps=24, size=(48, 96), seed=0):
     """A file (or a folder of PNGs) of smooth moving colours. Returns the frames of the folder."""
     t, y, x = np.mgrid[:count, : size[0], : size[1]]
-    wave = np.stack(
-        [np.sin(0.1 * (x + seed) + 0.3 * t), np.cos(0.1 * y - 0.2 * t), np.sin(0.05 * (x + y))], -1
-    )
-    frames = (127.5 * (1 + wave)).astype(np.uint8)
+    red = np.sin(0.1 * (x + seed) + 0.3 * t)
+    green = np.cos(0.1 * y - 0.2 * t)
+    blue = np.sin(0.05 * (x + y))
+    frames = (127.5 * (1 + np.stack([red, green, blue], -1))).astype(np.uint8)
     if path.suffix:
         iio.imwrite(path, frames, plugin="pyav", fps=fps, codec="libx264")
         return None
@@ -86,7 +85,7 @@ def video(path, count, fps=24, size=(48, 96), seed=0):
     return frames
 
 
-# ----------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 
 def test_text(release, embeddings):
@@ -94,7 +93,8 @@ def test_text(release, embeddings):
     assert store.prompts == [NEGATIVE_PROMPT, "", *dict.fromkeys(PROMPTS)]  # each once
     assert store.facts == {"model": "tiny", "negative": NEGATIVE_PROMPT}
     assert sorted(contents(embeddings)) == [f"0000{i}.safetensors" for i in range(3)]
-    encoder, tokenizer = load_t5(release), load_tokenizer(release)
+    encoder = load_t5(release)
+    tokenizer = load_tokenizer(release)
     for i in range(0, 6, 2):  # as they were batched: the rounding may depend on it
         pair = store.prompts[i : i + 2]
         context = encode_prompts(encoder, tokenizer, pair)
@@ -104,20 +104,10 @@ def test_text(release, embeddings):
 
 
 def test_text_of_a_stores_captions(release, tmp_path):
-    write_shard(
-        tmp_path / "latents" / "0.safetensors", {"latent": torch.zeros(2, 1)}, ["a cat", "a cat"]
-    )
-    run(
-        "text",
-        "--release",
-        release,
-        "--prompts",
-        tmp_path / "latents",
-        "--negative",
-        "bad",
-        "--out",
-        tmp_path / "text",
-    )
+    clips = tmp_path / "latents"
+    write_shard(clips / "0.safetensors", {"latent": torch.zeros(2, 1)}, ["a cat", "a cat"])
+    command = ["text", "--release", release, "--prompts", clips, "--negative", "bad"]
+    run(*command, "--out", tmp_path / "text")
     assert TextStore(tmp_path / "text").prompts == ["bad", "", "a cat"]
 
 
@@ -133,25 +123,18 @@ def test_latents(release, tmp_path, capsys):
     options = [*SMALL, "--dtype", "float32", "--per-shard", 2]
     run("latents", "--release", release, "--videos", clips, *options, "--out", tmp_path / "out")
 
-    assert "skipped 2 videos" in (printed := capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "skipped 2 videos" in printed
     assert "short.mp4 has 8 frames at 24 fps, fewer than 9" in printed
     assert "zz.mp4" in printed
     store = Store(tmp_path / "out")
     assert store.prompts == ["a fast clip", "a still clip"]
-    facts = {
-        "frames": 9,
-        "fps": 24.0,
-        "clips": 1,
-        "dtype": "float32",
-        "model": "tiny",
-        "size": "32x64",
-    }
-    assert store.facts == facts
+    sizes = {"size": "32x64", "frames": 9, "fps": 24.0, "clips": 1}
+    assert store.facts == {**sizes, "dtype": "float32", "model": "tiny"}
     assert store.shapes == {"latent": (48, 3, 2, 4)}
     vae = load_vae(release)
-    for item, frames in zip(
-        store, [next(read_clips(clips / "fast.mp4", 9, 24)), images], strict=True
-    ):
+    expected = [next(read_clips(clips / "fast.mp4", 9, 24)), images]
+    for item, frames in zip(store, expected, strict=True):
         assert torch.equal(item["latent"], vae.encode(fit(frames, 32, 64)[None])[0])
 
     lines = [
@@ -168,7 +151,7 @@ def test_latents(release, tmp_path, capsys):
 
 
 def test_several_clips_of_a_video(release, tmp_path, capsys, monkeypatch):
-    """As many as there are, each encoded by itself; what is whole of a video that breaks off is taken."""
+    """As many as there are, each encoded by itself; of a video that breaks off what is whole."""
     clips = tmp_path / "clips"
     clips.mkdir()
     images = video(clips / "a", 30)
@@ -178,22 +161,11 @@ def test_several_clips_of_a_video(release, tmp_path, capsys, monkeypatch):
     (clips / "d" / "12.png").write_bytes(b"damaged")
     for name in "abcd":
         (clips / f"{name}.txt").write_text(f"caption {name}")
-    command = [
-        "latents",
-        "--release",
-        release,
-        "--videos",
-        clips,
-        *SMALL,
-        "--dtype",
-        "float32",
-        "--per-shard",
-        3,
-    ]
+    command = ["latents", "--release", release, "--videos", clips, *SMALL]
+    command += ["--dtype", "float32", "--per-shard", 3]
     run(*command, "--clips", 2, "--out", tmp_path / "two")
-    assert "skipped 2 videos" in (
-        printed := capsys.readouterr().out
-    )  # c is shorter than two clips, and no failure
+    printed = capsys.readouterr().out
+    assert "skipped 2 videos" in printed  # c is shorter than two clips, and no failure
     assert "b.mp4 has 8 frames" in printed
     assert "d: cannot read the image" in printed
     store = Store(tmp_path / "two")
@@ -201,62 +173,51 @@ def test_several_clips_of_a_video(release, tmp_path, capsys, monkeypatch):
     assert store.prompts == ["caption a", "caption a", "caption c", "caption d"]
     assert len(Store(tmp_path / "two").files) == 2  # --per-shard counts videos
     vae = load_vae(release)
-    for item, frames in zip(
-        store, [images[:9], images[9:18], images_of_c[:9], images_of_d[:9]], strict=True
-    ):
+    expected = [images[:9], images[9:18], images_of_c[:9], images_of_d[:9]]
+    for item, frames in zip(store, expected, strict=True):
         assert torch.equal(item["latent"], vae.encode(fit(frames, 32, 64)[None])[0])
 
     run(*command, "--clips", 100, "--batch", 4, "--out", tmp_path / "all")
     assert Store(tmp_path / "all").prompts == [f"caption {name}" for name in "aaacd"]
-    with pytest.raises(
-        ValueError, match="00000.safetensors is of another run: clips 2 and 1; delete it"
-    ):
+    other = "00000.safetensors is of another run: clips 2 and 1; delete it"
+    with pytest.raises(ValueError, match=other):
         run(*command, "--out", tmp_path / "two")
 
 
 def test_a_video_without_a_picture_does_not_end_the_work(release, tmp_path, capsys, monkeypatch):
-    (tmp_path / "clips").mkdir()
-    (tmp_path / "clips" / "a.mp4").touch()
-    (tmp_path / "clips" / "a.txt").write_text("a")
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    (clips / "a.mp4").touch()
+    (clips / "a.txt").write_text("a")
 
     def no_picture(*_):
         raise IndexError("tuple index out of range")  # PyAV's way to say so
         yield
 
     monkeypatch.setattr(prepare, "read_clips", no_picture)
-    run(
-        "latents",
-        "--release",
-        release,
-        "--videos",
-        tmp_path / "clips",
-        *SMALL,
-        "--out",
-        tmp_path / "out",
-    )
+    out = tmp_path / "out"
+    run("latents", "--release", release, "--videos", clips, *SMALL, "--out", out)
     assert "skipped 1 videos" in capsys.readouterr().out
-    assert len(Store(tmp_path / "out")) == 0
+    assert len(Store(out)) == 0
+
+
+def noise_of(numbers, frames, seed=7) -> torch.Tensor:
+    """The noise of these items, [B, 48, frames, 2, 4]."""
+    keys = [(seed, "trajectory", i) for i in numbers]
+    return torch.stack([torch.randn(48, frames, 2, 4, generator=rng("cpu", *key)) for key in keys])
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_trajectories(release, embeddings, tmp_path, causal):
     out = tmp_path / "out"
-    options = [
-        "--steps",
-        "12",
-        "--seed",
-        "7",
-        "--guidance",
-        "2",
-        "--batch",
-        "2",
-        *["--causal", "--chunk", "1"] * causal,
-    ]
+    options = ["--steps", 12, "--seed", 7, "--guidance", 2, "--batch", 2]
+    if causal:
+        options += ["--causal", "--chunk", 1]
     run("trajectories", "--release", release, "--text", embeddings, *SMALL, *options, "--out", out)
-    store, text = Store(out), TextStore(embeddings)
-    assert store.prompts == list(
-        dict.fromkeys(PROMPTS)
-    )  # neither the negative prompt nor the empty one
+    store = Store(out)
+    text = TextStore(embeddings)
+    # Neither the negative prompt nor the empty one.
+    assert store.prompts == list(dict.fromkeys(PROMPTS))
     assert store.shapes == {"x": (5, 48, 3, 2, 4)}
     assert store.facts == {
         "frames": 9,
@@ -276,11 +237,10 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         "chunks": [1, 1, 1] if causal else [3],
     }
 
-    model, sigmas = load_dit(release), [shift_sigma(1 - i / 12) for i in range(13)]
+    model = load_dit(release)
+    sigmas = [shift_sigma(1 - i / 12) for i in range(13)]
     x = torch.stack([item["x"] for item in store])  # [4, 5, C, T, H, W]
-    noise = torch.stack(
-        [torch.randn(48, 3, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(4)]
-    )
+    noise = noise_of(range(4), 3)
     assert torch.equal(x[:, 0], noise)
     i = [1, 2]  # not the pair that was batched
     context = text.batch([store.prompts[k] for k in i] + [NEGATIVE_PROMPT] * 2, 512)
@@ -289,11 +249,11 @@ def test_trajectories(release, embeddings, tmp_path, causal):
         if causal:
             tokens = model.cfg.tokens_per_frame(2, 4)
             cache = KVCache(model.cfg, 4, 3, tokens)
-            chunks = list(
-                rollout(field, noise[i], context, sigmas, [1, 1, 1], cache, solver="euler")
-            )
+            finished = rollout(field, noise[i], context, sigmas, [1, 1, 1], cache, solver="euler")
+            chunks = list(finished)
             end = torch.cat(chunks, 2)
-            # the middle of the second chunk, by hand: behind the first one's end
+
+            # The middle of the second chunk, by hand: behind the first one's end.
             cache = KVCache(model.cfg, 4, 3, tokens)
             field(chunks[0], 0.0, context, cache=cache)
             cache.commit(1)
@@ -302,19 +262,33 @@ def test_trajectories(release, embeddings, tmp_path, causal):
                 half = half + (b - a) * field(half, a, context, cache=cache)
             assert rel(x[i, 2][:, :, 1:2], half) < 1e-5
         else:
-            end = solve(lambda x, sigma: field(x, sigma, context), noise[i], sigmas, "euler")
-            half = solve(lambda x, sigma: field(x, sigma, context), noise[i], sigmas[:7], "euler")
+
+            def alone(x, sigma):
+                return field(x, sigma, context)
+
+            end = solve(alone, noise[i], sigmas, "euler")
+            half = solve(alone, noise[i], sigmas[:7], "euler")
             assert rel(x[i, 2], half) < 1e-5
     assert rel(x[i, 4], end) < 1e-5
     assert rel(x[i, 3], end) > 0.05  # the levels differ
 
 
+def test_a_bidirectional_model_takes_no_cache(release, embeddings, tmp_path, monkeypatch):
+    """Keys and values of all frames in all layers would be most of the memory."""
+    monkeypatch.setattr(prepare, "KVCache", None)
+    command = ["trajectories", "--release", release, "--text", embeddings, *SMALL, "--steps", 4]
+    run(*command, "--out", tmp_path / "out")
+    with pytest.raises(TypeError):
+        run(*command, "--causal", "--out", tmp_path / "causal")
+
+
 def clips_of_latents(folder, channels=48, size=(2, 4)):
-    """Three clips of two latent frames, in two shards, a caption twice. Returns the first frames, float32."""
-    latent, captions = (
-        randn(3, channels, 2, *size, seed=3).bfloat16(),
-        ["rain", "a red fox", "rain"],
-    )
+    """Three clips of two latent frames, in two shards, a caption twice.
+
+    Returns the first frames, float32.
+    """
+    latent = randn(3, channels, 2, *size, seed=3).bfloat16()
+    captions = ["rain", "a red fox", "rain"]
     write_shard(folder / "00000.safetensors", {"latent": latent[:2]}, captions[:2], frames=5)
     write_shard(folder / "00001.safetensors", {"latent": latent[2:]}, captions[2:], frames=5)
     return latent[:, :, :1].float()
@@ -322,69 +296,42 @@ def clips_of_latents(folder, channels=48, size=(2, 4)):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
-    """Behind the clean first frames of clips: the same as a loop by hand, and as sample.py's."""
-    clean, out = clips_of_latents(tmp_path / "latents"), tmp_path / "out"
-    options = [
-        "--size",
-        "32x64",
-        "--frames",
-        17,
-        "--steps",
-        8,
-        "--seed",
-        7,
-        "--guidance",
-        2,
-        "--batch",
-        4,
-    ]
-    options += [
-        "--latents",
-        tmp_path / "latents",
-        "--repeats",
-        2,
-        *["--causal", "--chunk", 2] * causal,
-    ]
+    """Behind the clean first frames of clips: the same as a loop by hand, and as `generate`'s."""
+    latents = tmp_path / "latents"
+    clean = clips_of_latents(latents)
+    out = tmp_path / "out"
+    options = ["--size", "32x64", "--frames", 17, "--steps", 8, "--seed", 7, "--guidance", 2]
+    options += ["--batch", 4, "--latents", latents, "--repeats", 2]
+    if causal:
+        options += ["--causal", "--chunk", 2]
     run("trajectories", "--release", release, "--text", embeddings, *options, "--out", out)
-    store, text = Store(out), TextStore(embeddings)
+    store = Store(out)
+    text = TextStore(embeddings)
     assert store.prompts == ["rain", "a red fox", "rain"] * 2
     assert store.shapes == {"x": (5, 48, 5, 2, 4)}
-    facts = {
-        "prefix": 1,
-        "latents": str(tmp_path / "latents"),
-        "chunks": [1, 2, 2] if causal else [1, 4],
-    }
+    plan = [1, 2, 2] if causal else [1, 4]
+    facts = {"prefix": 1, "latents": str(latents), "chunks": plan}
     assert facts.items() <= store.facts.items()
     x = torch.stack([item["x"] for item in store])  # [6, 5, C, T, H, W]
     for level in range(5):
         assert torch.equal(x[:, level, :, :1], torch.cat([clean, clean]))
-    noise = torch.stack(
-        [torch.randn(48, 4, 2, 4, generator=rng("cpu", 7, "trajectory", i)) for i in range(6)]
-    )
+    noise = noise_of(range(6), 4)
     assert torch.equal(x[:, 0, :, 1:], noise)
 
-    model, sigmas, i = load_dit(release), [shift_sigma(1 - i / 8) for i in range(9)], [1, 5]
-    first, field = clean[[1, 2]], guided(model, 2.0)
+    model = load_dit(release)
+    sigmas = [shift_sigma(1 - i / 8) for i in range(9)]
+    i = [1, 5]
+    first = clean[[1, 2]]
+    field = guided(model, 2.0)
     context = text.batch([store.prompts[k] for k in i] + [NEGATIVE_PROMPT] * 2, 512)
+    chunks = plan[1:]
     states = []
     with torch.no_grad():
         if causal:
             cache = KVCache(model.cfg, 4, 5, model.cfg.tokens_per_frame(2, 4))
-            end = torch.cat(
-                list(
-                    rollout(
-                        field,
-                        noise[i],
-                        context,
-                        sigmas,
-                        [2, 2],
-                        cache,
-                        solver="euler",
-                        prefix=first,
-                    )
-                ),
-                2,
-            )
+            how = {"prefix": first, "solver": "euler"}
+            finished = rollout(field, noise[i], context, sigmas, chunks, cache, **how)
+            end = torch.cat(list(finished), 2)
         else:
             whole = torch.cat([first, noise[i]], 2)
             for a, b in zip(sigmas, sigmas[1:], strict=False):
@@ -394,17 +341,9 @@ def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
                 whole = whole + (b - a) * (v[2:] + 2 * (v[:2] - v[2:]))
                 whole[:, :, :1] = first  # put back after every step
             end = whole[:, :, 1:]
-        args = SimpleNamespace(
-            mode="many" if causal else "bidirectional",
-            guidance=2.0,
-            solver="euler",
-            window=None,
-            sink=0,
-        )
-        plan = [2, 2] if causal else [4]
-        sampled = sample.generate(
-            args, model, noise[i[1:]], context[1::2], sigmas, plan, first[1:], 0
-        )
+
+        how = {"causal": causal, "solver": "euler", "guidance": 2.0, "prefix": first[1:]}
+        sampled = generate(model, noise[i[1:]], context[1::2], sigmas, chunks, **how)
         assert rel(x[i[1:], 4], torch.cat(list(sampled), 2)) < 1e-5
     assert rel(x[i, 4, :, 1:], end) < 1e-5
     for kept, state in enumerate(states[::2]):
@@ -433,19 +372,12 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
     clips_of_latents(tmp_path / "latents")
     clips_of_latents(tmp_path / "wide", size=(2, 6))
     clips_of_latents(tmp_path / "other", channels=16)
-    write_shard(
-        tmp_path / "unknown" / "0.safetensors", {"latent": randn(1, 48, 1, 2, 4)}, ["a hen"]
-    )
+    hen = {"latent": randn(1, 48, 1, 2, 4)}
+    write_shard(tmp_path / "unknown" / "0.safetensors", hen, ["a hen"])
+    given = ["trajectories", "--text", embeddings, *SMALL]
 
     def refused(match, latents, *options):
-        command = [
-            "trajectories",
-            "--release",
-            tmp_path / "no release",
-            "--text",
-            embeddings,
-            *SMALL,
-        ]
+        command = [*given, "--release", tmp_path / "no release"]
         with pytest.raises(ValueError, match=match) as error:
             run(*command, "--latents", latents, *options, "--out", tmp_path / "out")
         assert "\n" not in str(error.value)
@@ -458,26 +390,13 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
     refused(r"lacks 1 prompts \('a hen'\); see prepare.py text", tmp_path / "unknown")
     refused("--frames > 1", tmp_path / "latents", "--frames", 1)
     refused("--frames > 1", tmp_path / "latents", "--frames", 1, "--causal")
-    refused(
-        "first chunk of 1 and chunks of 3; nearest valid: 1 or 4", tmp_path / "latents", "--causal"
-    )
+    uneven = "first chunk of 1 and chunks of 3; nearest valid: 1 or 4"
+    refused(uneven, tmp_path / "latents", "--causal")
 
-    command = [
-        "trajectories",
-        "--release",
-        release,
-        "--text",
-        embeddings,
-        *SMALL,
-        "--steps",
-        4,
-        "--out",
-        tmp_path / "o",
-    ]
+    command = [*given, "--release", release, "--steps", 4, "--out", tmp_path / "o"]
     run(*command, "--latents", tmp_path / "latents")
-    with pytest.raises(
-        ValueError, match=r"is of another run: .*prefix 1 and 0, .*latents and None; delete it"
-    ):
+    other = r"is of another run: .*prefix 1 and 0, .*latents and None; delete it"
+    with pytest.raises(ValueError, match=other):
         run(*command)
 
 
@@ -488,7 +407,10 @@ def test_levels_are_exact():
 
 
 def test_trajectories_of_an_export(release, embeddings, tmp_path):
-    """The weights' own record goes with the trajectories, which may be stored as bfloat16; chunk and shift are its."""
+    """The weights' own record goes with the trajectories, and chunk and shift are its.
+
+    They may be stored as bfloat16.
+    """
     record = {"stage": "ar", "step": 3, "chunk": 1, "shift": 3.0}
     save_dit(load_dit(release), tmp_path / "ar.safetensors", record)
     save_dit(load_dit(release), tmp_path / "teacher.safetensors", {"stage": "teacher"})
@@ -498,23 +420,18 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
     run(*common, "--causal", "--chunk", "1", "--shift", 3, "--out", tmp_path / "b")
     with pytest.raises(ValueError, match=r"ar.safetensors is of stage ar: give --causal"):
         run(*common, *weights, "--out", tmp_path / "c")
+    teacher = ["--weights", tmp_path / "teacher.safetensors"]
     with pytest.raises(ValueError, match=r"teacher.safetensors is of stage teacher: no --causal"):
-        run(
-            *common,
-            "--weights",
-            tmp_path / "teacher.safetensors",
-            "--causal",
-            "--out",
-            tmp_path / "c",
-        )
-    a, b = Store(tmp_path / "a"), Store(tmp_path / "b")
+        run(*common, *teacher, "--causal", "--out", tmp_path / "c")
+    a = Store(tmp_path / "a")
+    b = Store(tmp_path / "b")
     assert a.facts["trained"] == record
     assert (a.facts["chunks"], a.facts["shift"]) == ([1, 1, 1], 3.0)
     assert a.facts["model"] == "ar.safetensors"
     assert torch.equal(a[1]["x"], b[1]["x"].bfloat16())
 
 
-# ------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -527,25 +444,18 @@ def test_going_on_gives_the_same_files(
         for i in range(3):
             video(tmp_path / "clips" / f"{i}.mp4", 9, seed=10 * i)
             (tmp_path / "clips" / f"{i}.txt").write_text(f"clip {i}")
-    command = {
-        "text": ["text", "--prompts", prompts, "--per-shard", "2"],
-        "latents": ["latents", "--videos", tmp_path / "clips", *SMALL, "--per-shard", "1"],
-        "trajectories": [
-            "trajectories",
-            "--text",
-            embeddings,
-            *SMALL,
-            "--steps",
-            "4",
-            "--per-shard",
-            "1",
-        ],
-    }[kind] + ["--release", release]
+    options = {
+        "text": ["--prompts", prompts, "--per-shard", 2],
+        "latents": ["--videos", tmp_path / "clips", *SMALL, "--per-shard", 1],
+        "trajectories": ["--text", embeddings, *SMALL, "--steps", 4, "--per-shard", 1],
+    }
+    command = [kind, *options[kind], "--release", release]
     run(*command, "--out", tmp_path / "whole")
     expected = contents(tmp_path / "whole")
     assert len(expected) >= 3
 
-    out, made = tmp_path / "parts", []
+    out = tmp_path / "parts"
+    made = []
 
     def stop_at_the_second(path, *args, **facts):
         if made:
@@ -564,9 +474,7 @@ def test_going_on_gives_the_same_files(
         monkeypatch.setattr(prepare, "RANK", rank)
         run(*command, "--out", out)
         if (rank, processes) == (1, 2):
-            assert set(contents(out)) == {
-                name for i, name in enumerate(sorted(expected)) if i % 2
-            } | set(made)
+            assert set(contents(out)) == {*sorted(expected)[1::2], *made}
     assert contents(out) == expected
     assert (out / made[0]).stat().st_mtime_ns == stamp  # not made again
 
@@ -579,50 +487,33 @@ def test_more_processes_than_shards(release, prompts, tmp_path, monkeypatch):
 
 
 def test_a_longer_list_goes_on_at_whole_shards(release, tmp_path):
-    command = [
-        "text",
-        "--release",
-        release,
-        "--prompts",
-        tmp_path / "p.txt",
-        "--per-shard",
-        "2",
-        "--out",
-        tmp_path / "o",
-    ]
-    (tmp_path / "p.txt").write_text("a\nb")
+    listing = tmp_path / "p.txt"
+    out = tmp_path / "o"
+    command = ["text", "--release", release, "--prompts", listing, "--per-shard", 2, "--out", out]
+    listing.write_text("a\nb")
     run(*command)
-    before = contents(tmp_path / "o")
-    (tmp_path / "p.txt").write_text("a\nb\nc")
+    before = contents(out)
+    listing.write_text("a\nb\nc")
     run(*command)
-    assert before.items() < contents(tmp_path / "o").items()
-    (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
-    with pytest.raises(
-        ValueError, match="00002.safetensors is of another run: inputs, --per-shard; delete it"
-    ):
+    assert before.items() < contents(out).items()
+    listing.write_text("a\nb\nc\nd\n")
+    other = "00002.safetensors is of another run: inputs, --per-shard; delete it"
+    with pytest.raises(ValueError, match=other):
         run(*command)
-    (tmp_path / "o" / "00002.safetensors").unlink()
+    (out / "00002.safetensors").unlink()
     run(*command)
-    assert TextStore(tmp_path / "o").prompts[2:] == list("abcd")
+    assert TextStore(out).prompts[2:] == list("abcd")
 
 
 def test_the_script_stops_and_fails_politely(release, embeddings, tmp_path):
-    script = [
-        sys.executable,
-        "prepare.py",
-        "trajectories",
-        "--release",
-        str(release),
-        *SMALL,
-        "--out",
-        str(tmp_path / "o"),
-    ]
+    script = [sys.executable, "prepare.py", "trajectories", "--release", release, *SMALL]
+    script += ["--out", tmp_path / "o"]
     failed = subprocess.run([*script, "--text", "nowhere"], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.startswith("prepare.py: error: nowhere is no folder")
     assert failed.stderr.count("\n") == 1
 
-    command = [*script, "--text", str(embeddings), "--steps", "20000", "--per-shard", "1"]
+    command = [*script, "--text", embeddings, "--steps", "20000", "--per-shard", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for line in iter(lambda: process.stderr.read(1), ""):
         if line == "%":  # the progress bar: at work
@@ -635,7 +526,7 @@ def test_the_script_stops_and_fails_politely(release, embeddings, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_errors_of_options(release, embeddings, prompts, tmp_path):
@@ -645,37 +536,30 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
         assert not (tmp_path / "out").exists()
 
     ode = ["trajectories", "--text", embeddings, *SMALL]
-    for size, frames, given in (
-        (
-            "30x64",
-            9,
-            "size 30x64 is not HEIGHTxWIDTH in multiples of 32; nearest valid: 32 or 64 by 64 or 96",
-        ),
+    sides = "nearest valid: 32 or 64 by 64 or 96"
+    for size, frames, match in (
+        ("30x64", 9, f"size 30x64 is not HEIGHTxWIDTH in multiples of 32; {sides}"),
         ("axb", 9, "size axb is not HEIGHTxWIDTH"),
         ("32x64", 8, "8 frames are not 4k . 1; nearest valid: 5 or 9"),
     ):
-        refused(given, "trajectories", "--text", embeddings, "--size", size, "--frames", frames)
-        refused(given, "latents", "--videos", tmp_path, "--size", size, "--frames", frames)
+        options = ["--size", size, "--frames", frames]
+        refused(match, "trajectories", "--text", embeddings, *options)
+        refused(match, "latents", "--videos", tmp_path, *options)
     refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
     refused("--steps 0 must", *ode, "--steps", 0)
-    refused(
-        "3 latent frames do not divide into chunks of 2; nearest valid: 2 or 4",
-        *ode,
-        "--causal",
-        "--chunk",
-        2,
-    )
+    uneven = "3 latent frames do not divide into chunks of 2; nearest valid: 2 or 4"
+    refused(uneven, *ode, "--causal", "--chunk", 2)
     refused("--per-shard 0: must be above 0", *ode, "--per-shard", 0)
     refused("--batch -1: must be above 0", "text", "--prompts", prompts, "--batch", -1)
     refused("--repeats 0: must be above 0", *ode, "--repeats", 0)
     refused("--chunk 0: must be above 0", *ode, "--causal", "--chunk", 0)
     refused("--shift 0.0: must be above 0", *ode, "--shift", 0)
-    refused("nowhere is no folder", "trajectories", "--text", tmp_path / "nowhere")
-    refused("cannot read .*nowhere", "text", "--prompts", tmp_path / "nowhere")
-    refused(
-        "nowhere.safetensors: no such file", *ode, "--weights", tmp_path / "nowhere.safetensors"
-    )
-    refused("cannot read .*nowhere", "latents", "--videos", tmp_path / "nowhere", *SMALL)
+    nowhere = tmp_path / "nowhere"
+    weights = tmp_path / "nowhere.safetensors"
+    refused("nowhere is no folder", "trajectories", "--text", nowhere)
+    refused("cannot read .*nowhere", "text", "--prompts", nowhere)
+    refused("nowhere.safetensors: no such file", *ode, "--weights", weights)
+    refused("cannot read .*nowhere", "latents", "--videos", nowhere, *SMALL)
     with pytest.raises(ValueError, match="spiece.model: no such file"):
         run("text", "--prompts", prompts, "--release", tmp_path, "--out", tmp_path / "out")
 
@@ -684,36 +568,21 @@ def test_errors_of_another_latent_space(release, embeddings, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     write_dit(other, replace(DIT, in_dim=16, out_dim=16))
+    command = ["trajectories", "--release", other, "--text", embeddings, *SMALL]
     with pytest.raises(ValueError, match="16 latent channels where 48 are needed"):
-        run(
-            "trajectories",
-            "--release",
-            other,
-            "--text",
-            embeddings,
-            *SMALL,
-            "--out",
-            tmp_path / "out",
-        )
+        run(*command, "--out", tmp_path / "out")
 
 
 def test_errors_of_video_lists(release, tmp_path):
     clips = tmp_path / "clips"
     clips.mkdir()
+    out = tmp_path / "out"
+    command = ["latents", "--release", release, *SMALL, "--out", out]
 
     def refused(match, videos):
         with pytest.raises(ValueError, match=match):
-            run(
-                "latents",
-                "--release",
-                release,
-                "--videos",
-                videos,
-                *SMALL,
-                "--out",
-                tmp_path / "out",
-            )
-        assert not (tmp_path / "out").exists()
+            run(*command, "--videos", videos)
+        assert not out.exists()
 
     refused("clips names 0 videos", clips)
     (clips / "a.mp4").touch()
@@ -731,38 +600,16 @@ def test_errors_of_video_lists(release, tmp_path):
     listing.write_text('{"video": "clips/a.mp4", "caption": "x"}')
     for option in ("--clips", "--fps"):
         with pytest.raises(ValueError, match=rf"{option} 0(.0)?: must be above 0"):
-            run(
-                "latents",
-                "--release",
-                release,
-                "--videos",
-                listing,
-                *SMALL,
-                option,
-                0,
-                "--out",
-                tmp_path / "out",
-            )
-    listing.write_text(
-        '{"video": "clips/a.mp4", "caption": "x"}\n{"video": "clips/b.mp4", "caption": "x"}'
-    )
+            run(*command, "--videos", listing, option, 0)
+    lines = [json.dumps({"video": f"clips/{name}.mp4", "caption": "x"}) for name in "ab"]
+    listing.write_text("\n".join(lines))
     refused("names 2 videos, 1 of them missing: .*b.mp4", listing)
 
 
 def test_errors_of_a_folder_with_other_shards(release, embeddings, prompts, tmp_path):
     out = tmp_path / "out"
-    command = [
-        "trajectories",
-        "--release",
-        release,
-        "--text",
-        embeddings,
-        *SMALL,
-        "--steps",
-        "4",
-        "--out",
-        out,
-    ]
+    command = ["trajectories", "--release", release, "--text", embeddings, *SMALL]
+    command += ["--steps", 4, "--out", out]
     run(*command)
     before = contents(out)
     for change, match in {
@@ -776,9 +623,10 @@ def test_errors_of_a_folder_with_other_shards(release, embeddings, prompts, tmp_
     with pytest.raises(ValueError, match="is of another run: .*steps 4 and None"):
         run("text", "--release", release, "--prompts", prompts, "--out", out)
     assert contents(out) == before
-    shutil.copy(out / "00000.safetensors", out / "00007.safetensors")
+    stray = out / "00007.safetensors"
+    shutil.copy(out / "00000.safetensors", stray)
     with pytest.raises(ValueError, match="00007.safetensors is of another run"):
         run(*command)
-    (out / "00007.safetensors").write_bytes(before["00000.safetensors"][:-9])
+    stray.write_bytes(before["00000.safetensors"][:-9])
     with pytest.raises(ValueError, match="00007.safetensors is damaged"):
         run(*command)

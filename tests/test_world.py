@@ -1,6 +1,7 @@
-"""The tiny world: the codec keeps what matters, and the scorer tells true clips from broken ones."""
+"""The tiny world: the codec keeps what matters, the scorer tells true clips from broken ones."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
 import world  # noqa: E402
 
 LABELS = world.LABELS[::3]
-BLOCKS = world.pixel_chunks([3, 3, 3])
+CHUNKS = world.pixel_chunks([3, 3, 3])
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,17 @@ def codec():
 
 
 def judge(video, labels=LABELS):
-    return world.summary(world.score(video, labels, BLOCKS))
+    return world.summary(world.score(video, labels, CHUNKS))
 
 
 def other(**change):
     """The labels with one word replaced by another one of its kind."""
-    return [world.Label(**{**vars(label), key: words[words.index(getattr(label, key)) - 1]}) for label in LABELS
-            for key, words in change.items()]  # fmt: skip
+    ((key, words),) = change.items()
+    changed = []
+    for label in LABELS:
+        place = words.index(getattr(label, key))
+        changed.append(replace(label, **{key: words[place - 1]}))
+    return changed
 
 
 def test_captions():
@@ -50,9 +55,8 @@ def test_clips(clips):
     assert clips.abs().max() <= 1
     assert torch.equal(clips, world.draw(LABELS, 33, seed=1))
     assert not torch.equal(clips, world.draw(LABELS, 33, seed=2))
-    assert torch.equal(world.draw(LABELS, 105, seed=1)[:, :, :33], clips), (
-        "a longer clip goes on from a shorter one"
-    )
+    longer = world.draw(LABELS, 105, seed=1)
+    assert torch.equal(longer[:, :, :33], clips), "a longer clip goes on from a shorter one"
 
 
 def test_codec_geometry(clips, codec):
@@ -63,17 +67,18 @@ def test_codec_geometry(clips, codec):
 
 
 def test_codec_is_a_projection(clips, codec):
-    """Decoding and encoding latents changes nothing but the first one, which keeps a single frame."""
+    """Decoding and encoding changes nothing but the first latent, which keeps a single frame."""
     latent = codec.encode(clips)
-    torch.testing.assert_close(codec.encode(codec.decode(latent)), latent, atol=2e-4, rtol=0)
+    again = codec.encode(codec.decode(latent))
+    torch.testing.assert_close(again, latent, atol=2e-4, rtol=0)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        codec.encode(codec.decode(noise))[:, :, 1:], noise[:, :, 1:], atol=2e-4, rtol=0
-    )
+    again = codec.encode(codec.decode(noise))
+    torch.testing.assert_close(again[:, :, 1:], noise[:, :, 1:], atol=2e-4, rtol=0)
 
 
 def test_codec_streams(clips, codec):
-    latent, state = codec.encode(clips), codec.stream()
+    latent = codec.encode(clips)
+    state = codec.stream()
     chunks = [codec.decode_chunk(chunk, state) for chunk in latent.split([1, 3, 5], dim=2)]
     torch.testing.assert_close(torch.cat(chunks, 2), codec.decode(latent))
 
@@ -89,19 +94,10 @@ def test_codec_quality(clips, codec):
 
 
 def test_true_clips_score_one(clips, codec):
-    assert judge(clips) == {
-        "colour": 1,
-        "shape": 1,
-        "direction": 1,
-        "area_change": pytest.approx(0, abs=0.02),
-    }
-    coded = judge(codec.decode(codec.encode(clips)))
-    assert coded == {
-        "colour": 1,
-        "shape": 1,
-        "direction": 1,
-        "area_change": pytest.approx(0, abs=0.02),
-    }
+    right = {"colour": 1, "shape": 1, "direction": 1}
+    still = {"area_change": pytest.approx(0, abs=0.02)}
+    assert judge(clips) == {**right, **still}
+    assert judge(codec.decode(codec.encode(clips))) == {**right, **still}
 
 
 def test_noise_does_not_hide_a_true_clip(clips, codec):
@@ -112,11 +108,8 @@ def test_noise_does_not_hide_a_true_clip(clips, codec):
 
 @pytest.mark.parametrize("key", ["colour", "shape", "direction"])
 def test_a_wrong_word_is_seen(clips, key):
-    words = {
-        "colour": list(world.COLOURS),
-        "shape": list(world.SHAPES),
-        "direction": list(world.DIRECTIONS),
-    }
+    words = {"colour": world.COLOURS, "shape": world.SHAPES, "direction": world.DIRECTIONS}
+    words = {key: list(known) for key, known in words.items()}
     wrong = judge(clips, other(**{key: words[key]}))
     assert {k: wrong[k] for k in words} == {k: float(k != key) for k in words}
 
@@ -136,7 +129,7 @@ def test_drift_is_measured(clips):
     fading = clips * torch.linspace(1, 0.3, 33)[:, None, None]
     assert judge(fading)["area_change"] > 0.3
     growing = clips.clone()
-    growing[:, :, 21:] = torch.nn.functional.max_pool3d(
-        clips[:, :, 21:].abs(), (1, 3, 3), 1, (0, 1, 1)
-    ).copysign(growing[:, :, 21:])
+    end = growing[:, :, 21:]
+    wider = torch.nn.functional.max_pool3d(end.abs(), (1, 3, 3), 1, (0, 1, 1))
+    growing[:, :, 21:] = wider.copysign(end)
     assert judge(growing)["area_change"] > 0.05

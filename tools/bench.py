@@ -1,283 +1,453 @@
-"""Sampling speed of the 5B geometry with random weights, each part against its bound; one table at the end.
+"""Sampling speed of the 5B geometry with random weights, each part against its bound.
 
-    python tools/bench.py                                   # 704x1280, 81 frames, chunks of 3, 4 levels
+    python tools/bench.py                                  # 704x1280, 81 frames, chunks of 3
     python tools/bench.py --geometry 480x832
     python tools/bench.py --chunk 8 --window 32 --sink 8 --frames 125
-    python tools/bench.py --variants compiled --long 1437   # one minute over a window of 21 with a sink of 3
+    python tools/bench.py --variants compiled --long 1437  # one minute: window 21, sink 3
 
-Bounds are arithmetic over ceilings measured in the same call: matrix products, cuDNN attention, channels-last conv3d.
+At four levels; one table at the end. Bounds are arithmetic over ceilings measured in the same call:
+matrix products, cuDNN attention, channels-last conv3d.
 """
 
 import argparse
 import copy
-import math
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import random_context, random_networks
 from wan5b import fuse
 from wan5b.attention import attention
 from wan5b.distill import rollout
-from wan5b.dit import PRESETS
+from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.extras import graphs
+from wan5b.extras.budget import GIB, forward_flop
 from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import to_frames
-from wan5b.stages import forward_flop
+from wan5b.util import script
+from wan5b.vae22 import VAE22, Stream
 
-LINE = "{:24}{:8.2f}{:9.0%}{:7.1f}{:8.2f}{:8.3f} ..{:6.3f}{:8.1f}"
+PRESET = "ti2v-5B"
+VARIANTS = ("eager", "compiled", "compiled fp8")  # float8 last: it replaces the weights
+SIGMAS = few_step_sigmas()
+DECODED = 6  # latent frames on which the VAE's error is measured
+HEADER = f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'chunk':>17}{'GiB':>8}"
 
 
-def seconds(run, repeats: int = 10, warmup: int = 3) -> float:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--geometry", default="704x1280", help="height and width in pixels")
+    add("--frames", type=int, default=81, help="pixel frames, 4k + 1")
+    add("--chunk", type=int, default=3, help="latent frames generated together")
+    add("--window", type=int, help="latent frames that a chunk sees (default: all)")
+    add("--sink", type=int, default=0, help="first latent frames that stay in the window")
+    add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    add("--repeats", type=int, default=3, help="clips of which the median is taken")
+    text = "then a long video, window 21, sink 3, last variant"
+    add("--long", type=int, metavar="FRAMES", help=text)
+    args = parser.parse_args(argv)
+
+    # What does not come out even ends the call here, not after all that is measured before it.
+    for frames in (args.frames, args.long):
+        if frames is not None:
+            chunks_of(frames, args.chunk)
+    return args
+
+
+def chunks_of(frames: int, chunk: int) -> list[int]:
+    """Latent frames of each chunk, for so many pixel frames. ValueError if that is not even."""
+    return chunk_sizes((frames + 3) // 4, chunk)
+
+
+# ------------------------------------------------------------------------------------------- bounds
+
+
+def seconds(run: Callable, repeats: int = 10, warmup: int = 3) -> float:
     """Median seconds of a GPU function, by events."""
     times = []
     for i in range(warmup + repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         run()
         end.record()
         end.synchronize()
-        times += [start.elapsed_time(end) / 1000] if i >= warmup else []
+        if i >= warmup:
+            times.append(start.elapsed_time(end) / 1000)
     return statistics.median(times)
 
 
-def ceilings(cfg, rows: int) -> dict[str, float]:
-    """FLOP/s of the card on random bf16 data: a large matrix product, the FFN's shape, attention, convolution."""
+def ceilings(cfg: DiTConfig, rows: int) -> dict[str, float]:
+    """FLOP/s of the card on random bf16 data.
 
-    def rand(*shape):
+    A large matrix product, the FFN's shape with so many rows, attention, convolution.
+    """
+
+    def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
     n = 8192
-    a, b = rand(n, n), rand(n, n)
-    x, w = rand(rows, cfg.dim), rand(cfg.ffn_dim, cfg.dim)
-    q, k = (
-        rand(1, rows, cfg.num_heads, cfg.head_dim),
-        rand(1, 4 * rows, cfg.num_heads, cfg.head_dim),
-    )
+    a = rand(n, n)
+    b = rand(n, n)
+    x = rand(rows, cfg.dim)
+    w = rand(cfg.ffn_dim, cfg.dim)
+    q = rand(1, rows, cfg.num_heads, cfg.head_dim)
+    k = rand(1, 4 * rows, cfg.num_heads, cfg.head_dim)
     frames = rand(1, 512, 6, 176, 320).to(memory_format=torch.channels_last_3d)
     conv = torch.nn.Conv3d(512, 512, 3, padding=(0, 1, 1), device="cuda", dtype=torch.bfloat16)
     conv = conv.to(memory_format=torch.channels_last_3d)
     return {
         "matmul": 2 * n**3 / seconds(lambda: a @ b),
-        "ffn": 2 * rows * cfg.dim * cfg.ffn_dim / seconds(lambda: torch.nn.functional.linear(x, w)),
+        "ffn": 2 * rows * cfg.dim * cfg.ffn_dim / seconds(lambda: linear(x, w)),
         "attention": 4 * rows * 4 * rows * cfg.dim / seconds(lambda: attention(q, k, k)),
         "conv3d": 2 * 27 * 512 * 512 * 4 * 176 * 320 / seconds(lambda: conv(frames)),
     }
 
 
-def new_cache(cfg, tokens: int, frames: int, window=None, sink=0, dtype=torch.bfloat16) -> KVCache:
-    return KVCache(cfg, 1, window or frames, tokens, window, sink, "cuda", dtype)
+class Flop(NamedTuple):
+    """What there is to compute, by the ceiling that bounds it."""
+
+    linear: float
+    attention: float
+    conv: float
+
+    def bound(self, rates: dict[str, float]) -> float:
+        """Seconds that it takes at least. rates: as `ceilings` gives them."""
+        seconds = self.linear / rates["ffn"]
+        seconds += self.attention / rates["attention"]
+        seconds += self.conv / rates["conv3d"]
+        return seconds
 
 
-def latents_of(model, noise, context, chunks: list[int], cache: KVCache) -> torch.Tensor:
-    """A whole rollout with re-noising that is always the same, float32: the variants' errors are measured on it."""
-    draws = torch.Generator("cuda").manual_seed(1)
-
-    def renoise(chunk, step, like):
-        return torch.randn(like.shape, generator=draws, device="cuda")
-
-    cache.reset()
-    out = rollout(model, noise, context, few_step_sigmas(), chunks, cache, renoise=renoise)
-    return torch.cat([chunk.float() for chunk in out], 2)
-
-
-def apart(out: torch.Tensor, like: torch.Tensor, chunk: int) -> str:
-    """Relative error of the whole clip, of its first and of its last chunk."""
-    parts = (slice(None), slice(chunk), slice(-chunk, None))
-    pairs = [(out[:, :, part], like[:, :, part]) for part in parts]
-    whole, first, last = (f"{float((a - b).norm() / b.norm()):.1e}" for a, b in pairs)
-    return f"{whole} ({first} in the first chunk, {last} in the last)"
+def decoding_flop(vae: VAE22, noise: Tensor) -> float:
+    """Of the clip [1, C, T, H, W], as it is computed: with upsampling folded into convolutions."""
+    with FlopCounterMode(display=False) as counted:
+        state = vae.stream()
+        vae.decode_chunk(noise[:, :, :1], state)
+        first = counted.get_total_flops()
+        vae.decode_chunk(noise[:, :, :2], state)
+    two_more = counted.get_total_flops() - first
+    return first + (noise.shape[2] - 1) / 2 * two_more
 
 
-def seams(vae, latents: torch.Tensor, expected: torch.Tensor) -> str:
-    """Relative error of the streamed decoding of chunks of 3 against `expected`: at chunks' first frames, elsewhere."""
-    state = vae.stream()
-    video = torch.cat([vae.decode_chunk(chunk, state) for chunk in latents.split(3, 2)], 2).float()
-    apart, size = ((x.square().sum((0, 1, 3, 4))) ** 0.5 for x in (video - expected, expected))
-    error = (apart / size).cpu()
-    first = torch.zeros(len(error), dtype=torch.bool)
-    first[9::12] = True  # 3 latent frames are 9 pixel frames at the start, 12 later
-    return f"decoded at seams {error[first].mean():.1e}, elsewhere {error[~first].mean():.1e}"
+# -------------------------------------------------------------------------------------------- clips
 
 
-def rate_of(marks: list[float], chunks: list[int], picked: slice) -> float:
-    """Pixel frames a second over some chunks, of the times at which they were finished."""
-    steps = [b - a for a, b in zip([0.0, *marks], marks, strict=False)]
-    return 4 * sum(chunks[picked]) / sum(steps[picked])
+class Clip(NamedTuple):
+    """What is generated."""
+
+    noise: Tensor  # [1, C, T, H, W]
+    chunks: list[int]
+    window: int | None = None
+    sink: int = 0
+
+    @property
+    def pixel_frames(self) -> int:
+        return 4 * self.noise.shape[2] - 3
+
+    def new_cache(self, cfg: DiTConfig, dtype: torch.dtype = torch.bfloat16) -> KVCache:
+        _, _, frames, height, width = self.noise.shape
+        sizes = (1, self.window or frames, cfg.tokens_per_frame(height, width))
+        return KVCache(cfg, *sizes, self.window, self.sink, self.noise.device, dtype)
+
+    def flop(self, cfg: DiTConfig, vae: VAE22) -> dict[str, Flop]:
+        """Of its parts, and of the teacher's: one bidirectional forward over all frames."""
+        # A pass for each level, and a clean one that fills the cache, where the 0 stands.
+        passes = len(SIGMAS)
+        one = forward_flop(cfg, self.noise, chunks=self.chunks, window=self.window)
+        products, attended = (passes * flop for flop in one)
+        conv = decoding_flop(vae, self.noise)
+        return {
+            "DiT": Flop(products, attended, 0),
+            "VAE": Flop(0, 0, conv),
+            "both": Flop(products, attended, conv),
+            "teacher": Flop(*forward_flop(cfg, self.noise), 0),
+        }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--geometry", default="704x1280")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--chunk", type=int, default=3)
-    parser.add_argument("--window", type=int)
-    parser.add_argument("--sink", type=int, default=0)
-    variants = ["eager", "compiled", "compiled fp8"]
-    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--long",
-        type=int,
-        metavar="FRAMES",
-        help="then a long video, window 21, sink 3, last variant",
-    )
-    args = parser.parse_args()
-    torch.set_grad_enabled(False)
-    device, dtype, cfg = torch.device("cuda"), torch.bfloat16, PRESETS["ti2v-5B"]
-    height, width = (int(side) // 16 for side in args.geometry.split("x"))
-    tokens, latents = cfg.tokens_per_frame(height, width), (args.frames + 3) // 4
-    chunks = chunk_sizes(latents, args.chunk)
-    sigmas = few_step_sigmas()
+@dataclass
+class Sampler:
+    """The networks, and how they make a clip."""
 
-    rates = ceilings(cfg, args.chunk * tokens)
-    model, vae = random_networks("ti2v-5B", device, dtype)
-    vae = vae.to(dtype)
-    context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim).to(
-        device, dtype
-    )
-    noise = torch.randn(1, 48, latents, height, width, device=device)
-    size = tokens, latents, args.window, args.sink
-    exact = (
-        copy.deepcopy(model).float(),
-        noise,
-        context.float(),
-        chunks,
-        new_cache(cfg, *size, torch.float32),
-    )
-    clips = {"float32": latents_of(*exact)}
-    del exact
-    shown = noise[:, :, :6]
-    decoded = copy.deepcopy(vae).float().decode(shown)
-    torch.cuda.empty_cache()
-    weights = torch.cuda.memory_allocated()
+    model: WanDiT
+    vae: VAE22
+    context: Tensor  # [1, L, D]
+    # Here chunks are decoded while the next one is generated.
+    beside: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
 
-    beside = torch.cuda.Stream()  # decodes while the next chunk is generated
+    def play(
+        self, clip: Clip, cache: KVCache, decode: bool = True, generate: bool = True
+    ) -> list[float]:
+        """One clip; the seconds at which each chunk was finished.
 
-    def clip(cache, noise, chunks, decode: bool = True, generate: bool = True) -> list[float]:
-        """One clip; the seconds at which each chunk was finished, its frames in host memory if they are decoded."""
+        A decoded chunk is finished when it is in host memory. Without generating, noise is decoded.
+        """
         cache.reset()
-        state, events = (
-            vae.stream(),
-            [torch.cuda.Event(enable_timing=True) for _ in range(len(chunks) + 1)],
-        )
+        state = self.vae.stream()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(clip.chunks) + 1)]
         torch.cuda.synchronize()
         events[0].record()
-        source = noise.split(chunks, 2)
+
+        source = clip.noise.split(clip.chunks, 2)
         if generate:
-            source = rollout(model, noise, context, sigmas, chunks, cache)
-        for event, x0 in zip(
-            events[1:], source, strict=False
-        ):  # in this order: no commit of the last
+            source = rollout(self.model, clip.noise, self.context, SIGMAS, clip.chunks, cache)
+        # With the events in front, zip does not ask for more than the last chunk: nothing needs
+        # that one in the cache.
+        for event, x0 in zip(events[1:], source, strict=False):
             if decode:
-                beside.wait_stream(torch.cuda.current_stream())
-                x0.record_stream(beside)
-                with torch.cuda.stream(beside):
-                    frames = to_frames(vae.decode_chunk(x0, state)[0])
-                    torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(
-                        frames, non_blocking=True
-                    )
-                    event.record()
+                self._decode(x0, state, event)
             else:
                 event.record()
         torch.cuda.synchronize()
         return [events[0].elapsed_time(event) / 1000 for event in events[1:]]
 
-    lines = []
-    passes = forward_flop(
-        cfg, noise, chunks=chunks, window=args.window
-    )  # each level's, and the clean one
-    linear, attn = (len(sigmas) * flop for flop in passes)
-    with FlopCounterMode(display=False) as counted:  # as it runs, upsampling folded
-        state = vae.stream()
-        vae.decode_chunk(noise[:, :, :1], state)
-        first = counted.get_total_flops()
-        vae.decode_chunk(noise[:, :, :2], state)
-    conv = first + (latents - 1) / 2 * (counted.get_total_flops() - first)
-    bounds = {
-        "DiT": linear / rates["ffn"] + attn / rates["attention"],
-        "VAE": conv / rates["conv3d"],
-    }
-    bounds["both"] = sum(bounds.values())
-    whole = forward_flop(cfg, noise)
-    bounds["teacher"] = whole[0] / rates["ffn"] + whole[1] / rates["attention"]
-    for variant in sorted(
-        set(args.variants), key=variants.index
-    ):  # float8 last: it replaces the weights
-        fuse.enable(variant != "eager")
-        if "fp8" in variant:
-            quantize_blocks(model)
-        cache = new_cache(cfg, *size)  # its graphs are of these weights
+    def _decode(self, x0: Tensor, state: Stream, event: torch.cuda.Event) -> None:
+        """Send a chunk through the VAE into host memory; nothing waits for it."""
+        self.beside.wait_stream(torch.cuda.current_stream())
+        x0.record_stream(self.beside)
+        with torch.cuda.stream(self.beside):
+            frames = to_frames(self.vae.decode_chunk(x0, state)[0])
+            host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+            host.copy_(frames, non_blocking=True)
+            event.record()
+
+
+@contextmanager
+def running_as(variant: str, model: WanDiT) -> Iterator[None]:
+    """Inside, the networks run as the variant says. The model stays in float8 if it says so."""
+    compiled = variant != "eager"
+    fuse.enable(compiled)
+    if "fp8" in variant:
+        quantize_blocks(model)
+    if compiled:
+        graphs.record(model)
+    yield
+    if compiled:
+        graphs.forget(model)
+
+
+# ------------------------------------------------------------------------------------------ figures
+
+
+def durations(marks: list[float]) -> list[float]:
+    """Of chunks that follow one another, from the times at which they were finished."""
+    return [b - a for a, b in pairwise([0.0, *marks])]
+
+
+def rate_of(marks: list[float], chunks: list[int], picked: slice) -> float:
+    """Pixel frames a second over some chunks, from the times at which chunks were finished."""
+    return 4 * sum(chunks[picked]) / sum(durations(marks)[picked])
+
+
+def row(name: str, marks: list[float], bound: float, frames: int, peak: int) -> str:
+    """A line of the table. marks: as of `Sampler.play`; frames: in pixels; peak: bytes."""
+    steps = durations(marks)
+    whole = marks[-1]
+    return (
+        f"{name:24}{whole:8.2f}{bound / whole:9.0%}{frames / whole:7.1f}{marks[0]:8.2f}"
+        f"{min(steps):8.3f} ..{max(steps):6.3f}{peak / GIB:8.1f}"
+    )
+
+
+def long_video(sampler: Sampler, clip: Clip, frames: int, chunk: int) -> str:
+    """A video of so many pixel frames, of the clip's size, over a window of 21 with a sink of 3."""
+    chunks = chunks_of(frames, chunk)
+    _, channels, _, height, width = clip.noise.shape
+    noise = torch.randn(1, channels, sum(chunks), height, width, device="cuda")
+    video = Clip(noise, chunks, window=21, sink=3)
+    marks = sampler.play(video, video.new_cache(sampler.model.cfg))
+
+    part = 120 // 4 // chunk  # chunks of 5 seconds
+    first = rate_of(marks, chunks, slice(part))
+    last = rate_of(marks, chunks, slice(-part, None))
+    peak = torch.cuda.max_memory_allocated() / GIB
+    return (
+        f"{frames} frames in {marks[-1]:.1f} s, window 21, sink 3: {first:.1f} fps in the first "
+        f"5 s, {last:.1f} fps in the last 5 s of the video, peak {peak:.1f} GiB"
+    )
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def latents_of(model: WanDiT, context: Tensor, clip: Clip, cache: KVCache) -> Tensor:
+    """A whole rollout with re-noising that is always the same, float32."""
+    draws = torch.Generator("cuda").manual_seed(1)
+
+    def renoise(chunk: int, step: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draws, device="cuda")
+
+    cache.reset()
+    finished = rollout(model, clip.noise, context, SIGMAS, clip.chunks, cache, renoise=renoise)
+    return torch.cat([x0.float() for x0 in finished], 2)
+
+
+def exact_latents(sampler: Sampler, clip: Clip) -> Tensor:
+    """The rollout of `latents_of` in float32, against which variants are held."""
+    model = copy.deepcopy(sampler.model).float()
+    cache = clip.new_cache(model.cfg, torch.float32)
+    return latents_of(model, sampler.context.float(), clip, cache)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def apart(out: Tensor, like: Tensor, chunk: int) -> str:
+    """Relative error of the whole clip, of its first and of its last chunk."""
+    whole = relative(out, like)
+    first = relative(out[:, :, :chunk], like[:, :, :chunk])
+    last = relative(out[:, :, -chunk:], like[:, :, -chunk:])
+    return f"{whole:.1e} ({first:.1e} in the first chunk, {last:.1e} in the last)"
+
+
+def seams(vae: VAE22, latents: Tensor, expected: Tensor) -> str:
+    """Relative error of decoding chunk by chunk, where chunks of 3 begin and elsewhere.
+
+    expected: the video of the latents, float32.
+    """
+    state = vae.stream()
+    pieces = [vae.decode_chunk(chunk, state) for chunk in latents.split(3, 2)]
+    video = torch.cat(pieces, 2).float()
+
+    def norms(x: Tensor) -> Tensor:
+        """Of each frame."""
+        return x.square().sum((0, 1, 3, 4)) ** 0.5
+
+    error = (norms(video - expected) / norms(expected)).cpu()
+    seam = torch.zeros(len(error), dtype=torch.bool)
+    seam[9::12] = True  # 3 latent frames are 9 pixel frames at the start, 12 later
+    return f"decoded at seams {error[seam].mean():.1e}, elsewhere {error[~seam].mean():.1e}"
+
+
+# ----------------------------------------------------------------------------------------- variants
+
+
+@dataclass
+class Bench:
+    """What is measured of every variant, and held against the variants before it."""
+
+    sampler: Sampler
+    clip: Clip
+    bounds: dict[str, float]  # seconds, by part
+    repeats: int
+    latents: dict[str, Tensor]  # of `latents_of`, by variant; "float32" among them
+    decoded: Tensor  # the first latent frames of the noise, by the VAE in float32
+
+    def measure(self, variant: str) -> list[str]:
+        """Lines of the table; most are printed at once, too."""
+        # The first clips compile, and record graphs, which belong to this cache.
+        cache = self.clip.new_cache(self.sampler.model.cfg)
         start = time.perf_counter()
-        clip(cache, noise, chunks)
+        self.sampler.play(self.clip, cache)
         warmup = time.perf_counter() - start
-        clip(cache, noise, chunks)
-        for name, options in (
-            ("DiT", (False, True)),
-            ("VAE", (True, False)),
-            ("both", (True, True)),
-        ):
+        self.sampler.play(self.clip, cache)
+
+        lines = self.speed(variant, cache)
+        of_latents = self.errors(variant, cache)
+        of_pixels = seams(self.sampler.vae, self.clip.noise[:, :, :DECODED], self.decoded)
+        errors = [f"  warm-up {warmup:.0f} s; against float32: {of_pixels}", *of_latents]
+        print(*errors, sep="\n", flush=True)
+        return lines + errors
+
+    def speed(self, variant: str, cache: KVCache) -> list[str]:
+        """The clip's parts, each by the median of some runs, and the teacher."""
+        lines = []
+        for part in ("DiT", "VAE", "both"):
+            options = {"decode": part != "DiT", "generate": part != "VAE"}
             torch.cuda.reset_peak_memory_stats()
-            runs = [clip(cache, noise, chunks, *options) for _ in range(args.repeats)]
+            runs = [self.sampler.play(self.clip, cache, **options) for _ in range(self.repeats)]
             peak = torch.cuda.max_memory_allocated()
-            best = sorted(runs, key=lambda marks: marks[-1])[len(runs) // 2]
-            steps = [b - a for a, b in zip([0.0, *best], best, strict=False)]
-            row = (
-                best[-1],
-                bounds[name] / best[-1],
-                args.frames / best[-1],
-                best[0],
-                min(steps),
-                max(steps),
-            )
-            lines.append(LINE.format(f"{variant} {name}", *row, peak / 2**30))
+            runs.sort(key=lambda marks: marks[-1])
+            median = runs[len(runs) // 2]
+            name = f"{variant} {part}"
+            lines.append(row(name, median, self.bounds[part], self.clip.pixel_frames, peak))
             print(lines[-1], flush=True)
-        forward = seconds(lambda: model(noise, 0.5, context), 3, 1)
-        lines.append(
-            LINE.format(f"{variant} teacher", forward, bounds["teacher"] / forward, *[math.nan] * 5)
-        )
-        clips[variant] = latents_of(model, noise, context, chunks, cache)
-        lines.append(f"  warm-up {warmup:.0f} s; against float32: {seams(vae, shown, decoded)}")
-        kept = [name for name in ("float32", "compiled") if name in clips and name != variant]
-        lines += [
-            f"  latents against {name}: {apart(clips[variant], clips[name], args.chunk)}"
-            for name in kept
-        ]
-        print(*lines[-1 - len(kept) :], sep="\n", flush=True)
-    if args.long:
-        cache, chunks = (
-            new_cache(cfg, tokens, 21, 21, 3),
-            chunk_sizes((args.long + 3) // 4, args.chunk),
-        )
-        marks = clip(cache, torch.randn(1, 48, sum(chunks), height, width, device=device), chunks)
-        part = 120 // 4 // args.chunk  # chunks of 5 seconds
-        peaks = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        ends = [rate_of(marks, chunks, picked) for picked in (slice(part), slice(-part, None))]
-        lines.append(
-            f"{args.long} frames in {marks[-1]:.1f} s, window 21, sink 3: {ends[0]:.1f} fps in the first 5 s,"
-        )
-        lines[-1] += f" {ends[1]:.1f} fps in the last 5 s of the video, peak {peaks}"
+
+        noise = self.clip.noise
+        forward = seconds(lambda: self.sampler.model(noise, 0.5, self.sampler.context), 3, 1)
+        share = self.bounds["teacher"] / forward
+        lines.append(f"{variant + ' teacher':24}{forward:8.2f}{share:9.0%}")
+        return lines
+
+    def errors(self, variant: str, cache: KVCache) -> list[str]:
+        """Of the latents, against float32 and against the compiled ones."""
+        sampler = self.sampler
+        out = latents_of(sampler.model, sampler.context, self.clip, cache)
+        lines = []
+        for name in ("float32", "compiled"):
+            if name in self.latents:
+                off = apart(out, self.latents[name], self.clip.chunks[0])
+                lines.append(f"  latents against {name}: {off}")
+        self.latents[variant] = out
+        return lines
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def make_sampler(cfg: DiTConfig) -> Sampler:
+    device = torch.device("cuda")
+    model = random_dit(PRESET, device, torch.bfloat16)
+    vae = random_vae(PRESET, device).to(torch.bfloat16)
+    context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim)
+    return Sampler(model, vae, context.to(device, torch.bfloat16))
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    cfg = PRESETS[PRESET]
+    height, width = (int(side) // 16 for side in args.geometry.split("x"))
+    chunks = chunks_of(args.frames, args.chunk)
+    rates = ceilings(cfg, args.chunk * cfg.tokens_per_frame(height, width))
+
+    # The networks, a clip, and what these make of it in float32.
+    sampler = make_sampler(cfg)
+    noise = torch.randn(1, cfg.in_dim, sum(chunks), height, width, device="cuda")
+    clip = Clip(noise, chunks, args.window, args.sink)
+    latents = {"float32": exact_latents(sampler, clip)}
+    decoded = copy.deepcopy(sampler.vae).float().decode(noise[:, :, :DECODED])
+    torch.cuda.empty_cache()
+    weights = torch.cuda.memory_allocated()
+
+    flop = clip.flop(cfg, sampler.vae)
+    bounds = {name: part.bound(rates) for name, part in flop.items()}
+    bench = Bench(sampler, clip, bounds, args.repeats, latents, decoded)
+    lines = []
+    variants = [variant for variant in VARIANTS if variant in args.variants]
+    for variant in variants:
+        with running_as(variant, sampler.model):
+            lines += bench.measure(variant)
+            if args.long and variant == variants[-1]:
+                lines.append(long_video(sampler, clip, args.long, args.chunk))
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
-    print("ceilings, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()))
-    print(
-        f"DiT {(linear + attn) / 1e12:.0f} TFLOP, VAE {conv / 1e12:.0f}; weights {weights / 2**30:.1f} GiB"
-    )
-    print("bounds, s: " + ", ".join(f"{k} {v:.2f}" for k, v in bounds.items()))
-    print(
-        f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'chunk':>16}{'GiB':>8}",
-        *lines,
-        sep="\n",
-    )
+    shown_rates = [f"{name} {rate / 1e12:.0f}" for name, rate in rates.items()]
+    print(f"ceilings, TFLOP/s: {', '.join(shown_rates)}")
+    dit = (flop["DiT"].linear + flop["DiT"].attention) / 1e12
+    conv = flop["VAE"].conv / 1e12
+    print(f"DiT {dit:.0f} TFLOP, VAE {conv:.0f}; weights {weights / GIB:.1f} GiB")
+    shown_bounds = [f"{name} {bound:.2f}" for name, bound in bounds.items()]
+    print(f"bounds, s: {', '.join(shown_bounds)}")
+    print(HEADER, *lines, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

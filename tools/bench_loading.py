@@ -1,12 +1,15 @@
-"""Private memory and time of loading a float32 release of 4 GB (3 shards, page cache warm) into a bfloat16 DiT.
+"""Private memory and time of loading a float32 release of 4 GB into a bfloat16 DiT.
 
     python tools/bench_loading.py
 
-Needs 4 GB of disk in the temporary folder and 8 GB of memory, and takes two minutes. Each figure comes from a fresh
-process, the best of three. "stream": the files through one 16 MB buffer, the least that reading can cost. "into
-memory": the files into memory that is new to the process, as any loader must have it.
+The release has 3 shards, and the page cache is warm. Needs 4 GB of disk in the temporary folder and
+8 GB of memory, and takes two minutes. Each figure comes from a fresh process, the best of three.
+
+"stream": the files through one 16 MB buffer, the least that reading can cost. "into memory": the
+files into memory that is new to the process, as any loader must have it.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -17,15 +20,16 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from release import write_dit
 
-from release import write_dit  # noqa: E402
-
-from wan5b.dit import DiTConfig  # noqa: E402
-from wan5b.weights import load_dit  # noqa: E402
+from wan5b.dit import DiTConfig, WanDiT
+from wan5b.weights import load_dit
 
 CONFIG = DiTConfig(1536, 8960, 12, 21)  # 1.01 billion parameters
+
+# ------------------------------------------------------------------------------------------- memory
 
 
 def private_memory() -> int:
@@ -34,9 +38,32 @@ def private_memory() -> int:
     return 1024 * int(status[status.index("RssAnon:") + 1])
 
 
-def peak_memory(stop: threading.Event, result: list[int]) -> None:
-    while not stop.wait(0.002):
-        result[0] = max(result[0], private_memory())
+class PeakMemory:
+    """The most private memory that this process has inside a block: `with PeakMemory() as peak`.
+
+    peak.bytes: so far; asked for every 2 ms by a thread.
+    """
+
+    def __init__(self):
+        self.bytes = 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.002):
+            self.bytes = max(self.bytes, private_memory())
+
+    def __enter__(self) -> "PeakMemory":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.bytes = max(self.bytes, private_memory())
+
+
+# ------------------------------------------------------------------------------------ ways to read
 
 
 def stream(folder: Path) -> None:
@@ -51,7 +78,7 @@ def into_memory(folder: Path) -> list[bytes]:
     return [shard.read_bytes() for shard in folder.glob("*.safetensors")]
 
 
-def load(folder: Path):
+def load(folder: Path) -> WanDiT:
     return load_dit(folder, dtype=torch.bfloat16)
 
 
@@ -60,55 +87,66 @@ WAYS = {"stream": stream, "into memory": into_memory, "load_dit": load}
 
 def measure(way: str, folder: Path) -> dict[str, float]:
     """Seconds, and private bytes before and at the peak, of one way in this process."""
-    stop, peak = threading.Event(), [0]
-    sampler = threading.Thread(target=peak_memory, args=(stop, peak))
     before = private_memory()
-    sampler.start()
-    start = time.perf_counter()
-    kept = WAYS[way](folder)
-    seconds = time.perf_counter() - start
-    stop.set()
-    sampler.join()
-    model = sum(p.nbytes for p in kept.parameters()) if way == "load_dit" else 0
-    return {
-        "seconds": seconds,
-        "before": before,
-        "peak": max(peak[0], private_memory()),
-        "model": model,
-    }
+    with PeakMemory() as peak:
+        start = time.perf_counter()
+        kept = WAYS[way](folder)
+        seconds = time.perf_counter() - start
+
+    model = 0
+    if way == "load_dit":
+        model = sum(p.nbytes for p in kept.parameters())
+    return {"seconds": seconds, "before": before, "peak": peak.bytes, "model": model}
 
 
-def main() -> None:
+def measure_all() -> tuple[int, dict[str, list[dict[str, float]]]]:
+    """Bytes of the release, and three measurements of every way, each by a process of its own."""
+    runs = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         write_dit(Path(folder), CONFIG, shards=3)
         size = sum(shard.stat().st_size for shard in Path(folder).glob("*.safetensors"))
-        runs = {way: [] for way in WAYS}
         for _ in range(3):
             for way in WAYS:
-                command = [sys.executable, __file__, way, folder]
-                runs[way].append(
-                    json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                )
+                command = [sys.executable, __file__, "--measure", way, folder]
+                done = subprocess.run(command, check=True, capture_output=True)
+                runs[way].append(json.loads(done.stdout))
+    return size, runs
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    own = "one measurement in this process, as JSON: the benchmark calls itself so"
+    parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=own)
+    args = parser.parse_args(argv)
+    if args.measure:
+        way, folder = args.measure
+        print(json.dumps(measure(way, Path(folder))))
+        return
+
+    size, runs = measure_all()
     best = {way: min(run["seconds"] for run in runs[way]) for way in WAYS}
-    peak, before = (max(run[key] for run in runs["load_dit"]) for key in ("peak", "before"))
+    peak = max(run["peak"] for run in runs["load_dit"])
+    before = max(run["before"] for run in runs["load_dit"])
     model = runs["load_dit"][0]["model"]
+
     print(
-        f"release {size / 1e9:.2f} GB float32, model {model / 1e9:.2f} GB bfloat16, {torch.get_num_threads()} threads"
+        f"release {size / 1e9:.2f} GB float32, model {model / 1e9:.2f} GB bfloat16, "
+        f"{torch.get_num_threads()} threads"
     )
     print(
-        f"private memory at the peak {peak / 1e9:.2f} GB, {peak / model:.3f} of the model (bar 1.15)"
+        f"private memory at the peak {peak / 1e9:.2f} GB, {peak / model:.3f} of the model "
+        "(bar 1.15)"
     )
-    print(
-        f"  of which before loading {before / 1e9:.2f} GB; without it {(peak - before) / model:.3f}"
-    )
-    for way in WAYS:
-        print(
-            f"{way:12} {best[way]:6.2f} s; load_dit takes {best['load_dit'] / best[way]:.2f} of it (bar 1.3)"
-        )
+    without = (peak - before) / model
+    print(f"  of which before loading {before / 1e9:.2f} GB; without it {without:.3f}")
+    for way, seconds in best.items():
+        ratio = best["load_dit"] / seconds
+        print(f"{way:12} {seconds:6.2f} s; load_dit takes {ratio:.2f} of it (bar 1.3)")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(json.dumps(measure(sys.argv[1], Path(sys.argv[2]))))
-    else:
-        main()
+    main()

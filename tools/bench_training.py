@@ -1,330 +1,458 @@
-"""Training at the size of the 5B with random weights: whole iterations of a stage through the Run of train.py.
+"""Training at the size of the 5B with random weights: whole iterations of a stage, train.py's own.
 
-    python tools/bench_training.py --stage dmd                 # one H200
-    python tools/bench_training.py --stage dmd --offload       # one H100 80 GB
-    python tools/bench_training.py --stage ar --iterations 4   # teacher forcing: twice the tokens, flex_attention
-    python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB), made if not there
-    torchrun --nproc_per_node=8 tools/bench_training.py --batch 16      # the losses are those of one process
-    torchrun --nproc_per_node=8 tools/bench_training.py --batch 16 --shard 4   # two replicas over four devices each
-    python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9     # shows that it runs
+    python tools/bench_training.py --stage dmd                   # one H200
+    python tools/bench_training.py --stage dmd --offload         # one H100 80 GB
+    python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
+    python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB)
+    python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9
 
-Figures are means without the first of each kind, over exit levels as they were drawn (their mean, 1.5 in the long run,
-is printed). FLOP are arithmetic (wan5b/stages.py: forward_flop): "work" with what is done twice (checkpointing's
-recomputation, a rollout's last level in the replay, the scores in attention's backward), "MFU" without. Percentages are
-of a large matrix product, measured in the same call. With several processes all but losses and norms is the first
-one's, FLOP and memory included. Set-up is what train.py does before its first step, here with random weights made on
-the device or those of a release, page cache warm.
+    torchrun --nproc_per_node=8 tools/bench_training.py --batch 16   # the losses of one process
+    torchrun --nproc_per_node=8 tools/bench_training.py --batch 16 --shard 4   # two replicas
+
+Figures are means without the first of each kind, over exit levels as they were drawn (their mean,
+1.5 in the long run, is printed). FLOP are arithmetic (wan5b/extras/budget.py): "work" with what is
+done twice (checkpointing's recomputation, a rollout's last level in the replay, the scores in
+attention's backward), "MFU" without. Percentages are of a large matrix product, measured in the
+same call. With several processes all but losses and norms is the first one's, FLOP and memory
+included. Set-up is what train.py does before its first step, here with random weights made on the
+device, or those of a release, page cache warm.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import resource
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from bench_loading import peak_memory
+from bench_loading import PeakMemory
 from release import write_dit
 
-from train import Config, matmul_rate, memory_gib
-from wan5b import fuse
+import train
+from wan5b import fuse, stages
 from wan5b.data import write_shard
 from wan5b.distill import critic_loss
-from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras.offload import HostStorage
+from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.extras.budget import GIB, FlopCount, forward_flop, matmul_rate, memory_gib
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
-from wan5b.stages import GIB, Run, forward_flop
+from wan5b.stages import Batch, Noised, Rolled, Run, micro_batches, roll_out, update
 from wan5b.util import script
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
+WATCHED = "blocks.0.ffn.0.weight"  # of whose masters it is told how far they move
+Tensors = dict[str, Tensor]
+
+# ------------------------------------------------------------------------------------------ options
 
 
-def make_data(folder: Path, stage: str, dit, shape: tuple[int, ...]) -> dict[str, str]:
-    """Stores of random numbers in the shapes of real ones -> the config's keys that name them. Always the same."""
-    torch.manual_seed(0)
-    lengths = torch.randint(dit.text_len // 8, dit.text_len + 1, (len(PROMPTS) + 1,))
-    rows = torch.randn(int(lengths.sum()), dit.text_dim).bfloat16()
-    write_shard(
-        folder / "text/0.safetensors", {"rows": rows, "lengths": lengths}, [*PROMPTS, "negative"]
-    )
-    if stage in ("dmd", "sid"):
-        return {"text": str(folder / "text")}
-    kind, name, levels = (
-        ("trajectories", "x", (5,)) if stage == "ode" else ("latents", "latent", ())
-    )
-    clips = torch.randn(len(PROMPTS), *levels, *shape)
-    write_shard(folder / kind / "0.safetensors", {name: clips}, PROMPTS, sigmas=few_step_sigmas())
-    return {"text": str(folder / "text"), kind: str(folder / kind)}
-
-
-def random_dit(cfg, device, dtype: torch.dtype, seed: int) -> WanDiT:
-    """Random weights made on the device, where it takes a second."""
-    with torch.device("meta"):
-        model = WanDiT(cfg).to(dtype)
-    return model.to_empty(device=device).init_weights(torch.Generator(device).manual_seed(seed))
-
-
-class Measured(Run):
-    """A run that notes seconds, FLOP and repeated FLOP of its parts; its networks are random if it is given none."""
-
-    def __init__(self, *arguments):
-        self.taken, self.exits, self.repeated, self.seeds = (
-            defaultdict(list),
-            [],
-            0.0,
-            iter((0, 1, 1)),
-        )
-        super().__init__(*arguments)
-
-    def network(self, cfg, tensors):
-        seed = next(self.seeds)  # the critic starts as the teacher
-        return super().network(
-            cfg, tensors or random_dit(cfg, self.device, self.dtype, seed).state_dict()
-        )
-
-    def expected(self, *networks):
-        budget = super().expected(*networks)
-        budget.get("host", {}).pop("masters while saving", None)  # nothing is saved here
-        return budget
-
-    def _count(self, model, args, options):
-        super()._count(model, args, options)
-        linear, attention = forward_flop(model.cfg, args[0], **options)
-        if torch.is_grad_enabled():
-            twice = model.checkpointing + ("cache" in options)
-            self.repeated += twice * (linear + attention) + 0.5 * attention
-
-    def clock(self, name, call, *arguments):
-        device, flop, repeated = torch.get_device_module(self.device), self.flop, self.repeated
-        device.synchronize()
-        start = time.perf_counter()
-        result = call(*arguments)
-        device.synchronize()
-        self.taken[name].append(
-            (time.perf_counter() - start, self.flop - flop, self.repeated - repeated)
-        )
-        return result
-
-    def generator_phase(self, step):
-        return self.clock("generator phase", super().generator_phase, step)
-
-    def critic_phase(self, step):
-        return self.clock("critic phase", super().critic_phase, step)
-
-    def data_phase(self, step):
-        return self.clock("phase", super().data_phase, step)
-
-    def generate(self, step, phase, *rest):
-        result = self.clock(f"  a rollout, {phase}", super().generate, step, phase, *rest)
-        self.exits.append(result[-1])
-        return result
-
-    def update(self, who, step):
-        return self.clock(f"  optimizer, {who}", super().update, who, step)
-
-    @torch.no_grad()
-    def fixed_batch(self):
-        """-> a function of no arguments: the loss, of the critic where there is one, on a batch that stays the same.
-
-        As many samples as a phase has; the critic's are those that the generator makes now.
-        """
-        if not self.distilling:
-            loss = self.ode_loss if self.cfg.stage == "ode" else self.flow_loss
-            return lambda: torch.stack(
-                [loss(*batch) for batch in self.micro_batches(0, "fixed")]
-            ).mean()
-        made = []
-        for draws, items, context in self.micro_batches(0, "fixed"):
-            first, x0, _, _ = Run.generate(self, 0, "fixed", draws, items, context)
-            made.append((context, x0, *self.noised(draws, first, x0)))
-
-        def loss():
-            parts = [
-                critic_loss(self.critic(xs, level, text), x0, noise)
-                for text, x0, xs, level, noise in made
-            ]
-            return torch.stack(parts).mean()
-
-        return loss
-
-
-def train(run: Measured, iterations: int) -> list[str]:
-    """Iterations between two looks at the loss on a fixed batch -> what became of losses and masters, in words."""
-    optimizers, watched, losses, finite = run.optimizers.items(), "blocks.0.ffn.0.weight", [], True
-    before = {who: optimizer.master(watched).clone() for who, optimizer in optimizers}
-    loss = run.fixed_batch()
-    for step in range(iterations + 1):
-        if step in (0, iterations):
-            with torch.no_grad():
-                losses.append(run.world.mean({"loss": loss()})["loss"])
-        if step < iterations:
-            values = run.world.mean(run.iteration(step))
-            finite &= all(map(math.isfinite, values.values()))
-            print(
-                f"iteration {step}:",
-                *(f"{k} {v:.4g}" for k, v in values.items() if "x0" not in k),
-                flush=True,
-            )
-    moved = {who: (optimizer.master(watched) - before[who]).abs() for who, optimizer in optimizers}
-    changes = (
-        f"{who} {float((d > 0).float().mean()):.1%} by {float(d.mean()):.2g}"
-        for who, d in moved.items()
-    )
-    return [
-        f"losses and gradients finite: {finite}; loss on a fixed batch: {losses[0]:.5f} -> {losses[1]:.5f}",
-        f"masters of {watched} that moved, and how far on average: {', '.join(changes)}",
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--stage", default="dmd", choices=["teacher", "ar", "ode", "dmd", "sid"])
+    add("--stage", default="dmd", choices=stages.STAGES)
     add("--preset", default="ti2v-5B", choices=PRESETS)
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--size", default="704x1280", help="in pixels")
     add("--frames", type=int, default=21, help="latent frames")
     add("--batch", type=int, default=2, help="samples of a phase, over all processes")
     add("--micro-batch", type=int, default=1, help="samples of a forward")
-    add(
-        "--shard",
-        type=int,
-        default=0,
-        help="processes that share one copy of the weights; 0: those of a node",
-    )
-    add("--ratio", type=int, default=5)
-    add(
-        "--iterations", type=int, help="default: two generator phases, or three of the other stages"
-    )
+    text = "processes that share one copy of the weights; 0: those of a node"
+    add("--shard", type=int, default=0, help=text)
+    add("--ratio", type=int, default=5, help="critic phases for one of the generator")
+    text = "default: two generator phases, or three of the other stages"
+    add("--iterations", type=int, help=text)
     add("--lr", type=float, default=1e-5, help="of both networks")
     add("--forcing", default="teacher", choices=["teacher", "diffusion"])
-    add("--offload", action="store_true")
+    add("--offload", action="store_true", help="the optimizers' state in host memory")
     add("--compile", action="store_true", help="what runs without grad")
     add("--no-checkpointing", action="store_true")
-    add(
-        "--release",
-        type=Path,
-        metavar="DIR",
-        help="start all networks from it; made, with random weights, if missing",
-    )
-    args = parser.parse_args()
-    height, width = (int(side) // 16 for side in args.size.split("x"))
-    distilling, dit = args.stage in ("dmd", "sid"), PRESETS[args.preset]
-    dtype = "bfloat16" if args.device == "cuda" else "float32"
-    names = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
-    keys = {name: getattr(args, name) for name in names}
-    keys |= {
-        "out": "unused",
-        "negative": "negative",
-        "height": height,
-        "width": width,
-        "critic_lr": args.lr,
-    }
-    keys |= {"ema_start": 0, "device": args.device, "dtype": dtype, "offload": args.offload}
+    text = "start all networks from it; made, with random weights, if missing"
+    add("--release", type=Path, metavar="DIR", help=text)
+    return parser.parse_args(argv)
+
+
+def dtype_of(args: argparse.Namespace) -> str:
+    return "bfloat16" if args.device == "cuda" else "float32"
+
+
+def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Config:
+    """The run's config. stores: those of `make_data`."""
+    options = dict(stores)
+    same = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
+    for name in (*same, "device", "offload"):
+        options[name] = getattr(args, name)
     if args.release:
-        keys |= {"weights": str(args.release)} | (
-            {"teacher": str(args.release)} if distilling else {}
+        options["weights"] = str(args.release)
+        if args.stage in stages.DISTILLATIONS:
+            options["teacher"] = str(args.release)
+
+    height, width = latent_size(args.size)
+    return train.Config(
+        out="unused",
+        negative="negative",
+        height=height,
+        width=width,
+        critic_lr=args.lr,
+        ema_start=0,
+        dtype=dtype_of(args),
+        checkpointing=not args.no_checkpointing,
+        **options,
+    )
+
+
+def latent_size(size: str) -> tuple[int, int]:
+    """ "704x1280", in pixels -> (44, 80)"""
+    height, width = size.split("x")
+    return int(height) // 16, int(width) // 16
+
+
+# ------------------------------------------------------------------------------------------- set-up
+
+
+def make_data(folder: Path, stage: str, sizes: DiTConfig, shape: tuple[int, ...]) -> dict[str, str]:
+    """Stores of random numbers in the shapes of real ones -> the config's keys that name them.
+
+    They are always the same. shape: of a clip's latents, [C, T, H, W].
+    """
+    torch.manual_seed(0)
+    lengths = torch.randint(sizes.text_len // 8, sizes.text_len + 1, (len(PROMPTS) + 1,))
+    rows = torch.randn(int(lengths.sum()), sizes.text_dim).bfloat16()
+    texts = {"rows": rows, "lengths": lengths}
+    write_shard(folder / "text" / "0.safetensors", texts, [*PROMPTS, "negative"])
+    stores = {"text": str(folder / "text")}
+    if stage in stages.DISTILLATIONS:
+        return stores
+
+    sigmas = few_step_sigmas()
+    if stage == "ode":
+        kind = "trajectories"
+        clips = {"x": torch.randn(len(PROMPTS), len(sigmas), *shape)}
+    else:
+        kind = "latents"
+        clips = {"latent": torch.randn(len(PROMPTS), *shape)}
+    write_shard(folder / kind / "0.safetensors", clips, PROMPTS, sigmas=sigmas)
+    stores[kind] = str(folder / kind)
+    return stores
+
+
+def random_weights(sizes: DiTConfig, device, dtype: torch.dtype, seed: int) -> Tensors:
+    """Made on the device, where it takes a second."""
+    with torch.device("meta"):
+        model = WanDiT(sizes).to(dtype)
+    model = model.to_empty(device=device)
+    return model.init_weights(torch.Generator(device).manual_seed(seed)).state_dict()
+
+
+def make_release(args: argparse.Namespace) -> None:
+    args.release.mkdir(parents=True)
+    sizes = PRESETS[args.preset]
+    weights = random_weights(sizes, args.device, torch.float32, seed=0)
+    write_dit(args.release, sizes, weights=weights)
+
+
+def build(cfg: train.Config, world: World) -> Run:
+    """As train.build does it, but for random weights and for the memory that only saving takes."""
+    make_network = train.network
+    make_budget = train.expected
+    seeds = iter((0, 1, 1))  # generator, teacher, critic: the critic starts as the teacher
+
+    def network(cfg, world: World, sizes: DiTConfig, tensors: Tensors) -> tuple[WanDiT, Tensors]:
+        seed = next(seeds)
+        if not tensors:
+            tensors = random_weights(sizes, world.device, getattr(torch, cfg.dtype), seed)
+        return make_network(cfg, world, sizes, tensors)
+
+    def expected(*arguments) -> dict[str, dict[str, float]]:
+        budget = make_budget(*arguments)
+        if "host" in budget:
+            budget["host"].pop("masters while saving", None)  # nothing is saved here
+        return budget
+
+    with patch.multiple(train, network=network, expected=expected):
+        return train.build(cfg, world)
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+class RepeatedFlop:
+    """FLOP that the networks it watches do a second time: a part of what FlopCount counts."""
+
+    def __init__(self):
+        self.done = 0.0
+
+    def watch(self, model: WanDiT) -> None:
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: WanDiT, args: tuple, options: dict) -> None:
+        if not torch.is_grad_enabled():
+            return
+        linear, attention = forward_flop(model.cfg, args[0], **options)
+        if model.checkpointing:
+            self.done += linear + attention
+        if "cache" in options:  # a replay, of what the rollout has done
+            self.done += linear + attention
+        self.done += 0.5 * attention  # the scores, in the backward
+
+
+class Clock:
+    """Seconds, FLOP and repeated FLOP of an iteration's parts, noted from outside.
+
+    Inside `with clock.watching()` three of its methods stand in the place of the functions of
+    wan5b/stages.py that have their names, and call these. A phase begins with its first micro-batch
+    and ends with its optimizer's step.
+
+    rows: for every part, by name, the three figures of each time it ran.
+    exits: the exit levels that were drawn.
+    """
+
+    def __init__(self, run: Run):
+        self.device = torch.get_device_module(run.device)
+        self.flop = FlopCount()
+        self.repeated = RepeatedFlop()
+        for model in (run.generator, run.critic, run.teacher):
+            if model is not None:
+                self.flop.watch(model)
+                self.repeated.watch(model)
+        self.rows: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.exits: list[int] = []
+        self.phase = ""  # the one that is running
+        self.phase_began = np.zeros(3)
+
+    def watching(self):
+        return patch.multiple(
+            stages,
+            micro_batches=self.micro_batches,
+            roll_out=self.roll_out,
+            update=self.update,
         )
-    fuse.enable(args.compile)
-    world = World(args.device, args.shard)
+
+    def now(self) -> np.ndarray:
+        """Seconds, FLOP and repeated FLOP so far, once the device has done what it was given."""
+        self.device.synchronize()
+        return np.array([time.perf_counter(), self.flop.done, self.repeated.done])
+
+    def micro_batches(self, run: Run, phase: str, step: int, moved: bool) -> Iterator[Batch]:
+        self.phase = phase
+        self.phase_began = self.now()
+        yield from micro_batches(run, phase, step, moved)
+
+    def roll_out(self, run: Run, batch: Batch) -> Rolled:
+        began = self.now()
+        rolled = roll_out(run, batch)
+        self.rows[f"  a rollout, {self.phase}"].append(self.now() - began)
+        self.exits.append(rolled.exit_step)
+        return rolled
+
+    def update(self, run: Run, network: str, step: int) -> Tensor:
+        began = self.now()
+        norm = update(run, network, step)
+        ended = self.now()
+        self.rows[f"  optimizer, {network}"].append(ended - began)
+        name = f"{self.phase} phase" if run.critic else "phase"
+        self.rows[name].append(ended - self.phase_began)
+        return norm
+
+    def means(self) -> dict[str, np.ndarray]:
+        """Of every part, without its first time if there are more."""
+        return {name: np.mean(rows[1:] or rows, 0) for name, rows in self.rows.items()}
+
+
+def iterate(run: Run, clock: Clock, iterations: int) -> list[str]:
+    """Iterations between two looks at the loss on a batch that stays the same.
+
+    Returns what became of losses and masters, in words.
+    """
+    before = {name: optimizer.master(WATCHED).clone() for name, optimizer in run.optimizers.items()}
+    if run.critic is None:
+        loss = partial(data_loss, run)
+    else:
+        loss = partial(loss_of_critic, run, fixed_rollouts(run))
+
+    first = run.world.mean({"loss": loss()})["loss"]
+    finite = True
+    for step in range(iterations):
+        with clock.watching():
+            values = run.world.mean(stages.iteration(run, step))
+        finite = finite and all(math.isfinite(value) for value in values.values())
+        shown = [f"{key} {value:.4g}" for key, value in values.items() if "x0" not in key]
+        print(f"iteration {step}:", *shown, flush=True)
+    last = run.world.mean({"loss": loss()})["loss"]
+
+    changes = []
+    for name, optimizer in run.optimizers.items():
+        moved = (optimizer.master(WATCHED) - before[name]).abs()
+        share = (moved > 0).float().mean().item()
+        changes.append(f"{name} {share:.1%} by {moved.mean().item():.2g}")
+    return [
+        f"losses and gradients finite: {finite}; loss on a fixed batch: {first:.5f} -> {last:.5f}",
+        f"masters of {WATCHED} that moved, and how far on average: {', '.join(changes)}",
+    ]
+
+
+@torch.no_grad()
+def data_loss(run: Run) -> Tensor:
+    """Of teacher, ar or ode on a batch that stays the same: the step without its backward."""
+    (phase,) = stages.PHASES[run.cfg.stage]
+    losses = []
+    with patch.object(stages, "backward", lambda loss: {"loss": loss}):
+        for batch in micro_batches(run, "fixed", 0, moved=False):
+            losses.append(phase.step(run, batch)["loss"])
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def fixed_rollouts(run: Run) -> list[tuple[Tensor, Tensor, Noised]]:
+    """As many as a phase has, by the generator as it is now: context, x0, and x0 noised."""
+    made = []
+    for batch in micro_batches(run, "fixed", 0, moved=False):
+        rolled = roll_out(run, batch)
+        made.append((batch.context, rolled.x0, stages.noise_again(run, batch, rolled)))
+    return made
+
+
+@torch.no_grad()
+def loss_of_critic(run: Run, rollouts: list[tuple[Tensor, Tensor, Noised]]) -> Tensor:
+    losses = []
+    for context, x0, noised in rollouts:
+        v = run.critic(noised.xs, noised.sigma, context)
+        losses.append(critic_loss(v, x0, noised.noise))
+    return torch.stack(losses).mean()
+
+
+# ---------------------------------------------------------------------------------------- reporting
+
+
+def print_parts(clock: Clock, ratio: int, ceiling: float) -> None:
+    """The table of an iteration's parts. ceiling: FLOP/s of a matrix product."""
+    means = clock.means()
+    times = {name: len(rows) for name, rows in clock.rows.items()}
+    if "critic phase" in means:
+        whole = f"generator + {ratio} critic"
+        means[whole] = means["generator phase"] + ratio * means["critic phase"]
+        times[whole] = 1
+
+    print(f"{'':26}{'times':>6}{'seconds':>9}{'TFLOP':>11}{'work':>8}{'MFU':>8}")
+    for name, (seconds, flop, repeated) in means.items():
+        work = flop / seconds / ceiling
+        mfu = (flop - repeated) / seconds / ceiling
+        row = f"{name:26}{times[name]:6}{seconds:9.3f}{flop / 1e12:11.4g}{work:8.1%}{mfu:8.1%}"
+        print(row)
+
+
+def print_distillation(clock: Clock, own: int, devices: int) -> None:
+    """What the phases come to. own: samples of a phase on a device."""
+    means = clock.means()
+    optimizer = {}
+    sample = {}
+    for name in ("generator", "critic"):
+        optimizer[name] = float(means[f"  optimizer, {name}"][0])
+        sample[name] = (float(means[f"{name} phase"][0]) - optimizer[name]) / own
+    exits = sum(clock.exits) / len(clock.exits)
+    print(f"exit level {exits:.2f} on average; seconds of a sample on a device: {sample}")
+    average = optimizer["generator"] - optimizer["critic"]
+    print(f"average: {average:.3f} s of the generator's optimizer step")
+
+    # Whole runs, at batch 64 and a ratio of 5.
+    step = {name: 64 / devices * sample[name] + optimizer[name] for name in sample}
+    for critic_steps in (3000, 600):
+        generator_steps = critic_steps // 5
+        seconds = generator_steps * step["generator"] + critic_steps * step["critic"]
+        days = seconds / 86400
+        print(
+            f"{generator_steps} generator and {critic_steps} critic steps at batch 64: "
+            f"{days:.2f} days; {days * devices / 8:.2f} on 8 devices, if they scaled ideally"
+        )
+
+
+def print_memory(run: Run) -> None:
+    peak = memory_gib(run.device)
+    expected = sum(run.budget["device"].values()) / GIB
+    off = peak / expected - 1
+    print(f"peak on the device {peak:.2f} GiB, expected {expected:.2f} ({off:+.1%})")
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    locked = sum(len(optimizer.storage.memory) for optimizer in run.optimizers.values()) / GIB
+    print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}")
+
+
+def print_allocator() -> None:
+    figures = torch.cuda.memory_stats()
+    taken = figures.get("reserved_bytes.all.peak", 0) / GIB
+    again = figures.get("num_alloc_retries", 0)
+    print(
+        f"the allocator took up to {taken:.1f} GiB of the device, "
+        f"{again} times only after freeing some"
+    )
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def measure(args: argparse.Namespace, world: World) -> None:
     if world.rank:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the first process speaks for all
     elif args.release and not args.release.exists():
-        args.release.mkdir(parents=True)
-        write_dit(
-            args.release, dit, weights=random_dit(dit, args.device, torch.float32, 0).state_dict()
-        )
+        make_release(args)
     world.barrier()
-    ceiling = matmul_rate(world.device, getattr(torch, dtype))
+    ceiling = matmul_rate(world.device, getattr(torch, dtype_of(args)))
+    distilling = args.stage in stages.DISTILLATIONS
+
     with tempfile.TemporaryDirectory() as folder:
-        stores = make_data(Path(folder), args.stage, dit, (dit.in_dim, args.frames, height, width))
-        start, stop, private = time.perf_counter(), threading.Event(), [0]
-        watch = threading.Thread(target=peak_memory, args=(stop, private))
-        watch.start()
-        cfg = Config(**keys, **stores, checkpointing=not args.no_checkpointing)
-        offload = args.offload and args.device == "cuda"
-        run = Measured(cfg, world, partial(HostStorage, world.device, offload))
-        torch.get_device_module(world.device).synchronize()
-        made = time.perf_counter() - start
-        stop.set()
-        watch.join()
+        sizes = PRESETS[args.preset]
+        shape = (sizes.in_dim, args.frames, *latent_size(args.size))
+        stores = make_data(Path(folder), args.stage, sizes, shape)
+
+        # Set-up.
+        start = time.perf_counter()
+        with PeakMemory() as private:
+            run = build(make_config(args, stores), world)
+            torch.get_device_module(world.device).synchronize()
+            setup = time.perf_counter() - start
         if args.device == "cuda":
+            # Making the networks takes tensors of its own.
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()  # making the networks takes tensors of its own
-        report = train(run, args.iterations or (args.ratio + 1 if distilling else 3))
+            torch.cuda.reset_peak_memory_stats()
+
+        # Iterations.
+        clock = Clock(run)
+        iterations = args.iterations or (args.ratio + 1 if distilling else 3)
+        outcome = iterate(run, clock, iterations)
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(
-        f"\n{world.size} x {name}, torch {torch.__version__}, {vars(args)}\nmatrix product {ceiling / 1e12:.3g} TFLOP/s"
-    )
-    print(f"{'':26}{'times':>6}{'seconds':>9}{'TFLOP':>9}{'work':>8}{'MFU':>8}")
-    means = {
-        name: [sum(x) / len(x) for x in zip(*(rows[1:] or rows), strict=True)]
-        for name, rows in run.taken.items()
-    }
-    times = {name: len(rows) for name, rows in run.taken.items()}
+    print(f"\n{world.size} x {name}, torch {torch.__version__}, {vars(args)}")
+    print(f"matrix product {ceiling / 1e12:.3g} TFLOP/s")
+    print_parts(clock, args.ratio, ceiling)
     if distilling:
-        parts = zip(means["generator phase"], means["critic phase"], strict=True)
-        means[f"generator + {args.ratio} critic"] = [a + args.ratio * b for a, b in parts]
-    for name, (seconds, work, repeated) in means.items():
-        mfu = work / seconds / ceiling, (work - repeated) / seconds / ceiling
-        print(
-            f"{name:26}{times.get(name, 1):6}{seconds:9.3f}{work / 1e12:9.4g}{mfu[0]:8.1%}{mfu[1]:8.1%}"
-        )
-    if distilling:
-        optimizer = {who: means[f"  optimizer, {who}"][0] for who in run.optimizers}
-        own = args.batch // world.size
-        sample = {who: (means[f"{who} phase"][0] - optimizer[who]) / own for who in run.optimizers}
-        print(
-            f"exit level {sum(run.exits) / len(run.exits):.2f} on average; seconds of a sample on a device: {sample}"
-        )
-        print(
-            f"average: {optimizer['generator'] - optimizer['critic']:.3f} s of the generator's optimizer step"
-        )
-        days = {
-            who: 600 * (64 / world.size * sample[who] + optimizer[who]) / 86400 for who in sample
-        }  # batch 64
-        for updates in (5, 1):  # of the critic, in hundreds
-            total = days["generator"] * updates / 5 + days["critic"] * updates
-            print(
-                f"{120 * updates} generator and {600 * updates} critic steps at batch 64: {total:.2f} days",
-                end="",
-            )
-            print(f"; {total * world.size / 8:.2f} on 8 devices, if they scaled ideally")
-    expected = {place: sum(parts.values()) / GIB for place, parts in run.budget.items()}
-    peak, host = (
-        memory_gib(world.device),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    )
-    locked = sum(len(o.storage.memory) for o in run.optimizers.values()) / GIB
-    print(
-        f"peak on the device {peak:.2f} GiB, expected {expected['device']:.2f} ({peak / expected['device'] - 1:+.1%})"
-    )
-    print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}", *report, sep="\n")
+        print_distillation(clock, args.batch // world.size, world.size)
+    print_memory(run)
+    print(*outcome, sep="\n")
     if args.device == "cuda":
-        taken, again = (
-            torch.cuda.memory_stats().get(k, 0)
-            for k in ("reserved_bytes.all.peak", "num_alloc_retries")
-        )
-        print(
-            f"the allocator took up to {taken / GIB:.1f} GiB of the device, {again} times only after freeing some"
-        )
+        print_allocator()
     print(
-        f"set-up {made:.1f} s, private host memory up to {private[0] / GIB:.2f} GiB in it, page-locked included"
+        f"set-up {setup:.1f} s, private host memory up to {private.bytes / GIB:.2f} GiB in it, "
+        "page-locked included"
     )
-    world.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    fuse.enable(args.compile)
+    with contextlib.closing(World(args.device, args.shard)) as world:
+        measure(args, world)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ class Data:
         self.text = TextStore(cfg.text)
         folder = cfg.trajectories if cfg.stage == "ode" else cfg.latents
         self.store = Store(folder) if folder else None
-        if self.store:
+        if self.store is not None:
             self.prompts = self.store.prompts
         else:
             apart = (cfg.negative, self.text.facts.get("negative"), "")

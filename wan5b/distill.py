@@ -7,15 +7,12 @@ chunks=...).
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wan5b.flow import solve, x0_from_v
 from wan5b.kvcache import KVCache, chunk_sizes
-from wan5b.util import rng
 
 # ------------------------------------------------------------------------------------------ rollout
 
@@ -31,6 +28,8 @@ def rollout(
     exit_step: int | None = None,
     renoise: Callable | None = None,
     prefix: Tensor | None = None,
+    prefix_inside: bool = False,
+    cuts: dict[int, int] | None = None,
     solver: str = "",
     trace: list[Tensor] | None = None,
 ) -> Iterator[Tensor]:
@@ -49,7 +48,9 @@ def rollout(
     - renoise(chunk index, step index, like) -> noise for the next level; default: the global
       generator's.
     - prefix: clean frames [B, C, T', H, W] (an image, a video to continue) committed ahead of the
-      first chunk.
+      first chunk. prefix_inside: they are the first frames of that chunk instead, made and
+      committed with it.
+    - cuts: chunk index -> how many RoPE positions a scene cut leaves out there (`KVCache.cut`).
     - solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising.
     - trace: a list that takes the input of every chunk's exit level, for `replay`.
     """
@@ -60,17 +61,21 @@ def rollout(
     texts = context if isinstance(context, list) else [context] * len(chunks)
     assert len(texts) == len(chunks), f"{len(texts)} contexts for {len(chunks)} chunks"
 
-    # The prefix, in chunks too, of which the first may be smaller: 7 frames in chunks of 3 are 1,
-    # 3, 3.
-    if prefix is not None and prefix.shape[2]:
-        size = max(chunks)
-        for part in prefix.split(chunk_sizes(prefix.shape[2], size, prefix.shape[2] % size), dim=2):
+    # A prefix in front is committed in chunks too, of which the first may be smaller: 7 frames in
+    # chunks of 3 are 1, 3, 3.
+    inside = prefix if prefix_inside else None
+    if prefix is not None and prefix.shape[2] and not prefix_inside:
+        sizes = chunk_sizes(prefix.shape[2], max(chunks), prefix.shape[2] % max(chunks))
+        for part in prefix.split(sizes, dim=2):
             _commit(generator, part, texts[0], cache)
 
     for index, (x, text) in enumerate(zip(noise.split(chunks, dim=2), texts, strict=True)):
-        cache.use_text(text)
-        field = partial(_velocity, generator, text, cache)
         x = x.to(text.device)
+        if cuts and index in cuts:
+            cache.cut(x.shape[2], cuts[index])
+        cache.use_text(text)
+        model = generator if inside is None else behind(generator, inside)
+        field = partial(_velocity, model, text, cache)
         if solver in ("", "renoise"):
             # Down to the exit level without grad, then that level, with grad where it is enabled.
             fresh = partial(renoise, index) if renoise else None
@@ -82,6 +87,9 @@ def rollout(
         else:
             x0 = solve(field, x, sigmas, solver)
         yield x0
+        if inside is not None:
+            x0 = torch.cat([inside, x0], 2)
+            inside = None
         _commit(generator, x0, text, cache)
 
 
@@ -112,6 +120,18 @@ def _commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache) ->
     cache.commit(x0.shape[2])
 
 
+def behind(model: Callable, prefix: Tensor) -> Callable:
+    """The velocity of frames behind a prefix [B, C, T', H, W], which the model is shown clean."""
+
+    def field(x: Tensor, sigma: float, context: Tensor, **kwargs) -> Tensor:
+        frames = prefix.shape[2]
+        levels = torch.full((len(x), frames + x.shape[2]), sigma, dtype=torch.float64)
+        levels[:, :frames] = 0
+        return model(torch.cat([prefix, x], 2), levels, context, **kwargs)[:, :, frames:]
+
+    return field
+
+
 def guided(model: Callable, guidance: float) -> Callable:
     """Classifier-free guidance, sampling convention uncond + g (cond - uncond), over a batch of two
     halves.
@@ -127,86 +147,6 @@ def guided(model: Callable, guidance: float) -> Callable:
         return uncond + guidance * (cond - uncond)
 
     return field
-
-
-# ----------------------------------------------------------------------------------------- sampling
-
-
-class Mode(NamedTuple):
-    """How a model makes clips."""
-
-    causal: bool  # chunk by chunk over a cache; else the whole clip at once
-    guided: bool  # by classifier-free guidance: two branches a forward
-    solver: str  # of flow.solve; "renoise" goes down the levels that few-step models are made for
-
-
-MODES = {
-    "few": Mode(True, False, "renoise"),
-    "many": Mode(True, True, "unipc"),
-    "bidirectional": Mode(False, True, "unipc"),
-    "few-bidirectional": Mode(False, False, "renoise"),
-}
-
-
-def generate(
-    model: Callable,
-    noise: Tensor,
-    context: Tensor,
-    sigmas: list[float],
-    chunks: list[int],
-    *,
-    causal: bool,
-    solver: str,
-    guidance: float | None = None,
-    prefix: Tensor | None = None,
-    window: int | None = None,
-    sink: int = 0,
-    seed: int = 0,
-    new_cache: Callable = KVCache,
-) -> Iterator[Tensor]:
-    """Latents of clips, piece by piece: the prefix first, if any, then every finished chunk.
-
-    - noise, sigmas, chunks, prefix: as in `rollout`; not causal: all chunks are made at once.
-    - context [B, L, D] of the prompts; with guidance [2B, L, D], the unconditional rows behind.
-    - solver: one of flow.SOLVERS; seed: of the noise that "renoise" adds.
-    - new_cache: called as KVCache is; may return one that was used before.
-    """
-    if prefix is None:
-        prefix = noise[:, :, :0].to(context.device)
-    else:
-        yield prefix
-    clean = prefix.shape[2]
-    total = clean + noise.shape[2]
-
-    # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work.
-    field = model
-    if guidance in (None, 1):
-        context = context[: len(noise)]
-    else:
-        field = guided(model, guidance)
-    draws = rng(context.device, seed, "renoise")
-
-    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draws, device=like.device)
-
-    if causal:
-        tokens = model.cfg.tokens_per_frame(*noise.shape[3:])
-        sizes = (len(context), min(window or total, total), tokens)
-        cache = new_cache(model.cfg, *sizes, window, sink, context.device, context.dtype)
-        cache.reset()
-        options = {"renoise": fresh, "prefix": prefix, "solver": solver}
-        finished = rollout(field, noise, context, sigmas, chunks, cache, **options)
-        yield from islice(finished, len(chunks))  # no more: the last need not be in the cache
-        return
-
-    def behind_prefix(x: Tensor, sigma: float) -> Tensor:
-        """v of x behind the prefix, which is clean at every step."""
-        levels = torch.full((len(x), total), sigma, dtype=torch.float64)
-        levels[:, :clean] = 0
-        return field(torch.cat([prefix, x], 2), levels, context)[:, :, clean:]
-
-    x = noise.to(context.device)
-    yield solve(behind_prefix, x, sigmas, solver, partial(fresh, 0))
 
 
 # ------------------------------------------------------------------------------------------- losses

@@ -169,7 +169,7 @@ class Block(nn.Module):
         return torch.addcmul(x.float(), h.float(), gate).to(x.dtype)
 
     def _modulation(self, mod: Tensor, *rows: int) -> list[Tensor]:
-        """Rows of the parameter + the projected time mod [B, T, 6, D]: float32 [B, T, 1, D] each."""
+        """Rows of the parameter + those of the time's mod [B, T, 6, D]: float32 [B, T, 1, D]."""
         return [mod[:, :, i : i + 1] + self.modulation[:, None, i : i + 1].float() for i in rows]
 
     def forward(self, x, mod, rope, context, attend, text=None) -> Tensor:

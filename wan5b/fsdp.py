@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from wan5b.util import sync, write_json
+
 MEMINFO = Path("/proc/meminfo")
 
 # torch warns of a checkpoint without a process group: a single process saves like that on purpose.
@@ -177,6 +179,11 @@ class Saved(Protocol):
     def loaded(self, saved: dict[str, Tensor], steps: int) -> None: ...
 
 
+def last_line(error: Exception) -> str:
+    """What a CheckpointException says: its text is a traceback, which ends with the cause."""
+    return "".join(str(error).splitlines()[-1:])
+
+
 def save(
     world: World, folder: Path, optimizers: Mapping[str, Saved], facts: dict, keep: int = 2
 ) -> Path:
@@ -197,13 +204,19 @@ def save(
     world.barrier()
 
     # All write their shards; in the files a tensor's name is that of its keys: who.group.weight.
-    dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
+    try:
+        dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
+    except dcp.CheckpointException as error:
+        raise OSError(f"cannot write the checkpoint {path}: {last_line(error)}") from error
 
-    # The new one counts from its renaming on; only then do older ones go.
+    # The new one counts from its renaming on, when all of it is on the disk; then older ones go.
     if world.rank == 0:
-        text = json.dumps(facts | {"optimizer_steps": steps}, indent=2)
-        (partial / "facts.json").write_text(text)
+        write_json(partial / "facts.json", facts | {"optimizer_steps": steps})
+        for file in partial.iterdir():
+            sync(file)
+        sync(partial)
         os.replace(partial, path)
+        sync(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     world.barrier()
@@ -229,10 +242,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = {key: torch.empty(entries[key].size) for key in entries if key.startswith(prefix)}
         dcp.load(state, checkpoint_id=path, no_dist=True)
     except damage as error:
-        # A CheckpointException's text is a traceback, which ends with the cause.
-        cause = "".join(str(error).splitlines()[-1:])
-        message = f"{path} is damaged or incomplete; take another checkpoint: {cause}"
-        raise ValueError(message) from error
+        damaged = f"{path} is damaged or incomplete"
+        raise ValueError(f"{damaged}; take another checkpoint: {last_line(error)}") from error
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 

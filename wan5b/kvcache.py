@@ -66,7 +66,7 @@ class CachedAttention:
     def __init__(self, cache: "KVCache", spans: list[Span]):
         self.cache = cache
         self.spans = spans
-        self.start = spans[0].start
+        self.start = spans[0].start + cache.gap
         self.place = tuple((span.reads, span.own) for span in spans)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,6 +122,9 @@ class KVCache:
         """Forget everything; also needed when the weights have changed."""
         self.frames = 0  # committed
         self.written = 0  # end of the last forward's frames
+        self.slots: dict[int, int] = {}  # frame -> where it lies
+        self.scenes: list[range] = []  # the first frames of each, which stay
+        self.gap = 0  # RoPE positions that scene cuts have left out
         self.context = None  # the text in force
         self.text_kept = False  # whether `text` holds its keys and values
 
@@ -147,21 +150,31 @@ class KVCache:
         """Run the next n_frames frames behind the committed ones, where an earlier forward's are
         replaced.
         """
-        span = self._span(self.frames, n_frames)
+        self._place(range(self.frames, self.frames + n_frames))
         self.written = self.frames + n_frames
-        return CachedAttention(self, [span])
+        return CachedAttention(self, [self._span(self.frames, n_frames)])
 
     def replay(self, chunks: list[int]) -> CachedAttention:
         """Run the last chunks written once more, with grad, each seeing what it saw then."""
         there = sum(chunks) <= self.written <= self.capacity
         assert there, f"chunks {chunks} of {self.written} frames in a cache of {self.capacity}"
         assert torch.is_grad_enabled(), "without grad a replay would only repeat what is known"
+        assert not self.gap, "positions of earlier scenes are not kept"
         spans = []
         start = self.written - sum(chunks)
         for size in chunks:
             spans.append(self._span(start, size))
             start += size
         return CachedAttention(self, spans)
+
+    def cut(self, n_frames: int, gap: int) -> None:
+        """The next chunk, of n_frames frames, opens a scene (LongLive 2, arXiv 2605.18739).
+
+        Its RoPE positions, and all later ones, lie `gap` further on. Up to `sink` of its frames
+        stay in the window, where the last scene's did.
+        """
+        self.gap += gap
+        self.scenes.append(range(self.frames, self.frames + min(self.sink, n_frames)))
 
     def commit(self, n_frames: int) -> None:
         """Make the keys of the first n_frames of the last forward permanent."""
@@ -204,30 +217,51 @@ class KVCache:
 
     def _span(self, start: int, n_frames: int) -> Span:
         """Where frames start .. start + n_frames read and write. Changes nothing."""
-        end = start + n_frames
-        window = self.window or max(end, self.capacity)
-        assert n_frames <= window - self.sink, (n_frames, window, self.sink)
-        if torch.is_grad_enabled() or window > self.capacity:
-            # A ring would replace what a window or a backward still has to see.
-            assert end <= self.capacity, f"{start} + {n_frames} frames in {self.capacity}: no room"
-
-        oldest = max(self.sink, end - (window - self.sink))
-        ring = self.capacity - self.sink
-        assert oldest >= self.written - ring, (
-            "a longer forward has replaced frames that are still seen"
-        )
-        past = [*range(min(self.sink, start)), *range(oldest, start)]
-        own = list(range(start, end))
+        past = self._past(start, start + n_frames)
+        own = list(range(start, start + n_frames))
         # With grad the chunk's own keys come from the graph, not from the memory.
         seen = past if torch.is_grad_enabled() else past + own
-        reads = sorted(self._slot(frame) for frame in seen)
-        return Span(start, n_frames, self._ranges(reads), self._ranges(map(self._slot, own)))
+        reads = sorted(self.slots[frame] for frame in seen)
+        places = [self.slots[frame] for frame in own]
+        return Span(start, n_frames, self._ranges(reads), self._ranges(places))
 
-    def _slot(self, frame: int) -> int:
-        """Where a frame of the video lies: the sink stays, the others go round in a ring."""
-        if frame < self.sink:
-            return frame
-        return self.sink + (frame - self.sink) % (self.capacity - self.sink)
+    def _past(self, start: int, end: int) -> list[int]:
+        """The frames that a chunk sees in front of it: the sink, a scene's first, recent ones."""
+        window = self.window or max(end, self.capacity)
+        assert end - start <= window - self.sink, (end - start, window, self.sink)
+        if torch.is_grad_enabled() or window > self.capacity:
+            # Something that a window or a backward still has to see would be replaced.
+            assert end <= self.capacity, (
+                f"{start} + {end - start} frames in {self.capacity}: no room"
+            )
+
+        recent = max(self.sink, end - (window - self.sink))
+        scene = range(0)
+        for began in self.scenes:
+            if began.start < start:  # the chunk that opens a scene still sees the one before
+                scene = began
+        if scene.start < recent:
+            # Where a scene's first frames would leave, they stay, and recent ones go instead.
+            recent = max(recent + len(scene), scene.stop)
+        else:
+            scene = range(0)
+        past = [*range(min(self.sink, start)), *scene, *range(recent, start)]
+        lost = [frame for frame in past if frame not in self.slots]
+        assert not lost, f"a longer forward has replaced frames {lost}, which are still seen"
+        return past
+
+    def _place(self, frames: range) -> None:
+        """Give new frames slots: empty ones, or those of the oldest frames that are not seen."""
+        seen = {self.slots[frame] for frame in self._past(frames.start, frames.stop)}
+        held = {slot: frame for frame, slot in self.slots.items()}
+        free = [slot for slot in range(self.capacity) if slot not in seen]
+        free = [slot for slot in free if held.get(slot) not in frames]
+        free.sort(key=lambda slot: held.get(slot, -1))
+        for frame in frames:
+            if frame not in self.slots:
+                slot = free.pop(0)
+                self.slots.pop(held.get(slot), None)
+                self.slots[frame] = slot
 
     def _ranges(self, slots) -> tuple[tuple[int, int], ...]:
         """Slots as ranges of tokens, neighbours joined: 0, 1, 2, 5 of 10 tokens -> (0, 30), (50,

@@ -138,14 +138,9 @@ def ar_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """
     x0, noise, sigma, context = flow_example(run, batch, levels=len(run.layout))
     clean = x0 if run.cfg.forcing == "teacher" else None
-    v = run.generator(
-        add_noise(x0, noise, sigma),
-        sigma,
-        context,
-        chunks=run.layout,
-        window=run.window,
-        clean=clean,
-    )
+    noisy = add_noise(x0, noise, sigma)
+    options = {"chunks": run.layout, "window": run.window, "clean": clean}
+    v = run.generator(noisy, sigma, context, **options)
     return backward(flow_loss(run, v, x0, noise, sigma))
 
 
@@ -190,9 +185,8 @@ def ode_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
 
     clean = end if teacher_forcing else None
-    v = run.generator(
-        noisy, sigma, batch.context, chunks=run.layout, window=run.window, clean=clean
-    )
+    options = {"chunks": run.layout, "window": run.window, "clean": clean}
+    v = run.generator(noisy, sigma, batch.context, **options)
 
     # The mean over each sample's own frames at levels above 0: so it does not depend on
     # micro-batches.
@@ -303,24 +297,18 @@ def roll_out(run: Run, batch: Batch) -> Rolled:
         chunks = [chunks[chosen]]
     prefix = run.clips(batch.items)[:, :, :prefix_frames] if prefix_frames else None
 
+    def renoise(chunk: int, step: int, like: Tensor) -> Tensor:
+        return batch.draws(torch.randn, *like.shape[1:])
+
     run.cache.reset()
-    trace = []
     noise = batch.draws(torch.randn, *run.shape(sum(chunks)))
+    given = (run.generator, noise, batch.context, run.sigmas, chunks, run.cache)
+    trace = []
+    options = {"exit_step": exit_step, "renoise": renoise, "prefix": prefix, "trace": trace}
     with run.world.gathered(run.generator):
-        finished = rollout(
-            run.generator,
-            noise,
-            batch.context,
-            run.sigmas,
-            chunks,
-            run.cache,
-            exit_step=exit_step,
-            renoise=lambda chunk, step, like: batch.draws(torch.randn, *like.shape[1:]),
-            prefix=prefix,
-            trace=trace,
-        )
         # Asking for no more than there is: nothing needs the last chunk in the cache.
-        x0 = torch.cat(list(islice(finished, len(chunks))), 2)
+        finished = islice(rollout(*given, **options), len(chunks))
+        x0 = torch.cat(list(finished), 2)
     return Rolled(x0, prefix, trace, exit_step)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,9 +54,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield partial
 
         # The content first, then the name: the disk may reorder what is not waited for.
-        _sync(partial)
+        sync(partial)
         os.replace(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -80,7 +82,7 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -95,7 +97,10 @@ def write_tensors(
     """A safetensors file, with metadata in its header, written as by `replacing`."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"cannot write {path}: {first_line(error)}") from error
         partial.chmod(0o644)  # save_file lets nobody else read it
 
 
@@ -123,10 +128,14 @@ def nearest(value: int, step: int, least: int) -> str:
 
 
 def script(main: Callable[[], Any]) -> None:
-    """Run a script: a user's mistake is one line on stderr and exit code 2; Ctrl-C is code 130."""
+    """Run a script: a user's mistake is one line on stderr and exit code 2.
+
+    Ctrl-C is code 130, SIGTERM 143: both end it as errors do, so what is finished is left whole.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

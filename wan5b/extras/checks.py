@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
+from wan5b.extras.digest import digest
 from wan5b.extras.formats import read_metadata
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
@@ -19,6 +20,7 @@ from wan5b.stages import DISTILLATIONS, STAGES
 
 # What each stage learns from; the others from latents.
 LEARNS_FROM = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}
+READS = ("text", "latents", "trajectories", "weights", "teacher")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
@@ -63,13 +65,13 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig) -> None:
             f"weights and teacher take different texts (width, length): {takes} and {other}"
         )
     if not data.prompts:
-        source = data.store.folder if data.store else cfg.text
+        source = cfg.text if data.store is None else data.store.folder
         raise ValueError(f"{source} holds nothing to train on")
     texts = [*data.prompts, *cfg.sample_prompts]
     if cfg.stage != "ode":
         texts.append(cfg.negative)
     data.text.check(texts, *takes)
-    if data.store:
+    if data.store is not None:
         _check_store(cfg, data, model.in_dim)
 
 
@@ -78,10 +80,10 @@ def _check_stages(cfg) -> None:
     teacher.
     """
     earlier = STAGES[: STAGES.index(cfg.stage) + 1]
-    allowed = {cfg.weights: earlier}
+    allowed = [(cfg.weights, earlier)]
     if cfg.stage in DISTILLATIONS:
-        allowed = {cfg.weights: earlier[1:], cfg.teacher: STAGES[:1]}
-    for path, stages in allowed.items():
+        allowed = [(cfg.weights, earlier[1:]), (cfg.teacher, STAGES[:1])]
+    for path, stages in allowed:
         made = read_metadata(path).get("stage") if path else None
         if made and made not in stages:
             raise ValueError(
@@ -111,13 +113,48 @@ def _check_store(cfg, data: Data, channels: int) -> None:
             )
 
 
-def check_unchanged(cfg, checkpoint: Path) -> None:
-    """Whether a checkpoint is of a run with the same settings, but for those in FREE."""
-    saved = read_metadata(checkpoint).get("training", {})
+def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
+    """Whether a checkpoint is of this run: the same settings, but for those in FREE, the same data.
+
+    data: `held_by` now. Data may lie elsewhere by now; what counts is what they hold.
+    """
+    known = read_metadata(saved)
+    before = known.get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))
     free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
-    changed = [key for key, value in now.items() if saved.get(key) != value and key not in free]
+    changed = [key for key, value in now.items() if before.get(key) != value and key not in free]
+    changed = [key for key in changed if key not in READS]
     if changed:
-        raise ValueError(
-            f"{checkpoint} was made with another {', '.join(changed)}; choose another out"
-        )
+        raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")
+
+    digests = known.get("data", {})
+    for key in READS:
+        if digests.get(key) != data.get(key):
+            raise ValueError(
+                f"{saved} was made with other {key} than {getattr(cfg, key) or 'none'} holds now; "
+                "choose another out"
+            )
+    step = known["step"]
+    if step > cfg.steps:
+        raise ValueError(f"{saved} is beyond steps = {cfg.steps}; raise it or choose another out")
+
+
+def check_finished(cfg, data: dict[str, str], final: Path) -> None:
+    """Whether an export that lies where this run's will is this run's, made to its end."""
+    check_unchanged(cfg, data, final)
+    step = read_metadata(final)["step"]
+    if step < cfg.steps:
+        raise ValueError(f"{final} is of step {step}; move it to go on to steps = {cfg.steps}")
+
+
+def held_by(cfg) -> dict[str, str]:
+    """A digest of everything that a run reads, by the config's keys.
+
+    What is missing has none: the run says so when it opens it.
+    """
+    digests = {}
+    for key in READS:
+        path = getattr(cfg, key)
+        if path and Path(path).exists():
+            digests[key] = digest(path)
+    return digests

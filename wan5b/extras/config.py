@@ -10,6 +10,7 @@ key=value.
 """
 
 import math
+import os
 import tomllib
 import typing
 from dataclasses import dataclass, field, fields
@@ -30,6 +31,11 @@ def at_least(low: float, default):
     return within(low, math.inf, default)
 
 
+def path():
+    """A field that names a file or folder; ~ is the home folder. None, if empty."""
+    return field(default="", metadata={"path": True})
+
+
 @dataclass(frozen=True)
 class Options:
     """Checks every field against what it may be. ValueError with the name and the value."""
@@ -41,6 +47,8 @@ class Options:
             if known and value not in known:
                 choices = " ".join(map(str, known))
                 raise ValueError(f"{option.name} must be one of {choices}, got {value!r}")
+            if option.metadata.get("path"):
+                object.__setattr__(self, option.name, os.path.expanduser(value))
             if "range" in option.metadata:
                 low, high = option.metadata["range"]
                 if not low <= value < high:  # NaN is not, either
@@ -56,7 +64,7 @@ def read(kind: type, arguments: list[str]):
     """
     kinds = {option.name: option.type for option in fields(kind)}
     try:
-        values = tomllib.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(arguments[0]).read_text(encoding="utf-8-sig"))
         for override in arguments[1:]:
             key, given, value = override.partition("=")
             if not given:

@@ -1,11 +1,13 @@
 """What people bring beside pictures: sizes, prompts, captions; and contact sheets for them."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from wan5b.media import resize
+from wan5b.t5 import Tokenizer, clean_prompt
 from wan5b.util import nearest, replacing
 
 # ------------------------------------------------------------------------------------------- sizes
@@ -73,6 +75,15 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts; it should have one a line")
     return prompts
+
+
+def note_cut(tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """A line for each prompt that has more tokens than the network takes: its end has no effect."""
+    for prompt in prompts:
+        tokens = len(tokenizer.encode(clean_prompt(prompt))) + 1  # and the end of the text
+        if tokens > tokenizer.length:
+            named = f"a prompt of {tokens} tokens is cut to {tokenizer.length}: {prompt[:40]!r} ..."
+            print(f"note: {named}", file=sys.stderr)
 
 
 def caption_file(path: str | Path) -> Path:

@@ -3,11 +3,14 @@
 python -m wan5b.extras.log RUN [RUN ...]    # draws curves.png in the first; needs matplotlib
 """
 
+import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -16,9 +19,35 @@ from pathlib import Path
 from torch import Tensor
 
 from wan5b import fsdp
-from wan5b.util import write_json
+from wan5b.util import first_line, replacing, write_json
 
 METRICS = "metrics.jsonl"  # a line a step
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The run's folder for this process alone. ValueError if another process has it.
+
+    The kernel lets go of it when the process ends, however that happens.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            raise ValueError(f"{out} is in use by process {holder}: one at a time") from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            # A run that was refused before it began leaves no folder.
+            if os.listdir(out) == ["lock"]:
+                (out / "lock").unlink()
+                out.rmdir()
 
 
 def begin(out: Path, config: dict, processes: int, start: int) -> None:
@@ -29,9 +58,25 @@ def begin(out: Path, config: dict, processes: int, start: int) -> None:
     record = {"commit": found.stdout.strip(), "processes": processes, "config": config}
     write_json(out / "config.json", record)
     log = out / METRICS
-    if log.exists():
-        lines = log.read_text().splitlines()[:start]
-        log.write_text("".join(f"{line}\n" for line in lines))
+    log.touch()
+    rows = [row for row in read_metrics(log) if row["step"] < start]
+    with replacing(log) as partial:
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def read_metrics(log: Path) -> list[dict[str, float]]:
+    """The metrics of each step; a line that was cut, by a full disk or a power cut, is left out."""
+    rows = []
+    for number, line in enumerate(log.read_text(errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            print(f"note: {log}, line {number}, is damaged and left out", file=sys.stderr)
+    return rows
 
 
 def append(out: Path, metrics: dict[str, float]) -> None:
@@ -66,11 +111,18 @@ def available() -> bool:
 
 
 def curves(folders: list[Path]) -> Path | None:
-    """Every number of the runs' metrics against the step, one panel each; runs of one stage over
-    each other.
+    """Draw curves.png in the first folder; what goes wrong in it is a note and ends no run."""
+    try:
+        return draw(folders)
+    except Exception as error:  # a plotting library may raise anything, and only looks are at stake
+        print(f"note: no curves.png: {first_line(error)}", file=sys.stderr)
+        return None
 
-    Written beside, then renamed: who looks while a run goes on sees a whole picture. None without
-    matplotlib.
+
+def draw(folders: list[Path]) -> Path | None:
+    """Every number of the runs' metrics against the step, one panel each, runs over each other.
+
+    None without matplotlib.
     """
     if not available():
         return None
@@ -79,10 +131,7 @@ def curves(folders: list[Path]) -> Path | None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    runs = {}
-    for folder in folders:
-        lines = (folder / METRICS).read_text().splitlines()
-        runs[folder.name] = [json.loads(line) for line in lines]
+    runs = {folder.name: read_metrics(folder / METRICS) for folder in folders}
     names = {name for rows in runs.values() for row in rows for name in row}
 
     columns = 4
@@ -101,10 +150,9 @@ def curves(folders: list[Path]) -> Path | None:
     figure.tight_layout()
 
     path = folders[0] / "curves.png"
-    partial = path.with_name("curves.png.partial")
-    figure.savefig(partial, dpi=80, format="png")
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=80, format="png")
     pyplot.close(figure)
-    os.replace(partial, path)
     return path
 
 

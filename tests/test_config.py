@@ -1,0 +1,182 @@
+"""What train.py refuses before it loads anything: configs, command lines, networks and data that do
+not fit. Always in one line that names the values.
+"""
+
+import pytest
+import torch
+from training import DIT, SIZES, make_run, refused, values, write_toml
+
+import train
+from wan5b.data import write_shard
+from wan5b.dit import DiTConfig, WanDiT
+from wan5b.weights import save_dit
+
+pytestmark = pytest.mark.usefixtures("quick_and_clean")
+
+# stage, what is wrong, what the message says
+BAD = [
+    # Types.
+    ("ar", {"speed": 1}, "unknown keys ['speed']"),
+    ("ar", {"steps": "4"}, "steps must be int, got '4'"),
+    ("ar", {"steps": 4.0}, "steps must be int, got 4.0"),
+    ("ar", {"bell": 1}, "bell must be bool"),
+    ("ar", {"lr": True}, "lr must be float"),
+    ("ar", {"stage": 3}, "stage must be str"),
+    ("dmd", {"levels": [1000, "750"]}, "levels must be a list of int"),
+    ("dmd", {"levels": 1000}, "levels must be a list of int, got 1000"),
+    ("dmd", {"levels": [500, 750]}, "must fall"),
+    ("dmd", {"sample_prompts": "one"}, "sample_prompts must be a list of str"),
+    # Choices and ranges.
+    ("magic", {}, "stage must be one of teacher ar ode dmd sid, got 'magic'"),
+    ("ar", {"preset": "huge"}, "preset must be one of"),
+    ("ar", {"dtype": "float16"}, "dtype must be one of"),
+    ("ar", {"device": "tpu"}, "device must be one of"),
+    ("ar", {"forcing": "none"}, "forcing must be one of"),
+    ("dmd", {"rollout": "other"}, "rollout must be one of"),
+    ("ar", {"prefix": 2}, "prefix must be one of"),
+    ("ar", {"batch": 0}, "batch must be at least 1 and below inf, got 0"),
+    ("ar", {"save_every": 0}, "save_every must be at least 1"),
+    ("ar", {"keep": 0}, "keep must be at least 1"),
+    ("dmd", {"ratio": 0}, "ratio must be at least 1"),
+    ("ar", {"warmup": -1}, "warmup must be at least 0 and below inf, got -1"),
+    ("ar", {"lr": -1.0}, "lr must be at least 0 and below inf, got -1.0"),
+    ("ar", {"clip": 0.0}, "clip must be at least 1e-06 and below inf, got 0.0"),
+    ("ar", {"shift": 0.0}, "shift must be at least 1e-06 and below inf, got 0.0"),
+    ("ar", {"beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+    ("ar", {"ema": 1.5}, "ema must be at least 0 and below 1, got 1.5"),
+    # Values that do not go together.
+    ("ar", {"batch": 5}, "batch 5 is 5 a process, not a multiple of micro_batch 2; "),
+    ("ar", {"batch": 5}, "; micro_batch=1 would do"),
+    ("ar", {"frames": 7}, "nearest valid: 6 or 9"),
+    ("ar", {"frames": 6, "prefix": 1}, "nearest valid: 4 or 7"),
+    ("ar", {"height": 3}, "3x4"),
+    ("ar", {"window": 2}, "a chunk of 3 frames does not fit in a window of 2"),
+    # What is missing.
+    ("ar", {"latents": ""}, "stage ar needs latents"),
+    ("ode", {"trajectories": ""}, "stage ode needs trajectories"),
+    ("sid", {"teacher": ""}, "stage sid needs teacher"),
+    ("dmd", {"rollout": "data", "latents": ""}, "name latents"),
+    ("dmd", {"prefix": 1, "frames": 7, "latents": ""}, "name latents"),
+    ("ar", {"text": "/no/such"}, "/no/such is no folder"),
+    ("ar", {"latents": "/no/such"}, "/no/such is no folder"),
+    ("ode", {"trajectories": "/no/such"}, "/no/such is no folder"),
+    ("ar", {"weights": "/no/such.safetensors"}, "/no/such.safetensors"),
+    ("dmd", {"teacher": "/no/such.safetensors"}, "/no/such.safetensors"),
+    ("ar", {"negative": "unheard of"}, "unheard of"),
+    ("ar", {"sample_prompts": ["unheard of"]}, "name vae"),
+    ("ar", {"vae": "/no/such"}, "/no/such: no such file or folder"),
+    # Data of another size.
+    ("ar", {"height": 6}, "this run needs latent (48, 6, 6, 4)"),
+    ("ar", {"frames": 9}, "this run needs latent (48, 9, 4, 4)"),
+    ("ode", {"width": 6}, "this run needs x (5, 48, 6, 4, 6)"),
+    ("ode", {"levels": [1000, 500]}, "this run needs x (3, 48, 6, 4, 4)"),
+    ("ode", {"shift": 3.0}, "change levels and shift"),
+    ("dmd", {"prefix": 1, "frames": 7}, "this run needs latent (48, 7, 4, 4)"),
+]
+
+
+@pytest.mark.parametrize(("stage", "changes", "message"), BAD)
+def test_bad_configs(data, tmp_path, command, stage, changes, message):
+    keys = values(data, stage, tmp_path / "out", **changes)
+    assert message in refused(command, write_toml(tmp_path / "a.toml", keys))
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_command_lines(data, tmp_path, command):
+    good = write_toml(tmp_path / "good.toml", values(data, "ar", tmp_path / "out"))
+    assert "usage: train.py CONFIG.toml" in refused(command)
+    assert "nothing.toml" in refused(command, tmp_path / "nothing.toml")
+    assert str(tmp_path) in refused(command, tmp_path)
+    assert "key=value, got 'steps'" in refused(command, good, "steps")
+    assert "steps must be int" in refused(command, good, "steps=1.5")
+    assert "unknown keys ['a.b']" in refused(command, good, "a.b=1")
+    assert "unknown keys ['latent']" in refused(command, good, "latent=data/latents")
+    assert "lr must be at least 0 and below inf, got nan" in refused(command, good, "lr=nan")
+    assert "cannot read" in refused(command, good, "steps=[")
+
+    (tmp_path / "bad.toml").write_text("stage = ar\n")
+    assert "line 1" in refused(command, tmp_path / "bad.toml")
+    (tmp_path / "latin.toml").write_bytes('stage = "é"\n'.encode("latin-1"))
+    assert "utf-8" in refused(command, tmp_path / "latin.toml")
+    few = write_toml(tmp_path / "few.toml", {"stage": "ar", "text": "x"})
+    assert "stage ar needs out" in refused(command, few)
+
+
+def test_overrides(data, tmp_path):
+    path = write_toml(tmp_path / "a.toml", values(data, "ar"))
+    overrides = ["lr=1", "stage=dmd", "levels=[1000, 500]", "negative=a = b", "bell=false"]
+    cfg = train.parse([str(path), *overrides])
+    assert cfg.lr == 1.0
+    assert type(cfg.lr) is float
+    assert cfg.stage == "dmd"
+    assert cfg.levels == (1000, 500)
+    assert cfg.negative == "a = b"
+    assert cfg.bell is False
+
+
+# -------------------------------------------------------------------------- what does not fit
+
+
+@pytest.fixture
+def line(data, tmp_path, command):
+    """The line that refuses a run of this stage with these changes."""
+
+    def line(stage, **changes):
+        keys = values(data, stage, tmp_path / "out", **changes)
+        return refused(command, write_toml(tmp_path / "a.toml", keys))
+
+    return line
+
+
+def save_network(path, **changes) -> str:
+    save_dit(WanDiT(DiTConfig(**vars(DIT) | changes)), path, {})
+    return str(path)
+
+
+def test_networks_that_do_not_fit(tmp_path, line):
+    sixteen = save_network(tmp_path / "sixteen.safetensors", in_dim=16, out_dim=16)
+    for stage in ("dmd", "sid"):
+        text = line(stage, teacher=sixteen)
+        assert "16 latent channels where 48 are needed" in text
+        assert "mix" in text
+    assert "this run needs latent (16, 6, 4, 4)" in line("ar", weights=sixteen)
+
+    wide = save_network(tmp_path / "wide.safetensors", text_dim=24)
+    text = line("ar", weights=wide)
+    assert "embeddings of width 16 and up to 5 tokens, the network takes (24, 8)" in text
+    assert "different texts" in line("dmd", teacher=wide)
+    short = save_network(tmp_path / "short.safetensors", text_len=4)
+    assert "up to 5 tokens, the network takes (16, 4)" in line("ode", weights=short)
+
+
+def test_data_that_do_not_fit(data, tmp_path, line):
+    empty = tmp_path / "empty"
+    write_shard(empty / "0.safetensors", {"latent": torch.zeros(0, *SIZES)}, [])
+    text = line("ar", latents=str(empty))
+    assert "nothing to train on" in text
+    assert str(empty) in text
+    assert "this run needs x" in line("ode", trajectories=str(data / "latents"))
+    assert "no text embeddings" in line("ar", text=str(data / "latents"))
+    other = tmp_path / "other"
+    write_shard(other / "0.safetensors", {"latent": torch.zeros(1, *SIZES)}, ["unheard of"])
+    assert "prepare.py text" in line("ar", latents=str(other))
+    with pytest.raises(ValueError, match="unheard of"):
+        make_run(data, "ar", sample_prompts=("unheard of",))
+
+
+def test_networks_of_another_stage(data, trained, line):
+    """Of a checkpoint or of an export; a release, or a file without a record, may start any
+    stage.
+    """
+    teacher = str(trained / "teacher/step-0000002")
+    causal = str(trained / "dmd/dmd.safetensors")
+    for stage in ("dmd", "sid"):
+        assert f"{teacher} is of stage teacher; {stage} takes" in line(stage, weights=teacher)
+        wanted = f"{stage} takes a release there, or one of ('teacher',)"
+        assert f"{causal} is of stage dmd; {wanted}" in line(stage, teacher=causal)
+        # In both places at once, where each is looked at by itself.
+        assert f"{teacher} is of stage teacher" in line(stage, weights=teacher, teacher=teacher)
+    for stage in ("teacher", "ar", "ode"):
+        assert f"{causal} is of stage dmd; {stage} takes" in line(stage, weights=causal)
+    for stage in ("teacher", "ar", "ode"):
+        make_run(data, stage, weights=teacher)

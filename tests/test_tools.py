@@ -1,0 +1,224 @@
+"""The benchmarks: they start, they run to the end on a CPU, and their arithmetic is right."""
+
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from common import compiling, randn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import bench
+import bench_loading
+import bench_training
+
+from wan5b import stages
+from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras.budget import GIB, FlopCount, forward_flop
+from wan5b.extras.random_weights import random_vae
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--preset=tiny", "--device=cpu", "--size=32x32", "--frames=3", "--ratio=1"]
+
+
+def table(printed: str) -> dict[str, list[str]]:
+    """The rows of bench_training's table: name -> times, seconds, TFLOP, work, MFU."""
+    rows = {}
+    for line in printed.splitlines():
+        figures = line[26:].split()
+        if len(figures) == 5 and figures[-1].endswith("%"):
+            rows[line[:26].strip()] = figures
+    return rows
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_help(path, monkeypatch, capsys):
+    """In this process, where torch is imported already."""
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not end.value.code
+    assert f"python tools/{path.name}" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- bench_training.py
+
+
+def test_training_starts_from_the_root():
+    """As a command, which finds the repository by itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "tools/bench_training.py", *TINY, "--stage=teacher"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "losses and gradients finite: True" in done.stdout
+
+
+@pytest.mark.parametrize("stage", stages.STAGES)
+def test_training(stage, capsys):
+    functions = dict(vars(stages))
+    with compiling():
+        bench_training.main([*TINY, "--stage", stage, "--iterations=2"])
+    assert dict(vars(stages)) == functions, "the clock has left something behind"
+
+    printed = capsys.readouterr().out
+    first, last = re.search(r"fixed batch: (\S+) -> (\S+)", printed).groups()
+    assert first != last
+    assert "losses and gradients finite: True" in printed
+    assert printed.count("iteration ") == 2
+    times = {name: int(figures[0]) for name, figures in table(printed).items()}
+    if stage in stages.DISTILLATIONS:
+        # Two samples in each of two phases, every one with a rollout.
+        assert "exit level" in printed
+        generator = {"a rollout, generator": 4, "optimizer, generator": 2, "generator phase": 2}
+        critic = {"a rollout, critic": 4, "optimizer, critic": 2, "critic phase": 2}
+        assert times == generator | critic | {"generator + 1 critic": 1}
+    else:
+        assert times == {"optimizer, generator": 2, "phase": 2}
+
+
+def test_training_from_a_release(tmp_path, capsys):
+    """It is made by the first call; the second one finds it, and the same weights in it."""
+    release = tmp_path / "release"
+    arguments = [*TINY, "--stage=dmd", "--iterations=1", "--batch=1", f"--release={release}"]
+
+    def losses() -> list[str]:
+        with compiling():
+            bench_training.main(arguments)
+        return re.findall(r"^iteration .*", capsys.readouterr().out, re.MULTILINE)
+
+    first = losses()
+    made = {path: path.stat().st_mtime_ns for path in release.iterdir()}
+    assert made
+    assert losses() == first
+    assert made == {path: path.stat().st_mtime_ns for path in release.iterdir()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_repeated_flop(checkpointing):
+    """What is left is a forward and the two products of its backward."""
+    cfg = PRESETS["tiny"]
+    model = WanDiT(cfg)
+    model.checkpointing = checkpointing
+    flop = FlopCount()
+    repeated = bench_training.RepeatedFlop()
+    flop.watch(model)
+    repeated.watch(model)
+    x = randn(1, cfg.in_dim, 3, 4, 4)
+    model(x, 0.5, randn(1, cfg.text_len, cfg.text_dim), chunks=[1, 2])
+    assert repeated.done > 0
+    forward = sum(forward_flop(cfg, x, chunks=[1, 2]))
+    assert flop.done - repeated.done == pytest.approx(3 * forward)
+
+
+# ---------------------------------------------------------------------------------------- bench.py
+
+
+def test_uneven_chunks():
+    """They are found before anything is measured."""
+    args = bench.parse(["--frames", "29", "--chunk", "4", "--long", "93"])
+    assert bench.chunks_of(args.frames, args.chunk) == [4, 4]
+    with pytest.raises(ValueError, match="nearest valid: 24 or 28"):
+        bench.parse(["--frames", "29", "--chunk", "4", "--long", "97"])
+
+
+def test_rates():
+    """Three chunks of 2, 3, 3 latent frames, finished after 1, 3 and 4 seconds."""
+    marks = [1.0, 3.0, 4.0]
+    assert bench.durations(marks) == [1.0, 2.0, 1.0]
+    assert bench.rate_of(marks, [2, 3, 3], slice(1)) == 8
+    assert bench.rate_of(marks, [2, 3, 3], slice(-2, None)) == 8
+    row = bench.row("eager both", marks, bound=1.0, frames=29, peak=3 * GIB)
+    assert row.split()[2:] == ["4.00", "25%", "7.2", "1.00", "1.000", "..", "2.000", "3.0"]
+    assert len(row) == len(bench.HEADER)
+
+
+def test_bounds():
+    flop = bench.Flop(linear=6, attention=8, conv=10)
+    assert flop.bound({"ffn": 2, "attention": 4, "conv3d": 5, "matmul": 1}) == 3 + 2 + 2
+
+
+def test_decoding_flop():
+    vae = random_vae("tiny", "cpu")
+    noise = randn(1, vae.cfg.z_dim, 5, 2, 2)
+    with torch.no_grad():
+        found = bench.decoding_flop(vae, noise)
+        with FlopCounterMode(display=False) as counted:
+            state = vae.stream()
+            for chunk in noise.split([1, 1, 3], 2):
+                vae.decode_chunk(chunk, state)
+    assert found == counted.get_total_flops()
+
+
+def test_clip():
+    """Its cache holds all frames, or the window; its parts add up."""
+    cfg = PRESETS["tiny"]
+    noise = randn(1, cfg.in_dim, 6, 4, 4)
+    clip = bench.Clip(noise, [3, 3])
+    assert clip.pixel_frames == 21
+    assert clip.new_cache(cfg).capacity == 6
+    cache = bench.Clip(noise, [3, 3], window=4, sink=1).new_cache(cfg, torch.float32)
+    assert (cache.capacity, cache.window, cache.sink) == (4, 4, 1)
+    assert cache.memory.dtype == torch.float32
+    vae = random_vae("tiny", "cpu")
+    with torch.no_grad():
+        flop = clip.flop(cfg, vae)
+    assert sum(flop["both"]) == sum(flop["DiT"]) + sum(flop["VAE"])
+    # Four levels and a clean pass, causal; the teacher sees everything.
+    assert flop["DiT"].linear == 5 * flop["teacher"].linear
+    assert flop["DiT"].attention < 5 * flop["teacher"].attention
+
+
+def test_errors():
+    a = torch.ones(1, 2, 6, 2, 2)
+    b = a.clone()
+    b[:, :, :3] *= 2  # the first chunk
+    assert bench.apart(a, b, 3) == (
+        f"{math.sqrt(1 / 5):.1e} (5.0e-01 in the first chunk, 0.0e+00 in the last)"
+    )
+
+
+def test_seams():
+    """Chunk by chunk the VAE gives what it gives at once; what is wrong at a seam is told."""
+    vae = random_vae("tiny", "cpu")
+    latents = randn(1, vae.cfg.z_dim, 6, 2, 2)
+    pattern = r"decoded at seams (\S+), elsewhere (\S+)"
+    with torch.no_grad():
+        video = vae.decode(latents)
+        seam, elsewhere = re.fullmatch(pattern, bench.seams(vae, latents, video)).groups()
+        assert max(float(seam), float(elsewhere)) < 1e-5
+        video[:, :, 9] *= 2
+        seam, elsewhere = re.fullmatch(pattern, bench.seams(vae, latents, video)).groups()
+        assert float(seam) == 0.5
+        assert float(elsewhere) < 1e-5
+
+
+def test_variants():
+    """CUDA graphs are around a compiled network, and gone when it is no longer one."""
+    model = WanDiT(PRESETS["tiny"])
+    with compiling():
+        for variant, recorded in (("eager", False), ("compiled", True)):
+            with bench.running_as(variant, model):
+                assert ("compute" in vars(model)) == recorded
+            assert "compute" not in vars(model)
+
+
+# -------------------------------------------------------------------------------- bench_loading.py
+
+
+def test_peak_memory():
+    """What is freed again inside the block counts."""
+    before = bench_loading.private_memory()
+    with bench_loading.PeakMemory() as peak:
+        held = torch.ones(64 << 20, dtype=torch.uint8)
+        deadline = time.monotonic() + 10
+        while peak.bytes < before + (32 << 20) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        del held
+    assert peak.bytes >= before + (32 << 20)
