@@ -42,8 +42,9 @@ from tqdm import tqdm
 
 from wan5b.data import Store, TextStore, difference, open_shard, write_shard
 from wan5b.distill import guided, rollout
-from wan5b.extras.files import UNREADABLE, note_cut, parse_size, read_clips, read_prompts
+from wan5b.extras.files import note_cut, parse_size, read_prompts
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae, read_metadata
+from wan5b.extras.pictures import read_clips
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import fit, latent_frames
@@ -272,7 +273,7 @@ def make_latents(args: argparse.Namespace) -> None:
                     pixels = fit(clip, 16 * height, 16 * width)[None].to(DEVICE)
                     latents.append(vae.encode(pixels).to("cpu", dtype))
                     captions.append(caption)
-            except UNREADABLE as error:
+            except ValueError as error:
                 skipped.append(f"{path}: {error}")
         return {"latent": torch.cat(latents)}, captions
 

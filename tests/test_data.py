@@ -1,15 +1,10 @@
-"""Stores on disk, prompts, clips of videos, order."""
+"""Stores on disk, order."""
 
-import gc
 import json
 import os
 import subprocess
 import sys
-import tracemalloc
-from itertools import islice
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
 from common import private_memory, randn
@@ -17,15 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from wan5b.data import HEADER, Store, TextStore, order, write_shard
-from wan5b.extras.files import read_clips, read_prompts
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_videos():
-    """imageio collects garbage whenever it closes a video: keep what pytest holds out of that."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def two_shards(folder, **facts):
@@ -200,119 +186,6 @@ def test_text_store(tmp_path):
     two_shards(tmp_path / "other")
     with pytest.raises(ValueError, match="holds x, index and no text|holds index, x and no text"):
         TextStore(tmp_path / "other")
-
-
-# ------------------------------------------------------------------------------- prompts and videos
-
-
-def test_read_prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa fox \r\n\r\n  \n红色\u2028的\nlast".encode())
-    assert read_prompts(path) == ["a fox", "红色\u2028的", "last"]
-    with pytest.raises(ValueError, match="cannot read .*nothing"):
-        read_prompts(tmp_path / "nothing")
-    path.write_bytes("für".encode("latin1"))
-    with pytest.raises(ValueError, match="cannot read .*prompts.txt.*utf-8"):
-        read_prompts(path)
-    path.write_bytes(b"\n \n")
-    with pytest.raises(ValueError, match="holds no prompts"):
-        read_prompts(path)
-
-
-def numbered(count, size=32):
-    """Frames whose gray tells their index."""
-    levels = 6 * np.arange(count, dtype=np.uint8)
-    return levels[:, None, None, None] * np.ones((1, size, size, 3), np.uint8)
-
-
-def indices(clip):
-    return (clip.mean((1, 2, 3)) / 6).round().astype(int).tolist()
-
-
-@pytest.mark.parametrize(
-    ("rate", "fps", "expected"),
-    [
-        (24, 24, [0, 1, 2, 3, 4]),
-        (48, 24, [0, 2, 4, 6, 8]),
-        (30, 24, [0, 1, 3, 4, 5]),  # 0, 1.25, 2.5 (up), 3.75, 5
-        (16, 24, [0, 1, 1, 2, 3]),  # 0, .67, 1.33, 2, 2.67
-        (10, 24, [0, 0, 1, 1, 2]),  # 0, .42, .83, 1.25, 1.67
-    ],
-)
-def test_clips_take_the_frames_nearest_in_time(tmp_path, rate, fps, expected):
-    path = tmp_path / "v.mp4"
-    iio.imwrite(path, numbered(20), plugin="pyav", fps=rate, codec="libx264")
-    clip = next(read_clips(path, 5, fps))
-    assert clip.dtype == np.uint8
-    assert clip.shape == (5, 32, 32, 3)
-    assert indices(clip) == expected
-
-
-def test_too_short_for_a_clip(tmp_path):
-    path = tmp_path / "v.mp4"
-    iio.imwrite(path, numbered(22), plugin="pyav", fps=30, codec="libx264")
-    assert indices(next(read_clips(path, 18, 24)))[-1] == 21
-    with pytest.raises(ValueError, match="v.mp4 has 18 frames at 24 fps, fewer than 19"):
-        next(read_clips(path, 19, 24))
-
-
-def test_clip_of_images(tmp_path):
-    for i, frame in enumerate(numbered(12)):
-        iio.imwrite(tmp_path / f"frame{i}.png", frame)  # not padded: 10 comes after 9
-    assert indices(next(read_clips(tmp_path, 11, 24))) == list(range(11))
-
-
-@pytest.mark.parametrize(("rate", "fps"), [(24, 24), (48, 24), (30, 24), (16, 24), (10, 24)])
-@pytest.mark.parametrize("frames", [1, 5])
-def test_clips_follow_each_other(tmp_path, rate, fps, frames):
-    """Clip i starts at frame i * frames of the video at the target rate; the rest is dropped."""
-    path = tmp_path / "v.mp4"
-    iio.imwrite(path, numbered(23), plugin="pyav", fps=rate, codec="libx264")
-    nearest = [int(k * rate / fps + 0.5) for k in range(99)]
-    whole = [i for i in nearest if i < 23]
-    starts = range(0, len(whole) - frames + 1, frames)
-    clips = list(read_clips(path, frames, fps))
-    assert [indices(clip) for clip in clips] == [whole[i : i + frames] for i in starts]
-    assert all(clip.dtype == np.uint8 and clip.shape == (frames, 32, 32, 3) for clip in clips)
-
-
-def test_clips_are_read_once_and_no_further_than_asked_for(tmp_path, monkeypatch):
-    """Whole clips, one in memory at a time; what was yielded is not changed by what follows."""
-    decoded = []
-
-    def endless(path, **_):
-        for i in range(10**9):
-            decoded.append(i)
-            yield np.full((256, 256, 3), i % 256, np.uint8)
-
-    monkeypatch.setattr("wan5b.extras.files.video_frames", endless)
-    monkeypatch.setattr("wan5b.extras.files.iio.immeta", lambda path, **_: {"fps": 48})
-    first, second = islice(read_clips(tmp_path / "v.mp4", 5, 24), 2)
-    assert first[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8]
-    assert second[:, 0, 0, 0].tolist() == [10, 12, 14, 16, 18]
-    assert decoded == list(range(19))
-    tracemalloc.start()
-    for clip in islice(read_clips(tmp_path / "v.mp4", 10, 24), 20):
-        assert len(clip) == 10
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 * clip.nbytes < 20 * clip.nbytes
-
-
-def test_unreadable_videos(tmp_path):
-    path = tmp_path / "v.mp4"
-    path.write_bytes(b"no video at all" * 100)
-    with pytest.raises(OSError, match="can not handle"):
-        next(read_clips(path, 5, 24))
-    (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="has 0 frames"):
-        next(read_clips(tmp_path / "images", 5, 24))
-    (tmp_path / "images" / ".DS_Store").write_bytes(b"no frame")
-    with pytest.raises(ValueError, match="has 0 frames"):
-        next(read_clips(tmp_path / "images", 5, 24))
-    (tmp_path / "images" / "0.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="cannot read the image"):
-        next(read_clips(tmp_path / "images", 5, 24))
 
 
 # -------------------------------------------------------------------------------------------- order

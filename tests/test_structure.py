@@ -22,7 +22,7 @@ ORDER = (
     *("util", "fuse", "flow", "attention", "kvcache", "dit", "vae22", "t5", "media", "data"),
     *("weights", "distill", "stages", "fsdp", "optim"),
 )
-# PIL and av come with imageio.
+# PIL is the package pillow.
 RUN_TIME = {
     "torch",
     "safetensors",

@@ -1,6 +1,8 @@
 """Random numbers by keys, atomic writes, errors in one line."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 
@@ -53,6 +55,34 @@ def test_replacing_makes_the_folder_and_the_whole_file(tmp_path):
             partial.write_text(text)
         assert path.read_text() == text
         assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_others_write_stays_and_what_killed_ones_left_goes(tmp_path):
+    path = tmp_path / "a.txt"
+    left = subprocess.run(
+        [sys.executable, "-c", LEAVE, str(path)], check=True, capture_output=True, text=True
+    )
+    left = tmp_path / left.stdout
+    assert left.read_text() == "half"
+    alive = tmp_path / f"a.txt.{platform.node()}-{os.getppid()}.partial"
+    other_host = tmp_path / "a.txt.nowhere-1.partial"
+    other_file = tmp_path / left.name.replace("a.txt", "a.txt.more")
+    for file in (alive, other_host, other_file):
+        file.touch()
+    with replacing(path) as partial:
+        assert partial not in (left, alive, other_host)
+        partial.write_text("whole")
+    assert set(tmp_path.iterdir()) == {path, alive, other_host, other_file}
+
+
+LEAVE = """
+import os, sys
+from wan5b.util import replacing
+with replacing(sys.argv[1]) as partial:
+    partial.write_text("half")
+    print(partial.name, end="", flush=True)
+    os._exit(0)
+"""
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -1,5 +1,4 @@
-"""Pixels in and out: sizes, frames fitted to a size, mp4s as they grow. extras/files.py reads
-files.
+"""Pixels in and out: frames fitted to a size, mp4s as they grow. extras/pictures.py reads files.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
@@ -7,8 +6,9 @@ Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from secrets import token_hex
 
-import imageio.v3 as iio
+import av
 import numpy as np
 import torch
 from PIL import Image
@@ -32,11 +32,14 @@ def latent_frames(frames: int) -> int:
 def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
     """uint8 [T, h, w, 3] -> pixels [3, T, height, width] in [-1, 1].
 
-    Each frame is scaled (Lanczos) until it covers the size, then cut to its middle.
+    Each frame is scaled (Lanczos) until it covers the size, then cut to its middle. ValueError if
+    that leaves less than 1% of it.
     """
     h, w = frames.shape[1:3]
     scale = max(height / h, width / w)
     size = (max(round(w * scale), width), max(round(h * scale), height))
+    if size[0] * size[1] > 100 * height * width:
+        raise ValueError(f"of {h}x{w} pixels {height}x{width} would show below 1%; crop them first")
     left = (size[0] - width) // 2
     top = (size[1] - height) // 2
 
@@ -65,19 +68,35 @@ def to_frames(pixels: Tensor) -> Tensor:
 class VideoWriter:
     """An mp4 that grows by chunks of frames, encoded in a thread while the next are computed.
 
-    It is written beside as *.partial.mp4 and renamed by `close`, which may be called at any time
-    and leaves what was added.
+    It is written beside, under a *.partial.mp4 of its own, and renamed by `close`, which may be
+    called at any time and leaves what was added.
     """
 
-    def __init__(self, path: str | Path, fps: int = 24, keep: set[int] = frozenset()):
-        """keep: indices of frames to remember for a contact sheet."""
-        self.path = Path(path)
-        self.partial = self.path.with_suffix(".partial.mp4")
+    def __init__(
+        self,
+        path: str | Path,
+        fps: int = 24,
+        keep: set[int] = frozenset(),
+        overwrite: bool = False,
+    ):
+        """keep: indices of frames to remember for a contact sheet. overwrite: see `close`."""
+        self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
+        self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
+        self.partial.touch(exist_ok=False)
+        self.where = self.partial  # the clip is
+        self.replaces = overwrite or self.path.exists()
         self.count = 0  # of frames encoded
         self.keep = keep
         self.kept = []
-        self.file = iio.imopen(self.partial, "w", plugin="pyav")
-        self.file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+        self.file = av.open(str(self.partial), "w")
+        self.stream = self.file.add_stream("libx264", fps)
+
+        # Players take what doesn't say its colours for one thing or another: it is BT.709 (code 1
+        # of matrix, primaries and transfer), of limited range (1).
+        codec = self.stream.codec_context
+        codec.pix_fmt = "yuv420p"
+        codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
+
         self.thread = ThreadPoolExecutor(1)
         # The encoding of the chunk added last; so far, of nothing.
         self.pending = self.thread.submit(lambda: None)
@@ -95,20 +114,45 @@ class VideoWriter:
         if ready is not None:
             ready.synchronize()
         for frame in host.numpy():
-            self.file.write_frame(frame)
+            self._write(frame)
             if self.count in self.keep:
                 self.kept.append(frame.copy())  # a view would keep its whole chunk in memory
             self.count += 1
 
+    def _write(self, frame: np.ndarray) -> None:
+        if self.count == 0:
+            self.stream.height, self.stream.width = frame.shape[:2]
+            # In rows of part 16 blocks x264's macroblock tree differs from run to run (AVX512).
+            if self.stream.width % 256:
+                self.stream.codec_context.options = {"x264-params": "mbtree=0"}
+        rgb = av.VideoFrame.from_ndarray(frame)
+        yuv = rgb.reformat(
+            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
+        )
+        yuv.pts = self.count
+        self.file.mux(self.stream.encode(yuv))
+
     def close(self) -> None:
         """End the file; without frames there is none.
 
-        Raises what encoding raised; the name stays *.partial.mp4 then.
+        Raises what encoding raised, and FileExistsError if another has written the file since the
+        start, unless `overwrite`; the name stays *.partial.mp4 then.
         """
         self.thread.shutdown(wait=True)
+        if self.count:
+            self.file.mux(self.stream.encode())
         self.file.close()
         self.pending.result()
-        if self.count:
-            os.replace(self.partial, self.path)
-        else:
+        if not self.count:
             self.partial.unlink()
+            return
+
+        if not self.replaces:
+            try:
+                self.path.touch(exist_ok=False)  # at once the only one who may replace it
+            except FileExistsError as error:
+                raise FileExistsError(
+                    f"{self.path} exists by now, written by another; this clip is {self.partial}"
+                ) from error
+        os.replace(self.partial, self.path)
+        self.where = self.path

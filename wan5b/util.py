@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -41,12 +43,13 @@ def rng(device: str | torch.device, *keys: int | str) -> torch.Generator:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file so that `path` is always the old one or the whole new one, even after a crash.
 
-    Makes the folder and yields the name to write to, beside `path`. When the block ends, that file
-    is put on the disk and renamed; when the block fails, it is removed and `path` stays as it was.
+    Makes the folder and yields the name to write to, beside `path`, which no other process uses.
+    When the block ends, that file is put on the disk and renamed; when the block fails, it is
+    removed and `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = _own_partial(path)
     try:
         yield partial
 
@@ -56,6 +59,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _own_partial(path: Path) -> Path:
+    """A name beside `path` for this process alone; what killed ones left is removed."""
+    host = platform.node()
+    owned = re.compile(re.escape(path.name) + rf"(\.{re.escape(host)}-(\d+))?\.partial")
+    for file in path.parent.iterdir():
+        match = owned.fullmatch(file.name)
+        if match and not (match[2] and _is_alive(int(match[2]))):
+            file.unlink(missing_ok=True)
+    return path.with_name(f"{path.name}.{host}-{os.getpid()}.partial")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

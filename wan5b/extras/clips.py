@@ -132,6 +132,7 @@ def write(
 
     Beside it the record as JSON, a sheet (PNG), the latents (safetensors). frames: how many pixel
     frames there will be. Whatever ends it, Ctrl-C included, leaves what is finished, playable.
+    FileExistsError if another has written the mp4 meanwhile; all is beside the *.partial.mp4 then.
     """
     writer = VideoWriter(path, keep=sheet_indices(frames) if sheet else set())
     state = vae.stream()
@@ -150,11 +151,12 @@ def write(
                 bar.update(pixels.shape[2])
             check_finite(finite[-1:], path)
     finally:
+        clip = writer.where
         if writer.kept:
-            write_sheet(path.with_suffix(".png"), writer.kept)
+            write_sheet(clip.with_suffix(".png"), writer.kept)
         if kept:
             whole = torch.cat(kept, 2).float().cpu()
-            write_tensors(path.with_suffix(".safetensors"), {"latents": whole})
+            write_tensors(clip.with_suffix(".safetensors"), {"latents": whole})
         if record and writer.count:
             record = record | {"frames_written": writer.count}
-            write_json(path.with_suffix(".json"), record)
+            write_json(clip.with_suffix(".json"), record)

@@ -12,8 +12,9 @@ import torch
 
 from wan5b.dit import PRESETS, DiTConfig
 from wan5b.extras.clips import Clip, claim, name_clips
-from wan5b.extras.files import fitting_size, parse_size, read_image, read_prompts, read_video
+from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import open_dit, read_metadata
+from wan5b.extras.pictures import read_image, read_video
 from wan5b.extras.sampling import MODES, Mode
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
 from wan5b.kvcache import chunk_sizes
