@@ -17,6 +17,7 @@ from wan5b.dit import DiTConfig
 from wan5b.extras.refusals import refuse
 from wan5b.extras.scaled import Made, equal, unscaled
 from wan5b.vae22 import LATENT_MEAN, LATENT_STD, VAEConfig
+from wan5b.weights import clean
 
 Kind = Literal["dit", "vae", "t5"]
 Table = dict[str, str]
@@ -173,15 +174,18 @@ RESNET = re.compile(r"encoder\.down_blocks\.0\.resnets\.(\d+)\..*")
 def part_of(kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one model, without the prefix that ComfyUI puts in front of its names.
 
-    Of a full checkpoint only those behind the prefix; of a file of one model all.
+    Of a full checkpoint those of the other models are left out.
     """
-    found = {}
+    own = {}
+    unnamed = {}
+    every = tuple(prefix for prefixes in PREFIXES.values() for prefix in prefixes)
     for key, tensor in tensors.items():
-        for prefix in PREFIXES[kind]:
-            if key.startswith(prefix):
-                found[key.removeprefix(prefix)] = tensor
-                break
-    return found or dict(tensors)
+        prefix = next((prefix for prefix in PREFIXES[kind] if key.startswith(prefix)), None)
+        if prefix:
+            own[key.removeprefix(prefix)] = tensor
+        elif not key.startswith(every):
+            unnamed[key] = tensor
+    return own | unnamed
 
 
 def foreign(kind: Kind, tensors: Mapping[str, Tensor]) -> bool:
@@ -200,13 +204,16 @@ def upstream(
 ) -> dict[str, Tensor | Made]:
     """A model's tensors by upstream's names, whatever the layout. Nothing is read, or made, yet.
 
-    header: the safetensors file's, where ComfyUI describes its quantisation. Keys that upstream
-    doesn't have either are left for `weights.blank` to name. ValueError for a model that can't be
-    run, by its name, and for keys that have no place in the layout.
+    tensors: by the file's own names. header: the safetensors file's, where ComfyUI describes its
+    quantisation. Keys that upstream doesn't have either are left for `weights.blank` to name.
+    ValueError for a model that can't be run, by its name, and for keys without a place.
     """
-    tensors = part_of(kind, tensors)
-    refuse(file, tensors)
-    kept = {key: value for key, value in tensors.items() if not BESIDE[kind].fullmatch(key)}
+    own = part_of(kind, tensors)
+    cleaned = {clean(key): tensor for key, tensor in own.items()}
+    if len(cleaned) < len(own):
+        raise ValueError(f"{file} has keys that differ only by a wrapper's prefix; save one model")
+    refuse(file, cleaned)
+    kept = {key: tensor for key, tensor in cleaned.items() if not BESIDE[kind].fullmatch(key)}
     found = unscaled(file, kept, header or {})
     if not foreign(kind, found):
         return found

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wan5b.extras.layouts import DIT, names
+from wan5b.extras.layouts import names
 from wan5b.extras.scaled import Made, float_rows
 from wan5b.weights import clean, locate, open_tensors, read_json, read_pickle, state_dict
 
@@ -38,6 +37,9 @@ ROLES = {
 }
 KEY = re.compile("(?P<module>.*?)(" + "|".join(f"(?:{role})" for role in ROLES) + ")")
 FRONT = {"base_model", "transformer", "unet"}  # words in front, beside those of `weights.clean`
+FOREIGN = re.compile(
+    r".*\.(attn[12]|ffn\.net)\..*|condition_embedder\..*|proj_out|.*scale_shift_table"
+)
 UNDERSCORES = re.compile("lora_unet__?")  # musubi, kohya; Wan-Fun
 
 REFUSED = {
@@ -198,9 +200,8 @@ class _Finder:
                 if name is not None:
                     module = name.removesuffix(".weight")
                     self.dotted[module.replace(".", "_")] = module
-        dotted = [self._dots(name) for name in modules]
-        # Names that only diffusers has decide for all: blocks.0.norm2 is another norm there.
-        self.foreign = any(self._is_foreign(name) for name in dotted)
+        # One name that only diffusers has decides for all: blocks.0.norm2 is another norm there.
+        self.foreign = any(FOREIGN.fullmatch(self._dots(name)) for name in modules)
 
     def _dots(self, name: str) -> str:
         match = UNDERSCORES.match(name)
@@ -209,22 +210,12 @@ class _Finder:
         flat = name[match.end() :]
         return self.dotted.get(flat, name)
 
-    def _is_foreign(self, name: str) -> bool:
-        for whole in (name, f"{name}.weight"):
-            ours = self.rename(whole)
-            if ours is not None and ours != whole and whole not in SHARED:
-                return True
-        return False
-
     def __call__(self, module: str, ending: str) -> str | None:
         """ending: .weight, .bias, or nothing for a modulation, which is no module of its own."""
         name = self._dots(module) + ending
         if self.foreign:
             name = self.rename(name)
         return name if name in self.shapes else None
-
-
-SHARED = {"blocks.0.norm2.weight"}
 
 
 def _scale(file: Path, module: Module, config: Mapping) -> float:
@@ -283,22 +274,24 @@ def _check_shape(
     needed = list(shapes[parameter])
     if delta.shape == needed:
         return
+    apart = f"{parameter} {delta.shape}, not {needed}"
     own = shapes["head.modulation"][-1]
-    # The width is an axis of every parameter that differs, except between the feed-forward's sizes.
-    theirs = [found for found, size in zip(delta.shape, needed, strict=False) if size == own]
-    width = theirs[-1] if theirs else own
-    of_theirs = MODELS.get(width, "another model")
-    of_own = MODELS.get(own, "this one")
-    what = f"{file} is for {of_theirs}, of width {width}, not {of_own}, of width {own}"
-    raise ValueError(f"{what} ({parameter} {delta.shape}, not {needed}); take a LoRA of this model")
+    width = own
+    # Where this model's parameter has its width, the other model's has the other width.
+    for found, size in zip(delta.shape, needed, strict=False):
+        if size == own != found:
+            width = found
+    if width == own:
+        raise ValueError(f"{file} is for a model of other sizes ({apart}); take one of this model")
+    theirs = f"{MODELS.get(width, 'a model')} of width {width}"
+    ours = f"{MODELS.get(own, 'one')} of width {own}"
+    raise ValueError(f"{file} is for {theirs}, not {ours} ({apart}); take a LoRA of this model")
 
 
 # --------------------------------------------------------------------------------------------- merge
 
 
-def merge(
-    tensor: Tensor | Made, deltas: Sequence[Delta], strength: float = 1.0
-) -> Made:
+def merge(tensor: Tensor | Made, deltas: Sequence[Delta], strength: float = 1.0) -> Made:
     """tensor + strength * deltas, in float32, as it is copied: see `scaled.Made`."""
     row = list(tensor.shape[1:])
 
