@@ -229,7 +229,7 @@ def test_memory(tmp_path):
     rows = 8 * BLOCK // 1024
     save_file({"w": torch.zeros(rows, 1024)}, tmp_path / "w.safetensors")
     deltas = [lora.Delta(1.0, randn(rows, 2), randn(2, 1024))]
-    target = torch.zeros(rows, 1024)
+    target = torch.ones(rows, 1024)
     with safe_open(tmp_path / "w.safetensors", "pt") as f:
         made = lora.merge(f.get_tensor("w"), deltas)
     before = private_memory()

@@ -301,6 +301,7 @@ REQUIRED = {
         "is_gated_act": True,
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": 1e-6,
+        "quantization_config": None,
     },
 }
 # Fields without effect here. Of a T5 only what is required or carried over is looked at:
@@ -345,7 +346,7 @@ def config_fields(file: Path, kind: Kind, config: Mapping) -> dict:
 
 
 def is_foreign_config(config: Mapping) -> bool:
-    """Whether a config.json is diffusers' or transformers', for `config_fields`; else upstream's."""
+    """Whether a config.json is one for `config_fields`; else it has upstream's fields."""
     return not config.keys().isdisjoint(("num_attention_heads", "base_dim", "d_model"))
 
 

@@ -64,11 +64,11 @@ class Delta(NamedTuple):
     down: Tensor | None = None  # [rank, in, ...]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of it, float32, [rows, in] if it has factors."""
+        """Rows of it before scaling, float32; [rows, in] if it has factors."""
         up = self.up[start:stop].float()
-        if self.down is not None:
-            up = up.flatten(1) @ self.down.float().flatten(1)
-        return up.mul(self.scale)
+        if self.down is None:
+            return up
+        return up.flatten(1) @ self.down.float().flatten(1)
 
     @property
     def shape(self) -> list[int]:
@@ -89,7 +89,7 @@ class Module:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-# ---------------------------------------------------------------------------------------------- read
+# --------------------------------------------------------------------------------------------- read
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Deltas:
@@ -238,7 +238,7 @@ def _scale(file: Path, module: Module, config: Mapping) -> float:
 
 
 def _deltas_of(file: Path, module: Module, scale: float, find: _Finder):
-    """(parameter or None, its delta, a key of the file for errors) for all that a module changes."""
+    """(parameter or None, its delta, a key of the file for errors) for each change by a module."""
     tensors = module.tensors
     keys = module.keys
     if ("up" in tensors) != ("down" in tensors):
@@ -288,7 +288,7 @@ def _check_shape(
     raise ValueError(f"{file} is for {theirs}, not {ours} ({apart}); take a LoRA of this model")
 
 
-# --------------------------------------------------------------------------------------------- merge
+# -------------------------------------------------------------------------------------------- merge
 
 
 def merge(tensor: Tensor | Made, deltas: Sequence[Delta], strength: float = 1.0) -> Made:
@@ -298,7 +298,8 @@ def merge(tensor: Tensor | Made, deltas: Sequence[Delta], strength: float = 1.0)
     def rows(start: int, stop: int) -> Tensor:
         found = float_rows(tensor, start, stop)
         for delta in deltas:
-            found.add_(delta.rows(start, stop).reshape(-1, *row), alpha=strength)
+            change = delta.rows(start, stop).reshape(-1, *row)
+            found.add_(change, alpha=strength * delta.scale)
         return found
 
     return Made(tensor.shape, rows)

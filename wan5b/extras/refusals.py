@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 TAKE_FP = "take the fp16, bf16 or fp8_scaled file of the same model"
+LORA = "a LoRA, no model; give it as one, beside the weights it was made for"
 TAKE_5B = "take Wan-AI/Wan2.2-TI2V-5B or a fine-tune of just its weights"
 
 # A pattern that one whole key fits -> what the model is, and the way out. The first one wins.
@@ -24,9 +25,7 @@ REFUSED = {
     r".*\.lora_magnitude_vector.*": (
         "a DoRA, not supported; merge it where it was made, or train it with use_dora false"
     ),
-    r".*\.(lora_(A|B|down|up)|lora\.(down|up))(\.\w+)?\.weight|.*\.diff(_b|_m)?": (
-        "a LoRA, no model; give it as one, beside the weights it was made for"
-    ),
+    r".*\.(lora_(A|B|down|up)|lora\.(down|up))(\.\w+)?\.weight|.*\.diff(_b|_m)?": (LORA),
     # Wan with more inputs
     r".*\.cam_self_attn\..*": (
         f"DreamX-World, whose attention needs camera matrices; use its own code, or {TAKE_5B}"
@@ -58,7 +57,8 @@ REFUSED = {
     ),
     # another VAE
     r"encoder\.downsamples\.\d+\.(residual|resample|time_conv|shortcut)\..*"
-    r"|encoder\.down_blocks\.\d+\.(norm1|conv1|resample)\..*|decoder\.up_blocks\.\d+\.upsamplers\..*": (
+    r"|encoder\.down_blocks\.\d+\.(norm1|conv1|resample)\..*"
+    r"|decoder\.up_blocks\.\d+\.upsamplers\..*": (
         "Wan2.1's VAE (4x8x8, 16 channels); take Wan2.2_VAE.pth, AutoencoderKLWan of the 5B, or "
         "ComfyUI's wan2.2_vae.safetensors"
     ),
@@ -121,7 +121,9 @@ def refuse_file(file: Path) -> None:
 
 
 def refuse_held(file: Path, held: Mapping) -> None:
-    """ValueError for a trainer's .pt that says of itself that its weights are packed."""
+    """ValueError for a trainer's .pt that holds packed weights, or a LoRA alone."""
     what = CHECKPOINT_FORMATS.get(str(held.get("checkpoint_format")))
+    if "generator_lora" in held:
+        what = LORA
     if what:
         raise ValueError(f"{file} is {what}")
