@@ -111,7 +111,7 @@ def read_lora(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Deltas:
     deltas = {}
     unknown = []
     for module in modules.values():
-        scale = _scale(file, module, config)
+        scale = _scale(module, config)
         for parameter, delta, key in _deltas_of(file, module, scale, find):
             if parameter is None:
                 unknown.append(key)
@@ -218,7 +218,7 @@ class _Finder:
         return name if name in self.shapes else None
 
 
-def _scale(file: Path, module: Module, config: Mapping) -> float:
+def _scale(module: Module, config: Mapping) -> float:
     """alpha / rank of a module: the file's own alpha, else the config's, else 1."""
     down = module.tensors.get("down")
     if down is None:
