@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from wan5b.data import Store, TextStore, difference, open_shard, write_shard
 from wan5b.distill import guided, rollout
-from wan5b.extras.files import note_cut, parse_size, read_prompts
+from wan5b.extras.files import caption_file, note_cut, parse_size, read_prompts
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae, read_metadata
 from wan5b.extras.pictures import read_clips
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
@@ -287,7 +287,7 @@ def list_videos(where: Path) -> list[tuple[str, str]]:
     """(path, caption) of each video. ValueError for captions or lines that are missing or wrong."""
     if where.is_dir():
         paths = [path for path in sorted(where.glob("[!.]*")) if path.suffix != ".txt"]
-        return [(str(path), " ".join(read_prompts(path.with_suffix(".txt")))) for path in paths]
+        return [(str(path), " ".join(read_prompts(caption_file(path)))) for path in paths]
 
     videos = []
     try:

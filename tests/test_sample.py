@@ -28,7 +28,7 @@ import sample
 from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import clips as extras_clips
-from wan5b.extras import fp8, pictures, plan, random_weights, sampling
+from wan5b.extras import files, fp8, pictures, plan, random_weights, sampling
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.util import rng
