@@ -160,7 +160,7 @@ def network(cfg: Config, world: fsdp.World, sizes: DiTConfig, tensors: dict) -> 
 
 
 def facts(cfg: Config, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
-    """What a checkpoint or export says of itself; sample.py reads levels, shift, chunk, prefix."""
+    """What a checkpoint or export says of itself; sample.py goes by it."""
     return {
         "stage": cfg.stage,
         "step": step,
@@ -238,7 +238,8 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
         metrics = world.mean(values)
         log.check_finite(values, metrics, step, world.rank, out)
 
-        # Rates are of one global batch, whatever its phases; what is computed twice counts twice.
+        # Tokens are those of one global batch, though a distillation's step runs two; mfu counts
+        # all FLOP that are done, recomputed ones too.
         done = step + 1
         seconds = time.perf_counter() - began
         metrics["step"] = step

@@ -343,7 +343,7 @@ def save_dit(
 ) -> None:
     """Write a model as safetensors under upstream's names.
 
-    metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it.
+    metadata: JSON values (levels, shift, chunk, prefix, stage, step); the config is added to it.
     dtype: torch.float32 or torch.bfloat16; by default the model's own. value: name -> Tensor, for
     what is not in the model (gathered shards, an average), called in the state dict's order.
 
