@@ -171,6 +171,7 @@ def facts(cfg: Config, sizes: DiTConfig, step: int, data: dict[str, str]) -> dic
         "shift": cfg.shift,
         "chunk": cfg.chunk,
         "prefix": cfg.prefix or None,
+        "window": cfg.window or None,
         "config": asdict(sizes),
         "training": asdict(cfg),
         "data": data,

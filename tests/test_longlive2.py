@@ -10,8 +10,9 @@ import torch
 from common import GOLDEN, rel
 from safetensors.torch import load_file
 
-from wan5b.distill import generate, guided, rollout
+from wan5b.distill import guided, rollout
 from wan5b.extras.formats import load_dit
+from wan5b.extras.sampling import generate
 from wan5b.flow import sampling_sigmas
 from wan5b.kvcache import KVCache
 

@@ -9,7 +9,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
@@ -394,17 +393,9 @@ def test_image_to_video_trajectories(release, embeddings, tmp_path, causal):
                 whole = whole + (b - a) * (v[2:] + 2 * (v[:2] - v[2:]))
                 whole[:, :, :1] = first  # put back after every step
             end = whole[:, :, 1:]
-        args = SimpleNamespace(
-            mode="many" if causal else "bidirectional",
-            guidance=2.0,
-            solver="euler",
-            window=None,
-            sink=0,
-        )
         plan = [2, 2] if causal else [4]
-        sampled = sample.generate(
-            args, model, noise[i[1:]], context[1::2], sigmas, plan, first[1:], 0
-        )
+        how = {"causal": causal, "guidance": 2.0, "solver": "euler", "prefix": first[1:]}
+        sampled = sample.generate(model, noise[i[1:]], context[1::2], sigmas, plan, **how)
         assert rel(x[i[1:], 4], torch.cat(list(sampled), 2)) < 1e-5
     assert rel(x[i, 4, :, 1:], end) < 1e-5
     for kept, state in enumerate(states[::2]):

@@ -1,6 +1,6 @@
-"""sample.py on a synthetic release: what it writes, what it repeats, its modes, its stops and its refusals.
+"""sample.py on a synthetic release: what it writes and repeats, its modes, stops and refusals.
 
-Also what --compile (fuse.py) and --fp8 (extras/fp8.py) switch on.
+Also what --compile (fuse.py) and --fp8 (fp8.py) switch on.
 """
 
 import gc
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,9 +27,11 @@ from torch import nn
 import sample
 from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras import fp8
+from wan5b.extras import clips as extras_clips
+from wan5b.extras import files, fp8, plan, random_weights, sampling
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
+from wan5b.util import rng
 from wan5b.vae22 import VAE22, VAEConfig, add_residual_
 from wan5b.weights import save_dit
 
@@ -38,7 +41,7 @@ SIZE = (32, 64)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """imageio collects garbage whenever it closes a video: a quarter of a second unless torch's objects are frozen."""
+    """imageio collects garbage whenever it closes a video: 0.25 s unless torch's objects are frozen."""
     gc.collect()
     gc.freeze()
     yield
@@ -94,8 +97,10 @@ def forbidden(*_, **__):
 
 @pytest.fixture
 def no_networks(monkeypatch):
-    for name in ("load_t5", "load_vae", "load_dit", "random_networks"):
+    for name in ("load_t5", "load_vae", "load_dit"):
         monkeypatch.setattr(sample, name, forbidden)
+    for name in ("random_vae", "random_dit"):
+        monkeypatch.setattr(random_weights, name, forbidden)
 
 
 # ------------------------------------------------------------------------------------------------- text to video
@@ -166,7 +171,7 @@ def test_prompts_and_seeds(run, tmp_path, capsys):
 
 def test_renoising_does_not_repeat_the_noise(run, monkeypatch):
     """On the CPU both come from generators of the same kind: they must not be seeded alike."""
-    rollout = sample.rollout
+    rollout = sampling.rollout
 
     def spy(field, noise, *args, renoise, **kwargs):
         fresh = renoise(0, 0, noise)
@@ -174,11 +179,11 @@ def test_renoising_does_not_repeat_the_noise(run, monkeypatch):
         assert (fresh - noise).abs().mean() > 0.5
         return rollout(field, noise, *args, renoise=renoise, **kwargs)
 
-    monkeypatch.setattr(sample, "rollout", spy)
+    monkeypatch.setattr(sampling, "rollout", spy)
     run("--frames", 9)
 
 
-@pytest.mark.parametrize("mode", ["few", "bidirectional"])
+@pytest.mark.parametrize("mode", ["few", "bidirectional", "few-bidirectional"])
 def test_low_memory_gives_the_same(run, mode, tmp_path, monkeypatch):
     save_picture(tmp_path / "a.gif")
     options = ("--mode", mode, "--steps", 2, "--frames", 25, "--image", tmp_path / "a.gif")
@@ -237,7 +242,7 @@ def test_image_to_video(run, tmp_path, vae):
     clips = [run("--image", image, "--frames", 13, out=image.stem) for image in images]
     for clip, image in zip(clips, images, strict=True):
         assert clip.record["chunks"] == [3]
-        first = vae.encode(media.fit(pictures.read_image(image), *SIZE)[None])
+        first = vae.encode(media.fit(files.read_image(image), *SIZE)[None])
         assert torch.equal(clip.latents[:, :, :1], first)
     assert (
         rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-5
@@ -245,13 +250,13 @@ def test_image_to_video(run, tmp_path, vae):
 
 
 def test_size_follows_the_image(run, tmp_path, monkeypatch):
-    fitting, shapes = media.fitting_size, []
+    fitting, shapes = files.fitting_size, []
 
     def smaller(height, width):
         shapes.append((height, width))
         return fitting(height, width, 64 * 128)
 
-    monkeypatch.setattr(media, "fitting_size", smaller)
+    monkeypatch.setattr(plan, "fitting_size", smaller)
     made = run("--image", save_picture(tmp_path / "high.png", 300, 150), "--frames", 13, size=False)
     assert made.frames.shape == (13, 128, 64, 3)
     run("--frames", 9, out="text", size=False)
@@ -288,7 +293,7 @@ def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
     image = save_picture(tmp_path / "a.png")
     made = run(*options, "--frames", 13, "--image", image, out="image")
     assert torch.equal(
-        made.latents[:, :, :1], vae.encode(media.fit(pictures.read_image(image), *SIZE)[None])
+        made.latents[:, :, :1], vae.encode(media.fit(files.read_image(image), *SIZE)[None])
     )
     assert made.latents.isfinite().all()
     assert made.record["chunks"] == [3]
@@ -299,8 +304,72 @@ def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
     assert rel(plain.latents, unguided.latents) < 1e-5  # scale 1 is the conditional branch alone
 
 
-def test_few_steps_do_not_see_the_negative_prompt(run):
-    assert torch.equal(run().latents, run("--negative", "a dog", out="b").latents)
+@pytest.mark.parametrize("mode", ["few", "few-bidirectional"])
+def test_few_steps_do_not_see_the_negative_prompt(run, mode):
+    plain = run("--mode", mode)
+    assert torch.equal(plain.latents, run("--mode", mode, "--negative", "a dog", out="b").latents)
+
+
+def test_few_steps_over_the_whole_clip(run, tmp_path, vae):
+    """From the command line: one chunk of any length, the levels of few steps; behind an image."""
+    text = run("--mode", "few-bidirectional", "--frames", 17)
+    assert (text.record["chunks"], text.record["sigmas"]) == ([5], few_step_sigmas())
+    assert text.latents.isfinite().all()
+    assert (
+        rel(text.latents, run("--mode", "few", "--frames", 17, "--chunk", 1, out="b").latents) > 0.1
+    )
+
+    image = save_picture(tmp_path / "a.png")
+    made = run("--mode", "few-bidirectional", "--frames", 17, "--image", image, out="image")
+    assert made.record["chunks"] == [4]
+    first = vae.encode(media.fit(files.read_image(image), *SIZE)[None])
+    assert torch.equal(made.latents[:, :, :1], first)
+    assert made.latents.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [0, 2])
+def test_few_steps_over_the_whole_clip_are_this_loop(given):
+    """x0 of the whole clip at every level, noised anew to the next; the prefix is clean throughout."""
+    model = WanDiT(PRESETS["tiny"]).init_weights(torch.Generator().manual_seed(0))
+    whole, context = randn(2, 48, 5, 2, 4), randn(2, 24, 64, seed=1)
+    prefix, noise = whole[:, :, :given], whole[:, :, given:]
+    draws, x = rng("cpu", 7, "renoise"), noise
+    for sigma, following in pairwise(few_step_sigmas()):
+        level = torch.tensor([0.0] * given + [sigma] * (5 - given)).expand(2, 5)
+        v = model(torch.cat([prefix, x], 2), level, context)[:, :, given:]
+        x = x - sigma * v
+        if following > 0:
+            x = (1 - following) * x + following * torch.randn(x.shape, generator=draws)
+
+    how = {"causal": False, "solver": "renoise", "seed": 7, "prefix": prefix if given else None}
+    made = list(sampling.generate(model, noise, context, few_step_sigmas(), [5 - given], **how))
+    assert len(made) == (2 if given else 1)
+    assert rel(made[-1], x) < 1e-5
+    assert torch.equal(torch.cat(made, 2)[:, :, :given], prefix)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+def test_guidance_1_runs_one_branch(causal, monkeypatch):
+    """Half the work, for what both branches would give."""
+    model = WanDiT(PRESETS["tiny"]).init_weights(torch.Generator().manual_seed(0))
+    rows, compute = [], WanDiT.compute
+    monkeypatch.setattr(
+        WanDiT, "compute", lambda self, x, *args: rows.append(len(x)) or compute(self, x, *args)
+    )
+    noise, context = randn(1, 48, 4, 2, 4), randn(2, 24, 64, seed=1)
+
+    def clip(guidance):
+        how = {"causal": causal, "solver": "euler", "guidance": guidance}
+        made = sampling.generate(model, noise, context, sampling_sigmas(3), [2, 2], **how)
+        return torch.cat(list(made), 2)
+
+    one = clip(1.0)
+    assert set(rows) == {1}
+    assert rel(one, clip(1 + 1e-9)) < 1e-5  # not quite 1: both branches
+    assert rows[len(rows) // 2 :] == [2] * (len(rows) // 2)
+    assert rel(one, clip(2.0)) > 1e-3
 
 
 def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
@@ -337,7 +406,7 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
         "--image",
         image,
     )
-    clean = vae.encode(media.fit(pictures.read_image(image), *SIZE)[None])
+    clean = vae.encode(media.fit(files.read_image(image), *SIZE)[None])
     assert len(seen) == 3
     for (x, level), sigma in zip(seen, sampling_sigmas(3), strict=False):
         assert torch.equal(x[:, :, :1], torch.cat([clean, clean]))
@@ -346,29 +415,24 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
         )
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("given", [0, 1])
-@pytest.mark.parametrize("mode", ["few", "many", "bidirectional"])
+@pytest.mark.parametrize("mode", sampling.MODES.values(), ids=sampling.MODES)
 def test_a_batch_is_its_clips(mode, given):
-    """`generate` with two clips at a time, as the demo does it; deterministic modes, so one step of few."""
+    """`generate` with two clips at a time, as the demo does it; without chance: few is one step."""
     model = WanDiT(PRESETS["tiny"]).init_weights(torch.Generator().manual_seed(0))
-    options = sample.parse(["--mode", mode, "--guidance", "2"])
     x, text = randn(2, 48, 3, 2, 4), randn(4, 24, 64, seed=1)
-    clean, noise = (x[:, :, :given] if given else None), x[:, :, given:]
-    sigmas, chunks = (
-        (few_step_sigmas([1000]) if mode == "few" else sampling_sigmas(3)),
-        [noise.shape[2]],
-    )
+    noise = x[:, :, given:]
+    sigmas = sampling_sigmas(3) if mode.guided else few_step_sigmas([1000])
+    how = {"causal": mode.causal, "solver": mode.solver, "guidance": 2.0 if mode.guided else None}
 
     def clips(rows):
-        context = text[rows if mode == "few" else rows + [row + 2 for row in rows]]
-        start = None if clean is None else clean[rows]
-        with torch.no_grad():
-            return torch.cat(
-                list(
-                    sample.generate(options, model, noise[rows], context, sigmas, chunks, start, 0)
-                ),
-                2,
-            )
+        context = text[rows + [row + 2 for row in rows] if mode.guided else rows]
+        start = x[rows, :, :given] if given else None
+        made = sampling.generate(
+            model, noise[rows], context, sigmas, [noise.shape[2]], prefix=start, **how
+        )
+        return torch.cat(list(made), 2)
 
     together = clips([0, 1])
     assert together.shape == x.shape
@@ -516,7 +580,7 @@ def test_failure_to_encode_is_raised(run, tmp_path, monkeypatch):
 
 def test_write_of_a_video_alone(tmp_path):
     """As train.py uses it."""
-    _, vae = sample.random_networks("tiny", torch.device("cpu"), torch.float32)
+    vae = random_weights.random_vae("tiny", "cpu")
     sample.write(
         vae, iter([randn(1, 48, 3, 2, 4), randn(1, 48, 3, 2, 4, seed=1)]), tmp_path / "a.mp4"
     )
@@ -588,14 +652,14 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--prompts {empty}", "{empty} holds no prompts"),
         (
             "--settings {dir}/none.json",
-            "{dir}/none.json is not a JSON that this sample.py wrote: FileNotFoundError",
+            "{dir}/none.json is not a JSON that this sample.py wrote: ",
         ),
         ("--settings {text}", "{text} is not a JSON that this sample.py wrote"),
         ("--settings {other}", "{other} is not a JSON that this sample.py wrote"),
-        ("--settings {older}", "{older} is not a JSON that this sample.py wrote: KeyError"),
+        ("--settings {older}", "{older} is not a JSON that this sample.py wrote: it lacks release"),
         ("--window 2", "--window 2: no room"),
         ("--window 3 --sink 1", "--window 3: no room for --sink 1 and a chunk of 3"),
-        ("--window 6 --sink -1", "no room for --sink -1"),
+        ("--window 6 --sink -1", "--sink -1: must be 0 or more"),
         ("--sink 1", "--window None: no room for --sink 1"),
         ("--window 0", "--window 0: must be above 0"),
         ("--chunk 0", "--chunk 0: must be above 0"),
@@ -626,11 +690,108 @@ def test_refusals(run, tmp_path, no_networks, options, message, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_no_device_that_is_not_there(capsys):
+def test_no_device_that_is_not_there():
     for device in ("tpu", *["cuda"] * (not torch.cuda.is_available())):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(ValueError, match=f"argument --device: invalid choice: '{device}'"):
             sample.parse(["--device", device])
-        assert f"argument --device: invalid choice: '{device}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--steps 8 --solver euler", "--steps, --solver has no effect"),
+        ("--guidance 9 --negative blurry", "--guidance, --negative has no effect"),
+        ("--prefix 5", "--prefix has no effect"),
+        (
+            "--mode bidirectional --steps 1 --window 3 --sink 1 --chunk 2",
+            "--chunk, --window, --sink",
+        ),
+        ("--mode few-bidirectional --steps 1", "--steps has no effect"),
+    ],
+)
+def test_options_without_effect_are_named(run, capsys, options, says):
+    run("--frames", 9, *options.split())
+    assert f"note: {says}" in capsys.readouterr().err
+
+
+def test_what_an_export_says_of_itself_is_used(run, release, tmp_path, capsys):
+    """Window and mode by default; a note where the command line wants another mode."""
+    model = load_dit(release)
+    for stage, own in (("ar", "many"), ("dmd", "few"), ("teacher", "bidirectional")):
+        path = tmp_path / f"{stage}.safetensors"
+        save_dit(model, path, {"stage": stage, "window": 3, "chunk": 3})
+        options = ["--weights", path, "--frames", 21] + ["--steps", 1] * (own != "few")
+        made = run(*options, out=stage)
+        assert "note" not in capsys.readouterr().err
+        assert made.record["sampler"]["causal"] == (own != "bidirectional")
+        assert made.record["sampler"]["solver"] == ("renoise" if own == "few" else "unipc")
+        if own != "bidirectional":
+            assert made.record["sampler"]["window"] == 3
+        other = "few" if own == "many" else "many"
+        run(*options, "--mode", other, "--steps", 1, "--overwrite", out=stage)
+        said = f"note: these weights are of stage {stage}, made for --mode {own}"
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 2**64])
+def test_seeds_that_would_be_others_are_refused(run, no_networks, seed):
+    with pytest.raises(ValueError, match=f"--seed {seed}: must be from 0 to 4294967295"):
+        run("--seed", 0, seed)
+
+
+def test_a_prompt_that_is_cut_says_so(run, capsys):
+    run("--frames", 9, "--prompt", "a " * 600 + "blue whale")
+    assert "is cut to 512" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "cuda:77"},
+        {"mode": "fast"},
+        {"dtype": "float16"},
+        {"frames": "9"},
+        {"frames": True},
+        {"seed": 0},
+        {"seed": ["0"]},
+        {"prompt": "a red ball"},
+        {"prompt": [1]},
+        {"size": [32, 64]},
+        {"out": None},
+        {"window": 3.0},
+        {"sheet": 1},
+        {"guidance": "5"},
+    ],
+    ids=str,
+)
+def test_settings_are_checked_like_a_command_line(tmp_path, change):
+    settings = vars(sample.parse(["--random-weights", "--prompt", "x"]))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"settings": settings}))
+    assert vars(sample.parse(["--settings", str(path)])) == settings
+    path.write_text("\ufeff" + json.dumps({"settings": settings | change}))
+    with pytest.raises(ValueError, match=f"a.json is not a JSON .* {next(iter(change))} is "):
+        sample.parse(["--settings", str(path)])
+
+
+def test_not_a_number_is_no_picture(run, release, tmp_path):
+    """Weights that overflow leave no black clip without a word."""
+    model = load_dit(release)
+    with torch.no_grad():
+        model.head.head.weight.mul_(1e38)
+    path = tmp_path / "x.safetensors"
+    save_dit(model, path, {"stage": "dmd"})
+    with pytest.raises(ValueError, match="a.mp4: a chunk is not finite"):
+        run("--frames", 9, "--weights", path)
+    for option in (["--mode", "many", "--guidance", "nan"], ["--shift", "inf"]):
+        with pytest.raises(ValueError, match=r"--(guidance nan|shift inf): must be"):
+            run("--frames", 9, *option)
+
+
+def test_every_option_is_explained():
+    """The help is the script's docstring."""
+    for name in vars(sample.parse([])):
+        assert f"\n--{name.replace('_', '-')} " in sample.__doc__, name
 
 
 def test_a_folder_as_output(run, tmp_path):
@@ -662,7 +823,7 @@ def test_refusals_without_prompt_or_release(release, no_networks):
 
 
 def test_refusal_of_a_folder_that_is_read_only(run, no_networks, monkeypatch, tmp_path):
-    monkeypatch.setattr(sample.os, "access", lambda *_: False)  # root may write everywhere
+    monkeypatch.setattr(extras_clips.os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(ValueError, match=f"cannot write to the folder {tmp_path}; "):
         run()
 
@@ -678,7 +839,7 @@ def test_refusal_in_a_terminal(release):
 
 @pytest.mark.parametrize(
     ("mode", "given", "size", "first", "expected"),
-    [  # without --frames: 81, or what chunks fill next
+    [  # without --frames: 81, or what chunks fill next; `given` latent frames of a video in front
         ("few", 0, 3, None, [3] * 7),
         ("few", 1, 3, None, [3] * 7),  # 85
         ("few", 0, 3, 1, [1] + [3] * 7),
@@ -687,10 +848,29 @@ def test_refusal_in_a_terminal(release):
         ("few", 25, 3, None, [3]),  # more is given than 81
         ("bidirectional", 0, 3, 1, [21]),
         ("bidirectional", 1, 3, None, [20]),
+        ("few-bidirectional", 1, 3, 1, [20]),
+        ("few-bidirectional", 25, 3, None, [1]),
     ],
 )
-def test_default_length(mode, given, size, first, expected):
-    assert sample.chunk_plan(sample.parse(["--mode", mode]), given, size, first) == expected
+def test_default_length(monkeypatch, tmp_path, mode, given, size, first, expected):
+    monkeypatch.setattr(plan, "open_dit", lambda *_, **__: (PRESETS["tiny"], {}))
+    monkeypatch.setattr(plan, "read_metadata", lambda _: {"chunk": size, "prefix": first})
+    monkeypatch.setattr(plan, "read_video", lambda _, last: np.zeros((last, 32, 64, 3), np.uint8))
+    options = ["--release", "x", "--prompt", "a", "--mode", mode, "--out", f"{tmp_path}/a.mp4"]
+    if given:
+        options += ["--video", "x", "--prefix", str(4 * given - 3)]
+    job = plan.plan(sample.parse([*options, "--device", "cpu"]))
+    assert job.sampler["chunks"] == expected
+    assert job.frames == 4 * (given + sum(expected)) - 3
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        sample.parse(["--help"])
+    shown = capsys.readouterr().out
+    explained = re.findall(r"^--([a-z0-9-]+) ", shown, re.MULTILINE)
+    assert sorted(explained) == sorted(name.replace("_", "-") for name in vars(sample.parse([])))
+    assert all(f"{mode} " in shown for mode in sampling.MODES)
 
 
 # ------------------------------------------------------------------------------------------------ compile and fp8
@@ -796,7 +976,24 @@ def test_clip_on_the_gpu(tmp_path):
         sample.main(sample.parse([*options.split(), "--out", str(tmp_path / name)]))
     made = read(tmp_path / "a")
     assert torch.equal(made.latents, read(tmp_path / "b").latents)
-    _, decoder = sample.random_networks("tiny", torch.device("cuda"), torch.bfloat16)
+    _, decoder = random_weights.random_networks("tiny", torch.device("cuda"), torch.bfloat16)
     assert isinstance(decoder.cfg, VAEConfig)
     expected = media.to_frames(decoder.bfloat16().decode(made.latents.cuda())[0]).cpu().numpy()
     assert np.abs(blurred(made.frames) - blurred(expected)).mean((1, 2, 3)).max() < 6
+
+
+@gpu
+def test_compiled_clip_on_the_gpu(tmp_path):
+    """As without --compile, for all clips that share a cache and its CUDA graphs."""
+    options = (
+        "--random-weights --preset tiny --size 32x64 --frames 33 --prompt a --latents --window 6"
+    )
+    options += " --seed 1 2 --device cuda --dtype float32"
+    with compiling():
+        for name, more in (("a", ""), ("b", "--compile"), ("c", "--compile --low-memory")):
+            out = ["--out", str(tmp_path / name)]
+            sample.main(sample.parse([*options.split(), *more.split(), *out]))
+    for clip in ("000-1", "000-2"):
+        plain, compiled, late = (read(tmp_path / f"{name}-{clip}").latents for name in "abc")
+        assert rel(compiled, plain) < 1e-3
+        assert torch.equal(late, compiled)

@@ -7,15 +7,12 @@ chunks=...).
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wan5b.flow import solve, x0_from_v
 from wan5b.kvcache import KVCache, chunk_sizes
-from wan5b.util import rng
 
 # ------------------------------------------------------------------------------------------ rollout
 
@@ -150,86 +147,6 @@ def guided(model: Callable, guidance: float) -> Callable:
         return uncond + guidance * (cond - uncond)
 
     return field
-
-
-# ----------------------------------------------------------------------------------------- sampling
-
-
-class Mode(NamedTuple):
-    """How a model makes clips."""
-
-    causal: bool  # chunk by chunk over a cache; else the whole clip at once
-    guided: bool  # by classifier-free guidance: two branches a forward
-    solver: str  # of flow.solve; "renoise" goes down the levels that few-step models are made for
-
-
-MODES = {
-    "few": Mode(True, False, "renoise"),
-    "many": Mode(True, True, "unipc"),
-    "bidirectional": Mode(False, True, "unipc"),
-    "few-bidirectional": Mode(False, False, "renoise"),
-}
-
-
-def generate(
-    model: Callable,
-    noise: Tensor,
-    context: Tensor,
-    sigmas: list[float],
-    chunks: list[int],
-    *,
-    causal: bool,
-    solver: str,
-    guidance: float | None = None,
-    prefix: Tensor | None = None,
-    window: int | None = None,
-    sink: int = 0,
-    seed: int = 0,
-    new_cache: Callable = KVCache,
-    **scenes,
-) -> Iterator[Tensor]:
-    """Latents of clips, piece by piece: the prefix first, if any, then every finished chunk.
-
-    - noise, sigmas, chunks, prefix: as in `rollout`; not causal: all chunks are made at once.
-    - context [B, L, D] of the prompts, with guidance [2B, L, D], the unconditional rows behind; or
-      a list of one for every chunk, where causal.
-    - solver: one of flow.SOLVERS; seed: of the noise that "renoise" adds.
-    - new_cache: called as KVCache is; may return one that was used before.
-    - scenes: `rollout`'s prefix_inside and cuts, where causal.
-    """
-    clean = 0
-    if prefix is not None:
-        yield prefix
-        clean = prefix.shape[2]
-
-    # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work.
-    texts = context if isinstance(context, list) else [context]
-    field = model
-    if guidance in (None, 1):
-        texts = [text if len(text) == len(noise) else text[: len(noise)] for text in texts]
-    else:
-        field = guided(model, guidance)
-    like = texts[0]
-    draws = rng(like.device, seed, "renoise")
-
-    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draws, device=like.device)
-
-    if not causal:
-        field = field if prefix is None else behind(field, prefix)
-        x = noise.to(like.device)
-        yield solve(partial(field, context=like), x, sigmas, solver, partial(fresh, 0))
-        return
-
-    total = clean + noise.shape[2]
-    tokens = model.cfg.tokens_per_frame(*noise.shape[3:])
-    sizes = (len(like), min(window or total, total), tokens)
-    cache = new_cache(model.cfg, *sizes, window, sink, like.device, like.dtype)
-    cache.reset()
-    given = (field, noise, texts if isinstance(context, list) else like, sigmas, chunks, cache)
-    options = {"renoise": fresh, "prefix": prefix, "solver": solver, **scenes}
-    # No more than there are: the last chunk need not be in the cache.
-    yield from islice(rollout(*given, **options), len(chunks))
 
 
 # ------------------------------------------------------------------------------------------- losses

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,7 +160,11 @@ def nearest(value: int, step: int, least: int) -> str:
 
 
 def script(main: Callable[[], Any]) -> None:
-    """Run a script: a user's mistake is one line on stderr and exit code 2; Ctrl-C is code 130."""
+    """Run a script: a user's mistake is one line on stderr and exit code 2.
+
+    Ctrl-C is code 130, SIGTERM 143: both end it as errors do, so what is finished is left whole.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(main())
     except (OSError, ValueError, FloatingPointError) as error:

@@ -43,11 +43,11 @@ TRAINED, LONG, CHUNK = 9, 27, 3  # latent frames of a training clip, of a sample
 EULER = [shift_sigma(1 - i / 12) for i in range(12)] + [0.0]  # the many-step samplers': 12 steps
 COLUMNS = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
 SAMPLED = {  # stage -> (mode, levels) it is sampled with
-    "teacher": ("bidirectional", EULER),
-    "ar": ("many", EULER),
-    "ode": ("few", few_step_sigmas()),
-    "dmd": ("few", few_step_sigmas()),
-    "dmd-data": ("few", few_step_sigmas()),
+    "teacher": (sample.MODES["bidirectional"], EULER),
+    "ar": (sample.MODES["many"], EULER),
+    "ode": (sample.MODES["few"], few_step_sigmas()),
+    "dmd": (sample.MODES["few"], few_step_sigmas()),
+    "dmd-data": (sample.MODES["few"], few_step_sigmas()),
 }
 
 
@@ -127,23 +127,23 @@ def run_stage(out: Path, name: str, config: str, *overrides: str) -> float:
 
 @torch.no_grad()
 def sample_clips(
-    model: WanDiT, text: TextStore, mode: str, sigmas: list[float], frames: int, seed: int
+    model: WanDiT, text: TextStore, mode: sample.Mode, sigmas: list[float], frames: int, seed: int
 ) -> torch.Tensor:
     """Latents [48, C, frames, 4, 4], one clip a caption."""
     prompts = [str(label) for label in LABELS]
-    context = text.batch(
-        prompts if mode == "few" else prompts + [""] * len(prompts), model.cfg.text_len
-    )
+    negative = [""] * len(prompts)
+    context = text.batch(prompts + negative if mode.guided else prompts, model.cfg.text_len)
     noise = torch.randn(
         len(prompts), model.cfg.in_dim, frames, 4, 4, generator=torch.Generator().manual_seed(seed)
     )
-    options = argparse.Namespace(mode=mode, guidance=2.0, solver="euler", window=None, sink=0)
     chunks = [frames]
-    if mode != "bidirectional":
-        options.window, chunks = TRAINED, [CHUNK] * (frames // CHUNK)
-    return torch.cat(
-        list(sample.generate(options, model, noise, context, sigmas, chunks, None, seed)), 2
-    )
+    how = {"causal": mode.causal, "solver": mode.solver, "seed": seed}
+    if mode.guided:
+        how |= {"guidance": 2.0, "solver": "euler"}
+    if mode.causal:
+        chunks = [CHUNK] * (frames // CHUNK)
+        how["window"] = TRAINED
+    return torch.cat(list(sample.generate(model, noise, context, sigmas, chunks, **how)), 2)
 
 
 def judge(latents: torch.Tensor, codec: LinearCodec) -> dict[str, float]:
@@ -226,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
     text, codec, rows, clips = TextStore(out / "text"), load_vae(out / "release"), {}, {}
     for name, (mode, sigmas) in SAMPLED.items():
         model = load_dit(trained(name))
-        lengths = [TRAINED] if mode == "bidirectional" else [TRAINED, LONG]
+        lengths = [TRAINED, LONG] if mode.causal else [TRAINED]
         for frames in lengths:
             start = time.time()
             seeds = [sample_clips(model, text, mode, sigmas, frames, seed) for seed in (1, 2, 3)]

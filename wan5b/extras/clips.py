@@ -1,8 +1,15 @@
-"""What a clip leaves on disk: an mp4 that grows, beside it a record, latents and a contact sheet."""
+"""What clips leave on disk: names where nothing is in the way, an mp4 that grows, a record that
+repeats it.
+"""
 
+import json
+import os
+from argparse import Action, ArgumentParser
 from collections.abc import Iterable
 from contextlib import closing
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +18,104 @@ from tqdm import tqdm
 from wan5b.extras.files import sheet_indices, write_sheet
 from wan5b.media import VideoWriter, to_frames
 from wan5b.util import write_json, write_tensors
+
+
+class Clip(NamedTuple):
+    prompt: str
+    seed: int
+    path: Path  # of the mp4; what else is written has its name and another suffix
+
+
+def name_clips(prompts: list[str], seeds: list[int], out: str) -> list[Clip]:
+    """A clip for each prompt and each seed.
+
+    out: the mp4, the suffix of which may be left out, or a FOLDER/, in which it is sample.mp4.
+    Several clips have the prompt's number and the seed in their names.
+    """
+    if out.endswith("/"):
+        out += "sample"
+    path = Path(out.removesuffix(".mp4") + ".mp4").expanduser()
+    seeds = list(dict.fromkeys(seeds))  # one given twice makes one clip
+    if len(prompts) * len(seeds) == 1:
+        return [Clip(prompts[0], seeds[0], path)]
+
+    clips = []
+    for i, prompt in enumerate(prompts):
+        for seed in seeds:
+            clips.append(Clip(prompt, seed, path.with_stem(f"{path.stem}-{i:03d}-{seed}")))
+    return clips
+
+
+def claim(clips: list[Clip], *, sheet: bool, latents: bool, overwrite: bool) -> None:
+    """Make the folder. ValueError if it can't be written to, or if a file is in the way.
+
+    That is an mp4, a record or, if asked for, a sheet (PNG) or latents.
+    """
+    suffixes = [".mp4", ".json"]
+    if sheet:
+        suffixes.append(".png")
+    if latents:
+        suffixes.append(".safetensors")
+    for clip, suffix in product(clips, suffixes):
+        file = clip.path.with_suffix(suffix)
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file} exists; choose another --out, or --overwrite")
+
+    folder = clips[0].path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write to the folder {folder}; choose another --out")
+
+
+def make_record(options: dict, clip: Clip, frames: int, found: dict) -> dict:
+    """What goes beside a clip as JSON: `read_settings` of it gives the options that repeat it.
+
+    options: of the whole run. found: what else there is to know.
+    """
+    own = {"prompt": [clip.prompt], "seed": [clip.seed], "frames": frames, "out": str(clip.path)}
+    # All prompts are in "prompt"; and a repetition replaces the clip only if it is told to.
+    own |= {"prompts": None, "settings": None, "overwrite": False}
+    return {"settings": options | own} | found
+
+
+def read_settings(path: str, parser: ArgumentParser) -> dict:
+    """The options in a record, each of which could stand on the parser's command line.
+
+    ValueError if the file is no record, or an option is missing, of another type or out of range.
+    """
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))["settings"]
+        return {action.dest: _option(action, settings) for action in options(parser)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error}") from error
+
+
+def options(parser: ArgumentParser) -> list[Action]:
+    return [action for action in parser._actions if action.dest != "help"]
+
+
+def _option(action: Action, settings: dict):
+    """A recorded value, if the command line could give it."""
+    if action.dest not in settings:
+        raise ValueError(f"it lacks {action.dest}")
+    value = settings[action.dest]
+    if value is None and action.default is None:
+        return None
+    kind = bool if action.nargs == 0 else action.type or str
+    items = value if action.nargs == "+" else [value]
+    fits = isinstance(items, list) and all(type(item) in (kind, int) for item in items)
+    if not fits or (kind is not float and any(type(item) is not kind for item in items)):
+        raise ValueError(f"{action.dest} is {value!r}, not {kind.__name__}")
+    if action.choices and value not in action.choices:
+        raise ValueError(f"{action.dest} is {value!r}, not one of {', '.join(action.choices)}")
+    return value
+
+
+def check_finite(flags: list[Tensor], path: Path) -> None:
+    if not all(flags):
+        raise ValueError(
+            f"{path}: a chunk is not finite (damaged weights, or float16?); no picture"
+        )
 
 
 def write(
@@ -31,14 +136,19 @@ def write(
     writer = VideoWriter(path, keep=sheet_indices(frames) if sheet else set())
     state = vae.stream()
     kept = []
+    finite = []  # of each chunk's pixels
     try:
         with tqdm(total=frames, unit="frame", desc=path.name) as bar, closing(writer):
             for chunk in latents:
                 pixels = vae.decode_chunk(chunk, state)
+                # Asked for now, looked at when the next chunk is there: nobody waits for a GPU.
+                finite.append(pixels.isfinite().all())
+                check_finite(finite[-2:-1], path)
                 writer.add(to_frames(pixels[0]))
                 if save_latents:
                     kept.append(chunk)
                 bar.update(pixels.shape[2])
+            check_finite(finite[-1:], path)
     finally:
         if writer.kept:
             write_sheet(path.with_suffix(".png"), writer.kept)

@@ -3,6 +3,7 @@
 Frames are uint8 [T, H, W, 3].
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
@@ -15,6 +16,7 @@ from imageio.plugins.pillow import PillowPlugin
 from PIL import Image, ImageOps
 
 from wan5b.media import resize
+from wan5b.t5 import Tokenizer, clean_prompt
 from wan5b.util import first_line, nearest, replacing
 
 # What the libraries below raise for a file that they can't read.
@@ -164,6 +166,15 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts; it should have one a line")
     return prompts
+
+
+def note_cut(tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """A line for each prompt that has more tokens than the network takes: its end has no effect."""
+    for prompt in prompts:
+        tokens = len(tokenizer.encode(clean_prompt(prompt))) + 1  # and the end of the text
+        if tokens > tokenizer.length:
+            named = f"a prompt of {tokens} tokens is cut to {tokenizer.length}: {prompt[:40]!r} ..."
+            print(f"note: {named}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ sheets

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 
-from wan5b.distill import MODES, generate
 from wan5b.extras.clips import write
+from wan5b.extras.plan import MADE_FOR
+from wan5b.extras.sampling import MODES, generate
 from wan5b.flow import sampling_sigmas
 from wan5b.stages import Run
 from wan5b.util import rng
 
-# How each stage's network is sampled; all others as few-step models are.
-SAMPLED = {"teacher": "bidirectional", "ar": "many"}
 STEPS = 24  # of the modes with guidance
 
 
@@ -22,7 +21,7 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     Image to video starts from the first frames of the data's first clips, whatever the prompts.
     """
     cfg = run.cfg
-    mode = MODES[SAMPLED.get(cfg.stage, "few")]
+    mode = MODES[MADE_FOR.get(cfg.stage, "few")]
     how = {"causal": mode.causal, "solver": "renoise", "window": run.window, "seed": cfg.seed}
     sigmas = run.sigmas
     if mode.guided:
