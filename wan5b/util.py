@@ -136,12 +136,12 @@ def read_json(path: Path) -> dict:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. One pass and no copy, where isfinite makes several."""
-    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+    """Whether no value is NaN or infinite. A sum shows it in a tenth of the time that looking takes."""
+    if tensor.is_meta or not tensor.is_floating_point():
         return True
     if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # aminmax knows no float8
-    return all(end.isfinite() for end in tensor.aminmax())
+        tensor = tensor.float()  # of float8 torch can do neither
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 # ------------------------------------------------------------------------------------------- errors
