@@ -131,14 +131,15 @@ def build(cfg: Config, world: fsdp.World) -> Run:
         # The rate is set before every step.
         return AdamW(model, world, initial, 0.0, betas, cfg.weight_decay, ema=ema, storage=storage)
 
-    generator, initial = network(cfg, world, *start)
+    generator, initial = network(cfg, world, cfg.weights, *start)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
     if not distilling:
         return Run(cfg, world, data, budget, generator, optimizers)
 
-    teacher, _ = network(cfg, world, *scores)
+    scored = cfg.teacher or cfg.weights
+    teacher, _ = network(cfg, world, scored, *scores)
     teacher.requires_grad_(False)
-    critic, initial = network(cfg, world, *scores)
+    critic, initial = network(cfg, world, scored, *scores)
     optimizers["critic"] = optimizer(critic, initial, False)
     tokens = generator.cfg.tokens_per_frame(cfg.height, cfg.width)
     sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
@@ -147,14 +148,16 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
 
 
-def network(cfg: Config, world: fsdp.World, sizes: DiTConfig, tensors: dict) -> tuple[WanDiT, dict]:
+def network(
+    cfg: Config, world: fsdp.World, path: str, sizes: DiTConfig, tensors: dict
+) -> tuple[WanDiT, dict]:
     """A sharded network in the compute dtype, and what it was filled from: if nothing, random."""
     if not tensors:
         tensors = WanDiT(sizes).init_weights(rng("cpu", cfg.seed, "init")).state_dict()
     with torch.device("meta"):
         model = WanDiT(sizes).to(getattr(torch, cfg.dtype))
     model = world.shard(model)
-    fill(model, tensors, fsdp.copy_part)
+    fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
     return model, tensors
 
