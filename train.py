@@ -21,7 +21,7 @@ from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import log
-from wan5b.extras.budget import GIB, FlopCount, afford, expected, matmul_rate, memory_gib
+from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
 from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
 from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
@@ -123,7 +123,7 @@ def build(cfg: Config, world: fsdp.World) -> Run:
         scores = open_dit(cfg.teacher, channels=start[0].in_dim)
     check_fit(cfg, data, start[0], scores[0])
     budget = expected(cfg, world, start[0], scores[0] if distilling else None)
-    afford(cfg, world, budget, world.free())
+    afford(cfg, world, budget, free(world))
 
     def optimizer(model: WanDiT, initial: dict, ema: bool) -> AdamW:
         storage = HostStorage(world.device, cfg.offload and world.device.type == "cuda")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from wan5b.util import finite, read_json, sync, write_json
 from wan5b.weights import put
 
-MEMINFO = Path("/proc/meminfo")
 # What the index of a checkpoint is made of, beside dtypes and paths.
 INDEX = {
     "torch": ("Size",),
@@ -90,16 +89,6 @@ class World:
     def _stop(self, *_) -> None:
         """SIGTERM is only noted: a run asks `stops` where it can leave off."""
         self.stopping = True
-
-    def free(self) -> dict[str, float]:
-        """Bytes this process may still take: on the "device", and as its share of the "host"."""
-        host = float("inf")  # where the system doesn't say
-        if MEMINFO.exists():
-            available = MEMINFO.read_text().partition("MemAvailable:")[2]
-            host = 1024 * int(available.split()[0]) / self.local_size
-        if self.device.type == "cuda":
-            return {"device": torch.cuda.mem_get_info()[0], "host": host}
-        return {"device": host, "host": host}
 
     def close(self) -> None:
         """End the process group."""
@@ -180,25 +169,15 @@ def copy_part(parameter: Tensor, full: Tensor) -> None:
     put(local(parameter), part_for(parameter, full))
 
 
-class Saved(Protocol):
-    """What checkpoints need of an optimizer (optim.AdamW)."""
-
-    steps: int
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def loaded(self, saved: dict[str, Tensor], steps: int) -> None: ...
-
-
 def last_line(error: Exception) -> str:
     """What a CheckpointException says: its text is a traceback, which ends with the cause."""
     return "".join(str(error).splitlines()[-1:])
 
 
 def save(
-    world: World, folder: Path, optimizers: Mapping[str, Saved], facts: dict, keep: int = 2
+    world: World, folder: Path, optimizers: Mapping[str, Any], facts: dict, keep: int = 2
 ) -> Path:
-    """Write the checkpoint folder/step-N: all optimizers, and facts, whose "step" is N.
+    """Write the checkpoint folder/step-N: all optimizers (optim.AdamW), and facts, whose "step" is N.
 
     It is written beside and then renamed, so it is whole or not there. The `keep` newest ones stay.
     Any number of processes can read it back. For every process to call.
@@ -306,7 +285,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def load(world: World, path: Path, optimizers: Mapping[str, Saved]) -> dict:
+def load(world: World, path: Path, optimizers: Mapping[str, Any]) -> dict:
     """Read a checkpoint into the optimizers and their models, resharded as needed.
 
     Returns its facts. For every process to call. ValueError if it is damaged.
