@@ -260,7 +260,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_loads(
     need = sum(make_run(data, "dmd", **changes).budget["device"].values())
     path = write_toml(tmp_path / "a.toml", values(data, "dmd", tmp_path / "out", **changes))
 
-    monkeypatch.setattr(train, "free", lambda world: {"device": need - 1, "host": 0})
+    monkeypatch.setattr(budget, "free", lambda world: {"device": need - 1, "host": 0})
     line = refused(command, path)
     assert f"{need / 2**30:.2f} GiB are needed on the device" in line
     helps = ["checkpointing = true", "more processes"]
