@@ -81,7 +81,7 @@ def test_every_process_reads_a_checkpoint_by_itself(trained):
     [
         ("facts.json", None, "facts.json: no such file"),
         ("facts.json", 20, "not JSON"),
-        ("__0_0.distcp", None, "No such file"),
+        ("__0_0.distcp", None, "its files have 0"),
         ("__0_0.distcp", 3000, "incomplete"),
         ("__0_0.distcp", 0, "incomplete"),
         (".metadata", 100, "incomplete"),

@@ -654,7 +654,7 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--image {text}", "cannot read the image {text}"),
         ("--video {dir}/none.mp4", "cannot read the video {dir}/none.mp4"),
         ("--video {text}", "cannot read the video {text}"),
-        ("--video {image} --prefix 5", "has 1 frames, 5 are needed"),
+        ("--video {image} --prefix 5", "cannot read the video {image}"),
         ("--video {image} --prefix 0", "--prefix 0: must be above 0"),
         ("--image {image} --video {image}", "not both"),
         ("--prompts {dir}/none.txt", "cannot read the prompts {dir}/none.txt"),

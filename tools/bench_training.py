@@ -170,11 +170,11 @@ def build(cfg: train.Config, world: World) -> Run:
     make_budget = train.expected
     seeds = iter((0, 1, 1))  # generator, teacher, critic: the critic starts as the teacher
 
-    def network(cfg, world: World, sizes: DiTConfig, tensors: Tensors) -> tuple[WanDiT, Tensors]:
+    def network(cfg, world: World, path: str, sizes: DiTConfig, tensors: Tensors):
         seed = next(seeds)
         if not tensors:
             tensors = random_weights(sizes, world.device, getattr(torch, cfg.dtype), seed)
-        return make_network(cfg, world, sizes, tensors)
+        return make_network(cfg, world, path, sizes, tensors)
 
     def expected(*arguments) -> dict[str, dict[str, float]]:
         budget = make_budget(*arguments)
