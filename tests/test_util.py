@@ -105,7 +105,7 @@ def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
     """The content before the rename, the folder's names after it."""
     path = tmp_path / "a.txt"
     seen = []
-    monkeypatch.setattr(util, "_sync", lambda synced: seen.append((synced, path.exists())))
+    monkeypatch.setattr(util, "sync", lambda synced: seen.append((synced, path.exists())))
     with replacing(path) as partial:
         partial.touch()
     assert seen == [(partial, False), (tmp_path, True)]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from wan5b.util import nearest
 
+FPS = 24  # of the clips that the networks make
+
 # -------------------------------------------------------------------------------------------- sizes
 
 
@@ -75,7 +77,7 @@ class VideoWriter:
     def __init__(
         self,
         path: str | Path,
-        fps: int = 24,
+        fps: int = FPS,
         keep: set[int] = frozenset(),
         overwrite: bool = False,
     ):
