@@ -85,7 +85,7 @@ class VideoWriter:
         self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
         self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
         self.partial.touch(exist_ok=False)
-        self.where = self.partial  # the clip is
+        self.where = self.partial  # the clip's name so far
         self.replaces = overwrite or self.path.exists()
         self.count = 0  # of frames encoded
         self.keep = keep
