@@ -21,7 +21,7 @@ from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import log
-from wan5b.extras.budget import GIB, FlopCount, afford, expected, matmul_rate, memory_gib
+from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
 from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
 from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
@@ -123,7 +123,7 @@ def build(cfg: Config, world: fsdp.World) -> Run:
         scores = open_dit(cfg.teacher, channels=start[0].in_dim)
     check_fit(cfg, data, start[0], scores[0])
     budget = expected(cfg, world, start[0], scores[0] if distilling else None)
-    afford(cfg, world, budget, world.free())
+    afford(cfg, world, budget, free(world))
 
     def optimizer(model: WanDiT, initial: dict, ema: bool) -> AdamW:
         storage = HostStorage(world.device, cfg.offload and world.device.type == "cuda")
@@ -131,14 +131,15 @@ def build(cfg: Config, world: fsdp.World) -> Run:
         # The rate is set before every step.
         return AdamW(model, world, initial, 0.0, betas, cfg.weight_decay, ema=ema, storage=storage)
 
-    generator, initial = network(cfg, world, *start)
+    generator, initial = network(cfg, world, cfg.weights, *start)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
     if not distilling:
         return Run(cfg, world, data, budget, generator, optimizers)
 
-    teacher, _ = network(cfg, world, *scores)
+    scored = cfg.teacher or cfg.weights
+    teacher, _ = network(cfg, world, scored, *scores)
     teacher.requires_grad_(False)
-    critic, initial = network(cfg, world, *scores)
+    critic, initial = network(cfg, world, scored, *scores)
     optimizers["critic"] = optimizer(critic, initial, False)
     tokens = generator.cfg.tokens_per_frame(cfg.height, cfg.width)
     sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
@@ -147,20 +148,22 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
 
 
-def network(cfg: Config, world: fsdp.World, sizes: DiTConfig, tensors: dict) -> tuple[WanDiT, dict]:
+def network(
+    cfg: Config, world: fsdp.World, path: str, sizes: DiTConfig, tensors: dict
+) -> tuple[WanDiT, dict]:
     """A sharded network in the compute dtype, and what it was filled from: if nothing, random."""
     if not tensors:
         tensors = WanDiT(sizes).init_weights(rng("cpu", cfg.seed, "init")).state_dict()
     with torch.device("meta"):
         model = WanDiT(sizes).to(getattr(torch, cfg.dtype))
     model = world.shard(model)
-    fill(model, tensors, fsdp.copy_part)
+    fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
     return model, tensors
 
 
 def facts(cfg: Config, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
-    """What a checkpoint or export says of itself; sample.py reads levels, shift, chunk, prefix."""
+    """What a checkpoint or export says of itself; sample.py goes by it."""
     return {
         "stage": cfg.stage,
         "step": step,
@@ -238,7 +241,8 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
         metrics = world.mean(values)
         log.check_finite(values, metrics, step, world.rank, out)
 
-        # Rates are of one global batch, whatever its phases; what is computed twice counts twice.
+        # Tokens are those of one global batch, though a distillation's step runs two; mfu counts
+        # all FLOP that are done, recomputed ones too.
         done = step + 1
         seconds = time.perf_counter() - began
         metrics["step"] = step

@@ -352,7 +352,7 @@ X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
         ({"clean": X[:, :, :2], "chunks": [2, 2]}, ("clean half of", "(1, 8, 4, 4, 4)")),
         ({"cache": KVCache(TINY, 1, 4, 4), "chunks": [2, 2]}, ("[2, 2] of 0 frames",)),
         ({"cache": KVCache(TINY, 1, 4, 4), "window": 2}, ("the window is the cache's",)),
-        ({"cache": KVCache(TINY, 1, 4, 4), "clean": X}, ("clean frames are the cache's",)),
+        ({"cache": KVCache(TINY, 1, 4, 4), "clean": X}, ("clean= is for whole sequences",)),
     ],
 )
 def test_errors_name_the_values(tiny, given, says):

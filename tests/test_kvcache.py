@@ -440,8 +440,8 @@ def test_cache_configuration_errors(model, options, says):
         (4, {}, False, [3, 3], "3 + 3 frames in 4: no room"),
         (4, {"window": 6}, False, [3, 3], "3 + 3 frames in 4"),  # the memory is below the window
         (4, {"window": 4}, True, [3, 3], "3 + 3 frames in 4"),
-        (6, {"window": 2}, False, [3], "(3, 2, 0)"),  # the chunk, the window, the sink
-        (6, {"window": 4, "sink": 2}, False, [1, 3], "(3, 4, 2)"),
+        (6, {"window": 2}, False, [3], "(3, 2, 0, 0)"),  # the chunk, the window, the sink
+        (6, {"window": 4, "sink": 2}, False, [1, 3], "(3, 4, 2, 0)"),
     ],
 )
 def test_forwards_that_do_not_fit(model, frames, options, grad, sizes, says):
@@ -563,3 +563,31 @@ def test_the_place_of_a_forward_is_that_of_a_turn_of_the_ring_before(model):
         cache.commit(3)
     assert places[3:7] == places[5:9] == places[7:11]
     assert len(set(places)) < 6
+
+
+@torch.no_grad()
+def test_cuts_that_a_window_has_no_room_for_are_errors(model):
+    """Never a frame seen twice, never one that is not there."""
+    cache = new_cache(model, 9, window=9, sink=3)
+    with pytest.raises(AssertionError, match="a cut at frame 0, within sink 3"):
+        cache.cut(3, 8)
+    cache = new_cache(model, 6, window=6, sink=2)
+    for index in range(3):
+        if index == 2:
+            cache.cut(3, 8)
+        cache.append(3)
+        cache.commit(3)
+    with pytest.raises(AssertionError, match=re.escape("(3, 6, 2, 2)")):
+        cache.append(3)
+
+
+@torch.no_grad()
+def test_a_scene_keeps_its_first_frames(model):
+    """The example in `_past`."""
+    cache = new_cache(model, 12, window=12, sink=3)
+    for index in range(5):
+        if index == 2:
+            cache.cut(3, 8)
+        cache.append(3)
+        cache.commit(3)
+    assert cache._past(15, 18) == [0, 1, 2, 6, 7, 8, 12, 13, 14]

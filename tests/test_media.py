@@ -12,7 +12,7 @@ from odd_files import indices, numbered, picture
 from PIL import Image
 
 from wan5b import media
-from wan5b.extras import clips
+from wan5b.extras import clips, mp4
 from wan5b.extras.pictures import read_video
 
 
@@ -76,7 +76,7 @@ def test_a_picture_of_which_nothing_would_be_seen():
 
 def test_writer_writes_what_it_was_given(tmp_path):
     levels = list(range(0, 250, 10))
-    writer = media.VideoWriter(tmp_path / "a.b.mp4", fps=24, keep={0, 12, 24})
+    writer = mp4.VideoWriter(tmp_path / "a.b.mp4", fps=24, keep={0, 12, 24})
     for chunk in (levels[:1], levels[1:5], levels[5:]):
         writer.add(solid(chunk))
         assert not (tmp_path / "a.b.mp4").exists()
@@ -97,7 +97,7 @@ def test_writer_writes_what_it_was_given(tmp_path):
 
 
 def test_add_returns_before_its_frames_are_encoded(tmp_path, monkeypatch):
-    writer = media.VideoWriter(tmp_path / "a.mp4")
+    writer = mp4.VideoWriter(tmp_path / "a.mp4")
     encode, gate = writer._write, threading.Event()
     monkeypatch.setattr(writer, "_write", lambda frame: gate.wait(30) and encode(frame))
     chunk = solid([200, 100]).clone()
@@ -111,7 +111,7 @@ def test_add_returns_before_its_frames_are_encoded(tmp_path, monkeypatch):
 
 
 def test_failure_to_encode_is_raised_and_claims_no_file(tmp_path, monkeypatch):
-    writer = media.VideoWriter(tmp_path / "a.mp4")
+    writer = mp4.VideoWriter(tmp_path / "a.mp4")
     writer.add(solid([1, 2]))
     writer.pending.result()
     monkeypatch.setattr(writer, "_write", lambda frame: 1 / 0)
@@ -124,19 +124,19 @@ def test_failure_to_encode_is_raised_and_claims_no_file(tmp_path, monkeypatch):
 
 
 def test_closing_without_frames_leaves_nothing(tmp_path):
-    media.VideoWriter(tmp_path / "a.mp4").close()
+    mp4.VideoWriter(tmp_path / "a.mp4").close()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_there_is_told_at_once(tmp_path):
     with pytest.raises(FileNotFoundError):
-        media.VideoWriter(tmp_path / "missing" / "a.mp4")
+        mp4.VideoWriter(tmp_path / "missing" / "a.mp4")
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "%03d.mp4"])
 def test_names_like_addresses(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    write(media.VideoWriter(name), 200)
+    write(mp4.VideoWriter(name), 200)
     assert read_video(tmp_path / name).shape == (2, 64, 64, 3)
 
 
@@ -153,7 +153,7 @@ def test_colours_are_bt709_and_said_to_be(tmp_path):
     """Decoded by hand, as a player decodes HD."""
     levels = np.array([(0, 255, 0), (255, 0, 0), (200, 120, 90), (40, 90, 200)], np.uint8)
     frames = levels[None, None].repeat(32, 1).repeat(32, 2).repeat(2, 0)
-    writer = media.VideoWriter(tmp_path / "a.mp4")
+    writer = mp4.VideoWriter(tmp_path / "a.mp4")
     writer.add(torch.from_numpy(frames))
     writer.close()
 
@@ -183,7 +183,7 @@ def test_the_same_frames_make_the_same_file(tmp_path, width):
     frames = torch.from_numpy(coarse.repeat(16, 1).repeat(16, 2))
     made = set()
     for _ in range(4):
-        writer = media.VideoWriter(tmp_path / "a.mp4")
+        writer = mp4.VideoWriter(tmp_path / "a.mp4")
         writer.add(frames)
         writer.close()
         made.add((tmp_path / "a.mp4").read_bytes())
@@ -192,8 +192,8 @@ def test_the_same_frames_make_the_same_file(tmp_path, width):
 
 def test_two_writers_of_one_name(tmp_path):
     """The file is one of the two clips, whole; the other is kept beside it."""
-    first = media.VideoWriter(tmp_path / "a.mp4")
-    second = media.VideoWriter(tmp_path / "a.mp4")
+    first = mp4.VideoWriter(tmp_path / "a.mp4")
+    second = mp4.VideoWriter(tmp_path / "a.mp4")
     first.add(solid([40] * 5))
     second.add(solid([200] * 3))
     first.add(solid([40] * 5))
@@ -212,14 +212,14 @@ def test_two_writers_of_one_name(tmp_path):
 
 def test_what_was_there_at_the_start_is_replaced(tmp_path):
     for value in (40, 200):
-        write(media.VideoWriter(tmp_path / "a.mp4"), value)
+        write(mp4.VideoWriter(tmp_path / "a.mp4"), value)
         assert abs(level(tmp_path / "a.mp4") - value) < 3
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_what_came_since_is_replaced_on_demand(tmp_path):
-    writer = media.VideoWriter(tmp_path / "a.mp4", overwrite=True)
-    write(media.VideoWriter(tmp_path / "a.mp4"), 40)
+    writer = mp4.VideoWriter(tmp_path / "a.mp4", overwrite=True)
+    write(mp4.VideoWriter(tmp_path / "a.mp4"), 40)
     write(writer, 200)
     assert abs(level(tmp_path / "a.mp4") - 200) < 3
 
@@ -227,8 +227,8 @@ def test_what_came_since_is_replaced_on_demand(tmp_path):
 def test_files_of_the_user_stay(tmp_path):
     for name in ("a.partial.mp4", "a.mp4.partial", "partial.mp4"):
         (tmp_path / name).write_text("mine")
-    write(media.VideoWriter(tmp_path / "a.mp4"), 40)
-    media.VideoWriter(tmp_path / "b.mp4").close()
+    write(mp4.VideoWriter(tmp_path / "a.mp4"), 40)
+    mp4.VideoWriter(tmp_path / "b.mp4").close()
     assert len(list(tmp_path.iterdir())) == 4
     for name in ("a.partial.mp4", "a.mp4.partial", "partial.mp4"):
         assert (tmp_path / name).read_text() == "mine"
@@ -287,7 +287,7 @@ def test_files_beside_belong_to_the_clip(tmp_path):
 
 
 def test_frames_come_back_in_order(tmp_path):
-    writer = media.VideoWriter(tmp_path / "a.mp4")
+    writer = mp4.VideoWriter(tmp_path / "a.mp4")
     writer.add(torch.from_numpy(numbered(20)))
     writer.close()
     assert indices(read_video(tmp_path / "a.mp4")) == list(range(20))

@@ -8,6 +8,7 @@ from training import names, same
 
 from wan5b import fsdp, optim
 from wan5b.extras.offload import HostStorage
+from wan5b.extras.previews import averaged
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
@@ -85,7 +86,7 @@ def test_averaged_swaps_and_restores(dtype):
         optimizer.step(1.0, 1e9, 0.5)
     everything = {**optimizer.state(), **mlp.state_dict()}
     held = {name: value.clone() for name, value in everything.items()}
-    with optimizer.averaged():
+    with averaged(optimizer):
         for name, p in mlp.named_parameters():
             assert torch.equal(p.detach(), held[f"ema.{name}"].to(dtype))
             assert not torch.equal(p.detach(), held[name])

@@ -29,7 +29,7 @@ import sample
 from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import clips as extras_clips
-from wan5b.extras import files, fp8, pictures, plan, random_weights, sampling
+from wan5b.extras import files, fp8, mp4, pictures, plan, random_weights, sampling
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.util import rng
@@ -190,9 +190,9 @@ def test_renoising_does_not_repeat_the_noise(run, monkeypatch):
 def test_low_memory_gives_the_same(run, mode, tmp_path, monkeypatch):
     save_picture(tmp_path / "a.gif")
     options = ("--mode", mode, "--steps", 2, "--frames", 25, "--image", tmp_path / "a.gif")
-    add, given = media.VideoWriter.add, []
+    add, given = mp4.VideoWriter.add, []
     monkeypatch.setattr(
-        media.VideoWriter, "add", lambda self, frames: given.append(frames) or add(self, frames)
+        mp4.VideoWriter, "add", lambda self, frames: given.append(frames) or add(self, frames)
     )
     made, held = run(*options), run(*options, "--low-memory", out="held")
     assert torch.equal(made.latents, held.latents)
@@ -269,7 +269,7 @@ def test_size_follows_the_image(run, tmp_path, monkeypatch):
 
 
 def test_video_goes_on(run, tmp_path, vae):
-    writer = media.VideoWriter(tmp_path / "given.mp4")
+    writer = mp4.VideoWriter(tmp_path / "given.mp4")
     writer.add(
         (torch.arange(12).view(12, 1, 1, 1) * torch.ones(12, 48, 80, 3) * 20).to(torch.uint8)
     )
@@ -588,7 +588,7 @@ def test_failure_leaves_what_was_finished(run, tmp_path, monkeypatch):
 
 
 def test_failure_to_encode_is_raised(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(media.VideoWriter, "_encode", lambda *_: 1 / 0)
+    monkeypatch.setattr(mp4.VideoWriter, "_encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("--sheet")
     assert not (tmp_path / "a.mp4").exists()

@@ -403,7 +403,8 @@ def test_pickle_that_needs_code_execution(tmp_path, load):
 
 def test_pickles_that_hold_something_else(tmp_path):
     torch.save({"model": {"x": torch.zeros(2)}, "step": 3}, tmp_path / "x.pt")
-    reject(formats.load_dit, tmp_path / "x.pt", "more than tensors (model, step)", "part")
+    reject(load_dit, tmp_path / "x.pt", "more than tensors (model, step)", "save those alone")
+    reject(formats.load_dit, tmp_path / "x.pt", "1 unexpected (x)")
     reject(formats.load_dit, tmp_path / "x.pt", "1 unexpected (x)", part="model")
     torch.save({"model.x": torch.zeros(2), "x": torch.ones(2)}, tmp_path / "x.pt")
     reject(formats.load_dit, tmp_path / "x.pt", "prefix")

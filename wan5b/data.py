@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan5b.util import rng, write_tensors
+from wan5b.util import finite, rng, write_tensors
 
 HEADER = "wan5b"  # the only key of a shard's metadata: the order of several would be left to chance
 
@@ -41,10 +41,29 @@ def open_shard(path: Path) -> tuple[safe_open, dict]:
     """The mapped file and its header. ValueError if it is damaged or something else."""
     try:
         file = safe_open(path, "pt")
-        return file, json.loads((file.metadata() or {})[HEADER])
-    except (SafetensorError, KeyError) as error:
+        header = json.loads((file.metadata() or {})[HEADER])
+
+        _check_shard(file, header)
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         cause = f"damaged or not of prepare.py ({error!r})"
         raise ValueError(f"{path} is {cause}; delete it, make it again") from error
+    return file, header
+
+
+def _check_shard(file: safe_open, header: dict) -> None:
+    """TypeError, LookupError or ValueError unless they are as `write_shard` made them."""
+    prompts = header["prompts"]
+    others = (type(header["facts"]), type(header["made_from"]))
+    if not all(isinstance(prompt, str) for prompt in prompts) or others != (dict, str):
+        raise TypeError("prompts, facts or made_from of another type")
+    for name in file.keys():
+        count = file.get_slice(name).get_shape()[0]
+        if name == "rows":
+            lengths = file.get_tensor("lengths")
+            if (lengths < 0).any() or lengths.sum() != count or lengths.is_floating_point():
+                raise ValueError(f"lengths that are not those of {count} rows")
+        elif count != len(prompts):
+            raise ValueError(f"{count} of {name} and {len(prompts)} prompts")
 
 
 def difference(a: dict, b: dict) -> str:
@@ -98,8 +117,15 @@ class Store:
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         file, row = self.places[i]
-        # Cloned: a slice is the mapped memory itself, where the next reader would see a write.
-        return {name: file.get_slice(name)[row : row + 1][0].clone() for name in self.shapes}
+        parts = {name: file.get_slice(name)[row : row + 1][0] for name in self.shapes}
+        return {name: self._copy(part, f"{name} {i}") for name, part in parts.items()}
+
+    def _copy(self, part: Tensor, what: str) -> Tensor:
+        """A slice is the mapped memory itself, where the next reader would see a write."""
+        if not finite(part):
+            way_out = "delete its shard, make it again"
+            raise ValueError(f"{self.folder}: NaN or infinity in {what}; {way_out}")
+        return part.clone()
 
 
 class TextStore(Store):
@@ -142,7 +168,7 @@ class TextStore(Store):
     def __getitem__(self, prompt: str) -> Tensor:
         self.check([prompt])
         file, start, end = self.places[prompt]
-        return file.get_slice("rows")[start:end].clone()
+        return self._copy(file.get_slice("rows")[start:end], repr(prompt[:40]))
 
     def batch(self, prompts: list[str], length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """[len(prompts), length, D], zero behind each prompt.

@@ -58,6 +58,10 @@ def rollout(
     last = len(sigmas) - 2
     exit_step = last if exit_step is None else exit_step
     assert 0 <= exit_step <= last, f"exit_step {exit_step} of levels {sigmas}"
+    renoises = solver in ("", "renoise")
+    if trace is not None:
+        # What `replay` can run again: a prefix in front, one text, an exit level.
+        assert renoises and not prefix_inside and not isinstance(context, list), solver  # noqa: PT018
     texts = context if isinstance(context, list) else [context] * len(chunks)
     assert len(texts) == len(chunks), f"{len(texts)} contexts for {len(chunks)} chunks"
 
@@ -76,7 +80,7 @@ def rollout(
         cache.use_text(text)
         model = generator if inside is None else behind(generator, inside)
         field = partial(_velocity, model, text, cache)
-        if solver in ("", "renoise"):
+        if renoises:
             # Down to the exit level without grad, then that level, with grad where it is enabled.
             fresh = partial(renoise, index) if renoise else None
             with torch.no_grad():

@@ -345,7 +345,7 @@ class WanDiT(nn.Module):
             assert sum(chunks) == frames, f"chunks {list(chunks)} of {frames} frames"
             assert not window or max(chunks) <= window, f"chunks {list(chunks)}, window {window}"
         if cache is not None:
-            assert clean is None, "clean frames are the cache's"
+            assert clean is None, "clean= is for whole sequences; a cache has its own"
             assert not window, "the window is the cache's"
             cache.check(cfg.num_layers, batch, tokens)
         if clean is not None:

@@ -3,17 +3,17 @@
 A single process takes the same path, without a process group and without sharded parameters.
 """
 
-import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from wan5b.util import sync, write_json
+from wan5b.util import finite, read_json, sync, write_json
+from wan5b.weights import put
 
-MEMINFO = Path("/proc/meminfo")
+# What the index of a checkpoint is made of, beside dtypes and paths.
+INDEX = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "StorageMeta", "MetadataIndex", "TensorStorageMetadata", "TensorProperties"),
+        *("ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+}
 
 # torch warns of a checkpoint without a process group: a single process saves like that on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
@@ -79,16 +89,6 @@ class World:
     def _stop(self, *_) -> None:
         """SIGTERM is only noted: a run asks `stops` where it can leave off."""
         self.stopping = True
-
-    def free(self) -> dict[str, float]:
-        """Bytes this process may still take: on the "device", and as its share of the "host"."""
-        host = float("inf")  # where the system doesn't say
-        if MEMINFO.exists():
-            available = MEMINFO.read_text().partition("MemAvailable:")[2]
-            host = 1024 * int(available.split()[0]) / self.local_size
-        if self.device.type == "cuda":
-            return {"device": torch.cuda.mem_get_info()[0], "host": host}
-        return {"device": host, "host": host}
 
     def close(self) -> None:
         """End the process group."""
@@ -165,18 +165,8 @@ def part_for(parameter: Tensor, full: Tensor) -> Tensor:
 
 
 def copy_part(parameter: Tensor, full: Tensor) -> None:
-    """Fill this process's shard of the parameter from the full tensor, with cast and move."""
-    local(parameter).copy_(part_for(parameter, full))
-
-
-class Saved(Protocol):
-    """What checkpoints need of an optimizer (optim.AdamW)."""
-
-    steps: int
-
-    def state(self) -> dict[str, Tensor]: ...
-
-    def loaded(self, saved: dict[str, Tensor], steps: int) -> None: ...
+    """Fill this process's shard of the parameter from the full tensor, as `weights.put` does."""
+    put(local(parameter), part_for(parameter, full))
 
 
 def last_line(error: Exception) -> str:
@@ -185,9 +175,9 @@ def last_line(error: Exception) -> str:
 
 
 def save(
-    world: World, folder: Path, optimizers: Mapping[str, Saved], facts: dict, keep: int = 2
+    world: World, folder: Path, optimizers: Mapping[str, Any], facts: dict, keep: int = 2
 ) -> Path:
-    """Write the checkpoint folder/step-N: all optimizers, and facts, whose "step" is N.
+    """Write the checkpoint folder/step-N: all optimizers (optim.AdamW), and facts, whose "step" is N.
 
     It is written beside and then renamed, so it is whole or not there. The `keep` newest ones stay.
     Any number of processes can read it back. For every process to call.
@@ -224,37 +214,89 @@ def save(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+    """Complete checkpoints, oldest first. Links, copies and notes beside them are none."""
+    found = []
+    for path in folder.glob("step-*"):
+        named = re.fullmatch("step-[0-9]+", path.name)
+        if named and not path.is_symlink() and (path / "facts.json").is_file():
+            found.append(path)
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+# ------------------------------------------------------------------------------ reading checkpoints
+
+
+class IndexUnpickler(pickle._Unpickler):
+    """Opens the index of a checkpoint, a pickle, and runs nothing that does not belong into one.
+
+    This unpickler is in Python: the one in C takes as much memory as a damaged pickle says.
+    """
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("pathlib"):
+            return PurePath
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in INDEX.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} belongs into no index of a checkpoint")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader of a checkpoint, which opens the shards safely, but not the index."""
+
+    def read_metadata(self, *_, **__) -> dcp.Metadata:
+        with Path(self.path, ".metadata").open("rb") as file:
+            return IndexUnpickler(file).load()
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint as a ValueError that names the one before it."""
+    try:
+        yield
+    except (Exception, dcp.CheckpointException) as error:  # torch raises anything for damaged files
+        cause = last_line(error) or type(error).__name__
+        if cause.startswith("KeyboardInterrupt"):
+            raise KeyboardInterrupt from error
+        earlier = [other.name for other in checkpoints(path.parent) if other.name < path.name]
+        way_out = "there is none before it"
+        if earlier:
+            way_out = f"move it away and take {earlier[-1]}"
+        raise ValueError(f"{path} is damaged or incomplete ({cause}); {way_out}") from error
+
+
+def read_facts(path: Path) -> dict:
+    """What a checkpoint says of itself."""
+    with opening(path):
+        return read_json(path / "facts.json")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The generator's average in a checkpoint, if kept, else its masters: whole float32 tensors.
 
-    Needs no other process, but memory for all that it returns. torch opens the checkpoint's index
-    as a pickle, so read only what comes from people you trust. ValueError if it is damaged.
+    Needs no other process, but memory for all that it returns. ValueError if it is damaged.
     """
-    damage = (OSError, EOFError, AttributeError, pickle.UnpicklingError, dcp.CheckpointException)
-    try:
-        entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    with opening(path):
+        entries = Reader(path).read_metadata().state_dict_metadata
         averaged = any(key.startswith("generator.ema.") for key in entries)
         prefix = "generator.ema." if averaged else "generator.master."
         state = {key: torch.empty(entries[key].size) for key in entries if key.startswith(prefix)}
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-    except damage as error:
-        damaged = f"{path} is damaged or incomplete"
-        raise ValueError(f"{damaged}; take another checkpoint: {last_line(error)}") from error
+        dcp.load(state, storage_reader=Reader(path), no_dist=True)
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def load(world: World, path: Path, optimizers: Mapping[str, Saved]) -> dict:
+def load(world: World, path: Path, optimizers: Mapping[str, Any]) -> dict:
     """Read a checkpoint into the optimizers and their models, resharded as needed.
 
-    Returns its facts. For every process to call.
+    Returns its facts. For every process to call. ValueError if it is damaged.
     """
-    facts = json.loads((path / "facts.json").read_text())
+    facts = read_facts(path)
     state = {who: optimizer.state() for who, optimizer in optimizers.items()}
-    dcp.load(state, checkpoint_id=path, no_dist=world.mesh is None)
-    for who, optimizer in optimizers.items():
-        optimizer.loaded(state[who], facts["optimizer_steps"][who])
+    with opening(path):
+        dcp.load(state, storage_reader=Reader(path), no_dist=world.mesh is None)
+        for who, optimizer in optimizers.items():
+            bad = [name for name, value in state[who].items() if not finite(local(value))]
+            if bad:
+                raise ValueError(f"NaN or infinity in {who}.{bad[0]}")
+            optimizer.loaded(state[who], int(facts["optimizer_steps"][who]))
     return facts

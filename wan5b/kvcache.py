@@ -10,8 +10,7 @@ Nothing ever moves: attention does not care about the order of its keys, in whic
 
 **Committed memory is read-only.** A forward in the mode `append` puts its own keys behind the
 committed frames, where the next forward replaces them, until `commit` moves an integer. What runs
-again over committed frames (the mode `replay`; checkpointing's recomputation in a backward) only
-reads.
+again (the mode `replay`; checkpointing's recomputation in a backward) only reads committed frames.
 """
 
 from typing import NamedTuple
@@ -52,15 +51,17 @@ class Span(NamedTuple):
 
     start: int  # index of the chunk's first frame in the video
     frames: int
-    reads: tuple[tuple[int, int], ...]  # what it attends to; without grad its own among them
+    # What it attends to: without grad its own too, read back; with grad they are in the graph.
+    reads: tuple[tuple[int, int], ...]
     own: tuple[tuple[int, int], ...]  # its own frames, in their order
 
 
 class CachedAttention:
     """Self-attention of one forward over the memory: called as (layer, q, k, v), [B, S, N, K] each.
 
-    `append` and `replay` of KVCache make it. start: index of the forward's first frame in the
-    video. place: the memory that it reads and writes; nothing else of its position is in there.
+    `append` and `replay` of KVCache make it. start: RoPE position of the forward's first frame,
+    which is its index and what scene cuts have left out. place: which slots it reads and writes, by
+    which a CUDA graph is known again; the position is in the RoPE table.
     """
 
     def __init__(self, cache: "KVCache", spans: list[Span]):
@@ -123,7 +124,7 @@ class KVCache:
         self.frames = 0  # committed
         self.written = 0  # end of the last forward's frames
         self.slots: dict[int, int] = {}  # frame -> where it lies
-        self.scenes: list[range] = []  # the first frames of each, which stay
+        self.scenes: list[range] = []  # the first frames of each; the newest one's stay
         self.gap = 0  # RoPE positions that scene cuts have left out
         self.context = None  # the text in force
         self.text_kept = False  # whether `text` holds its keys and values
@@ -171,8 +172,9 @@ class KVCache:
         """The next chunk, of n_frames frames, opens a scene (LongLive 2, arXiv 2605.18739).
 
         Its RoPE positions, and all later ones, lie `gap` further on. Up to `sink` of its frames
-        stay in the window, where the last scene's did.
+        stay in the window in place of the last scene's; the video's own sink stays beside them.
         """
+        assert self.frames >= self.sink, f"a cut at frame {self.frames}, within sink {self.sink}"
         self.gap += gap
         self.scenes.append(range(self.frames, self.frames + min(self.sink, n_frames)))
 
@@ -195,8 +197,9 @@ class KVCache:
         """
         keys, values = self.memory[layer]
 
-        # Committed memory is read-only: a replay or a recomputation finds its own keys there
-        # already.
+        # Committed memory is read-only. It holds the keys of the clean pass, which later chunks
+        # have read. What runs again runs at another level: its own keys go into the graph alone,
+        # since written here they would change what the recomputation of a later chunk reads.
         committed = span.start < self.frames
         if not committed:
             done = 0
@@ -226,25 +229,29 @@ class KVCache:
         return Span(start, n_frames, self._ranges(reads), self._ranges(places))
 
     def _past(self, start: int, end: int) -> list[int]:
-        """The frames that a chunk sees in front of it: the sink, a scene's first, recent ones."""
-        window = self.window or max(end, self.capacity)
-        assert end - start <= window - self.sink, (end - start, window, self.sink)
-        if torch.is_grad_enabled() or window > self.capacity:
-            # Something that a window or a backward still has to see would be replaced.
-            assert end <= self.capacity, (
-                f"{start} + {end - start} frames in {self.capacity}: no room"
-            )
+        """The frames that a chunk sees in front of it: the sink, a scene's first, recent ones.
 
+        Window 12, sink 3, a scene that began at 6: frames 15 to 17 see 0-2, 6-8 and 12-14.
+        """
+        # Without a window everything is seen, so the sums below leave nothing out.
+        window = self.window or max(end, self.capacity)
+        if torch.is_grad_enabled() or window > self.capacity:
+            # A window larger than the memory, or a backward, must still find every frame there.
+            room = f"{start} + {end - start} frames in {self.capacity}: no room"
+            assert end <= self.capacity, room
+
+        # Where a scene's first frames would leave the recent ones, they stay; others go instead.
         recent = max(self.sink, end - (window - self.sink))
         scene = range(0)
         for began in self.scenes:
             if began.start < start:  # the chunk that opens a scene still sees the one before
                 scene = began
-        if scene.start < recent:
-            # Where a scene's first frames would leave, they stay, and recent ones go instead.
-            recent = max(recent + len(scene), scene.stop)
-        else:
+        if scene.start >= recent:
             scene = range(0)
+        recent = max(recent + len(scene), scene.stop)
+        fits = end - start <= window - self.sink - len(scene)
+        assert fits, (end - start, window, self.sink, len(scene))
+
         past = [*range(min(self.sink, start)), *scene, *range(recent, start)]
         lost = [frame for frame in past if frame not in self.slots]
         assert not lost, f"a longer forward has replaced frames {lost}, which are still seen"
@@ -253,14 +260,14 @@ class KVCache:
     def _place(self, frames: range) -> None:
         """Give new frames slots: empty ones, or those of the oldest frames that are not seen."""
         seen = {self.slots[frame] for frame in self._past(frames.start, frames.stop)}
-        held = {slot: frame for frame, slot in self.slots.items()}
+        frame_at = {slot: frame for frame, slot in self.slots.items()}
         free = [slot for slot in range(self.capacity) if slot not in seen]
-        free = [slot for slot in free if held.get(slot) not in frames]
-        free.sort(key=lambda slot: held.get(slot, -1))
+        free = [slot for slot in free if frame_at.get(slot) not in frames]
+        free.sort(key=lambda slot: frame_at.get(slot, -1))
         for frame in frames:
             if frame not in self.slots:
                 slot = free.pop(0)
-                self.slots.pop(held.get(slot), None)
+                self.slots.pop(frame_at.get(slot), None)
                 self.slots[frame] = slot
 
     def _ranges(self, slots) -> tuple[tuple[int, int], ...]:

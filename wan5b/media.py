@@ -1,14 +1,8 @@
-"""Pixels in and out: frames fitted to a size, mp4s as they grow. extras/pictures.py reads files.
+"""Pixels in and out. extras/pictures.py reads files, extras/mp4.py writes them.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from secrets import token_hex
-
-import av
 import numpy as np
 import torch
 from PIL import Image
@@ -62,99 +56,3 @@ def to_frames(pixels: Tensor) -> Tensor:
     """Pixels [3, T, H, W], not clamped -> uint8 [T, H, W, 3], on the same device."""
     levels = pixels.float().clamp(-1, 1).add(1).mul(127.5)
     return levels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-# ------------------------------------------------------------------------------------------ writing
-
-
-class VideoWriter:
-    """An mp4 that grows by chunks of frames, encoded in a thread while the next are computed.
-
-    It is written beside, under a *.partial.mp4 of its own, and renamed by `close`, which may be
-    called at any time and leaves what was added.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        fps: int = FPS,
-        keep: set[int] = frozenset(),
-        overwrite: bool = False,
-    ):
-        """keep: indices of frames to remember for a contact sheet. overwrite: see `close`."""
-        self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
-        self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
-        self.partial.touch(exist_ok=False)
-        self.where = self.partial  # the clip's name so far
-        self.replaces = overwrite or self.path.exists()
-        self.count = 0  # of frames encoded
-        self.keep = keep
-        self.kept = []
-        self.file = av.open(str(self.partial), "w")
-        self.stream = self.file.add_stream("libx264", fps)
-
-        # Players take what doesn't say its colours for one thing or another: it is BT.709 (code 1
-        # of matrix, primaries and transfer), of limited range (1).
-        codec = self.stream.codec_context
-        codec.pix_fmt = "yuv420p"
-        codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
-
-        self.thread = ThreadPoolExecutor(1)
-        # The encoding of the chunk added last; so far, of nothing.
-        self.pending = self.thread.submit(lambda: None)
-
-    def add(self, frames: Tensor) -> None:
-        """Append uint8 frames [T, H, W, 3]. Waits only while the chunk before is being encoded."""
-        # A copy from a GPU goes to pinned memory and is under way when this returns: the thread
-        # waits for its event.
-        host = frames.to("cpu", non_blocking=True, copy=True)
-        ready = torch.cuda.current_stream().record_event() if frames.is_cuda else None
-        self.pending.result()
-        self.pending = self.thread.submit(self._encode, host, ready)
-
-    def _encode(self, host: Tensor, ready: torch.cuda.Event | None) -> None:
-        if ready is not None:
-            ready.synchronize()
-        for frame in host.numpy():
-            self._write(frame)
-            if self.count in self.keep:
-                self.kept.append(frame.copy())  # a view would keep its whole chunk in memory
-            self.count += 1
-
-    def _write(self, frame: np.ndarray) -> None:
-        if self.count == 0:
-            self.stream.height, self.stream.width = frame.shape[:2]
-            # In rows of part 16 blocks x264's macroblock tree differs from run to run (AVX512).
-            if self.stream.width % 256:
-                self.stream.codec_context.options = {"x264-params": "mbtree=0"}
-        rgb = av.VideoFrame.from_ndarray(frame)
-        yuv = rgb.reformat(
-            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
-        )
-        yuv.pts = self.count
-        self.file.mux(self.stream.encode(yuv))
-
-    def close(self) -> None:
-        """End the file; without frames there is none.
-
-        Raises what encoding raised, and FileExistsError if another has written the file since the
-        start, unless `overwrite`; the name stays *.partial.mp4 then.
-        """
-        self.thread.shutdown(wait=True)
-        if self.count:
-            self.file.mux(self.stream.encode())
-        self.file.close()
-        self.pending.result()
-        if not self.count:
-            self.partial.unlink()
-            return
-
-        if not self.replaces:
-            try:
-                self.path.touch(exist_ok=False)  # at once the only one who may replace it
-            except FileExistsError as error:
-                raise FileExistsError(
-                    f"{self.path} exists by now, written by another; this clip is {self.partial}"
-                ) from error
-        os.replace(self.partial, self.path)
-        self.where = self.path

@@ -7,7 +7,6 @@ optimizer keeps the lower 16 ("low"), so masters cost 2 bytes a weight and are e
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -177,20 +176,6 @@ class AdamW:
             if "ema" in state:
                 state["ema"].lerp_(master, 1 - ema_decay)
         return norm
-
-    @contextmanager
-    @torch.no_grad()
-    def averaged(self) -> Iterator[None]:
-        """The model with the moving average in place of its weights, if one is kept."""
-        weights = {}
-        for name, state in self.state_of.items():
-            if "ema" in state:
-                weight = local(self.parameters[name])
-                weights[name] = weight.clone()
-                weight.copy_(state["ema"])
-        yield
-        for name, weight in weights.items():
-            local(self.parameters[name]).copy_(weight)
 
     def _sharded(self, name: str, part: Tensor) -> Tensor:
         """The DTensor of which `part` is this process's shard; `part` if nothing is sharded."""

@@ -175,7 +175,7 @@ def ode_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     x = x.to(run.device, torch.float32)
     end = x[:, -1]
 
-    # A level a chunk. With clean context given apart it is never 0, where there is nothing to
+    # A level a chunk. With a clean half (teacher forcing) it is never 0, where there is nothing to
     # learn.
     teacher_forcing = cfg.forcing == "teacher"
     count = len(levels) - 1 if teacher_forcing else len(levels)
@@ -217,7 +217,8 @@ class Noised(NamedTuple):
     """Prefix and rollout at one random level a sample."""
 
     xs: Tensor
-    sigma: Tensor  # [B, T], 0 at the prefix
+    # [B, T], 0 at the config's prefix; the real chunks in front of rollout = "data" are noised too.
+    sigma: Tensor
     noise: Tensor
 
 
@@ -319,7 +320,7 @@ def noise_again(run: Run, batch: Batch, rolled: Rolled) -> Noised:
         whole = torch.cat([rolled.prefix, rolled.x0], 2)
     noise = batch.draws(torch.randn, *whole.shape[1:])
     level = shift_sigma(batch.draws(torch.rand, 1), run.cfg.shift).clamp(0.02, 0.98)
-    sigma = run.per_frame(level)[:, : whole.shape[2]]
+    sigma = run.per_frame(level)[:, : whole.shape[2]]  # rollout = "data" has no chunks behind
     return Noised(add_noise(whole, noise, sigma), sigma, noise)
 
 
@@ -339,7 +340,10 @@ def score(run: Run, batch: Batch, noised: Noised, frames: int) -> tuple[Tensor, 
 
 
 def into_weights(run: Run, batch: Batch, rolled: Rolled, loss: Tensor) -> None:
-    """Backward of a loss in the rollout's x0: into x0, then through a replay of the exit levels."""
+    """Backward of a loss in the rollout's x0: into x0, then through a replay of the exit levels.
+
+    Asked for in x0 alone: where the loss runs through the critic, it gets no gradients from it.
+    """
     (grad,) = torch.autograd.grad(loss, rolled.x0)
     sigma = run.sigmas[rolled.exit_step]
     replay(run.generator, batch.context, sigma, rolled.trace, run.cache).backward(grad)

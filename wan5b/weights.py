@@ -8,33 +8,31 @@ anything is copied. Whatever a user may get wrong is a ValueError with the way o
 """
 
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.t5 import T5Config, T5Encoder
-from wan5b.util import first_line, write_tensors
+from wan5b.util import finite, read_json, reading, write_tensors
 from wan5b.vae22 import VAE22, VAEConfig
 
 # Words that trainers and torch's wrappers put into keys; upstream's own names contain none of them.
 TRAINERS = {"model", "diffusion_model", "module"}
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-LFS_POINTER = b"version https://git-lfs"
 Device = str | torch.device
 
 # What a folder's files are called, in order of preference.
 DIT_FILE = "diffusion_pytorch_model*.safetensors"
 DIT_FILES = (f"{DIT_FILE}.index.json", DIT_FILE)
-VAE_FILES = ("*VAE.pth", "*VAE.safetensors")
+VAE_FILES = ("Wan2.2_VAE.pth", "*VAE.pth", "*VAE.safetensors")
 T5_FILES = ("models_t5*.pth", "models_t5*.safetensors")
 
 # Config fields by the axes of the tensors that show them.
@@ -78,55 +76,46 @@ def locate(path: Path, *patterns: str) -> Path:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder; give a release folder or a weights file")
     for pattern in patterns:
-        found = sorted(path.glob(pattern))
+        # What begins with a dot is not meant: macOS puts a ._x beside an x.
+        found = sorted(file for file in path.glob(pattern) if not file.name.startswith("."))
         if len(found) > 1:
-            raise ValueError(f"{path} holds {len(found)} of {pattern}: name one or add their index")
+            way_out = "name one, leave one there or add their index"
+            raise ValueError(f"{path} holds {len(found)} of {pattern}: {way_out}")
         if found:
             return found[0]
     names = ", ".join(patterns)
     raise ValueError(f"{path} holds no weights ({names}); download them, in the original layout")
 
 
-@contextmanager
-def _reading(path: Path, otherwise: str) -> Iterator[None]:
-    """Whatever is wrong with a file as a ValueError with the way out.
-
-    otherwise: what it is if it is not damaged, as "not JSON".
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, but it belongs there; download or copy it too")
-    with path.open("rb") as f:
-        if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError(f"{path} is a Git LFS pointer; run `git lfs pull` in its repository")
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        way_out = "save a plain state dict with torch.save where it was made"
-        raise ValueError(f"{path} needs code execution, which is refused; {way_out}") from error
-    except (ValueError, TypeError, SafetensorError, RuntimeError, OSError) as error:
-        cause = f"truncated, corrupt or {otherwise} ({first_line(error)})"
-        raise ValueError(f"{path} is {cause}; download it again or resave") from error
-
-
-def read_json(path: Path) -> dict:
-    with _reading(path, "not JSON"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Mapped tensors and, if `save_dit` wrote the file, its metadata."""
-    with _reading(path, "no safetensors file"), safe_open(path, "pt") as f:
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
-        header = f.metadata() or {}
-        if "config" not in header:
-            return tensors, {}
-        return tensors, {key: json.loads(text) for key, text in header.items()}
+    with reading(path, "no safetensors file"), safe_open(path, "pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, _own(f.metadata() or {})
+
+
+def _own(header: dict[str, str]) -> dict:
+    """What `save_dit` put into a header. Of what others added to it, no JSON is left out."""
+    entries = {}
+    for key, text in header.items():
+        with suppress(ValueError, RecursionError):
+            entries[key] = json.loads(text)
+    config = entries.get("config")
+    return entries if isinstance(config, dict) and "dim" in config else {}
 
 
 def read_pickle(path: Path) -> dict:
     """What torch.save wrote: plain containers, whose tensors are mapped."""
-    with _reading(path, "no zip of a state dict"):
+    with reading(path, "no zip of a state dict"):
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def shards(index: Path) -> dict[str, Path]:
+    """The file of every tensor, as an index of shards names it: all lie beside the index."""
+    names = read_json(index).get("weight_map", {})
+    with reading(index, "no index of shards"):
+        if any(Path(name).name != name for name in names.values()):
+            raise ValueError("it names files that do not lie beside it")
+        return {key: index.with_name(name) for key, name in names.items()}
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -134,13 +123,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
     Keys that the index lacks are kept, for the strict check to find them.
     """
-    shard_of = read_json(index).get("weight_map") or {}
+    file_of = shards(index)
     tensors = {}
-    for shard in sorted(set(shard_of.values())):
-        path = index.parent / shard
+    for path in sorted(set(file_of.values())):
         found = _read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
         for key, tensor in found.items():
-            if shard_of.get(key, shard) == shard:
+            if file_of.get(key, path) == path:
                 tensors[key] = tensor
     return tensors
 
@@ -150,7 +138,7 @@ def state_dict(path: Path, held: dict) -> dict[str, Tensor]:
     other = [k for k, v in held.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if other:
         names = ", ".join(map(str, other[:3]))
-        raise ValueError(f"{path} holds more than tensors ({names}); name its part to load")
+        raise ValueError(f"{path} holds more than tensors ({names}); save those alone")
     return held
 
 
@@ -210,7 +198,7 @@ def dit_config(tensors: dict[str, Tensor], named: dict) -> DiTConfig:
             )
         base = asdict(DiTConfig()) | {"num_heads": heads}
 
-    named = {key: value for key, value in named.items() if key in base}
+    named = {key: type(base[key])(value) for key, value in named.items() if key in base}
     return DiTConfig(**(base | shown | named))
 
 
@@ -230,7 +218,8 @@ def check_dit(source: Source, channels: int = 0) -> DiTConfig:
     beside = file.with_name("config.json")
     if not named and beside.exists():
         named = read_json(beside)
-    cfg = dit_config(tensors, named or {})
+    with about(file):
+        cfg = dit_config(tensors, named or {})
     _check_channels(file, cfg.in_dim, channels or cfg.in_dim)
     blank(WanDiT, cfg, source)
     return cfg
@@ -256,10 +245,12 @@ def blank(kind: type[nn.Module], cfg, source: Source) -> nn.Module:
     expected = {key: list(value.shape) for key, value in model.state_dict().items()}
     given = {key: list(value.shape) for key, value in source.tensors.items()}
     apart = [key for key in expected if given.get(key, expected[key]) != expected[key]]
+    dtypes = {key: tensor.dtype for key, tensor in source.tensors.items()}
     wrong = {
         "missing": [key for key in expected if key not in given],
         "unexpected": [key for key in given if key not in expected],
         "misshapen": [f"{key} {given[key]}, not {expected[key]}" for key in apart],
+        "quantised": [f"{key} {d}" for key, d in dtypes.items() if not d.is_floating_point],
     }
 
     # The first few of each kind are enough to see what happened.
@@ -270,23 +261,48 @@ def blank(kind: type[nn.Module], cfg, source: Source) -> nn.Module:
     return model
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], copy: Callable = Tensor.copy_) -> None:
+@contextmanager
+def about(what: Path | str) -> Iterator[None]:
+    """Put before a ValueError what it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def put(target: Tensor, tensor: Tensor) -> None:
+    """Copy, with cast and move. ValueError for what is no weight: NaN, infinity, float8 unscaled."""
+    target.copy_(tensor)
+    if not finite(target):
+        raise ValueError("NaN or infinity among the weights; download or export them again")
+    # Scales make the most of float8's range. Weights are far from it.
+    if tensor.dtype.itemsize == 1 and target.abs().max() > torch.finfo(tensor.dtype).max / 2:
+        raise ValueError(f"{tensor.dtype} whose scale is missing; take the original weights")
+
+
+def fill(
+    model: nn.Module, tensors: dict[str, Tensor], copy: Callable = put, file: str | Path = ""
+) -> None:
     """copy(parameter, tensor) for every name, which casts and moves on the way.
 
-    copy: `fsdp.copy_part`, say, which takes this process's shard of the tensor.
+    copy: `fsdp.copy_part`, say, which takes this process's shard of the tensor. file: for errors.
     """
     targets = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def copy_named(name: str) -> None:
+        with about(f"{file}: {name}"):
+            copy(targets[name], tensors[name].detach())
+
     # Page faults limit a copy. torch's own threads, which share one tensor, wait for each other in
     # them; these have a tensor each.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        copies = pool.map(copy, targets.values(), [tensors[name] for name in targets])
-        list(copies)  # raises what a copy raised
+        list(pool.map(copy_named, targets))  # raises what a copy raised
 
 
 def build(kind: type[nn.Module], cfg, source: Source, device: Device, dtype: torch.dtype):
     """The model filled from the source, for inference. Errors: see `blank`."""
     model = blank(kind, cfg, source).to(dtype).to_empty(device=device)
-    fill(model, source.tensors)
+    fill(model, source.tensors, file=source.file)
     return model.eval()
 
 
@@ -343,7 +359,7 @@ def save_dit(
 ) -> None:
     """Write a model as safetensors under upstream's names.
 
-    metadata: JSON values (levels, shift, block layout, stage, step); the config is added to it.
+    metadata: JSON values (levels, shift, chunk, prefix, stage, step); the config is added to it.
     dtype: torch.float32 or torch.bfloat16; by default the model's own. value: name -> Tensor, for
     what is not in the model (gathered shards, an average), called in the state dict's order.
 

@@ -9,6 +9,7 @@ import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.optim import state_groups
 
 GIB = 2**30
+MEMINFO = Path("/proc/meminfo")
 Parts = dict[str, float]  # what is held -> bytes
 
 # ------------------------------------------------------------------------------------------- memory
@@ -182,6 +184,17 @@ def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
             f"{needed / GIB:.2f} GiB are needed on the {place}, {free[place] / GIB:.2f} are free; "
             f"what helps: {', '.join(helps)}"
         )
+
+
+def free(world: World) -> Parts:
+    """Bytes this process may still take: on the "device", and as its share of the "host"."""
+    host = float("inf")  # where the system doesn't say
+    if MEMINFO.exists():
+        available = MEMINFO.read_text().partition("MemAvailable:")[2]
+        host = 1024 * int(available.split()[0]) / world.local_size
+    if world.device.type == "cuda":
+        return {"device": torch.cuda.mem_get_info()[0], "host": host}
+    return {"device": host, "host": host}
 
 
 def memory_gib(device: torch.device) -> float:

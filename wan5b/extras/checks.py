@@ -12,7 +12,8 @@ from pathlib import Path
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras.digest import digest
-from wan5b.extras.formats import read_metadata
+from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.untrusted import NUMBER, checked, each
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
 from wan5b.kvcache import chunk_sizes
@@ -106,8 +107,10 @@ def _check_store(cfg, data: Data, channels: int) -> None:
             "(levels,) channels, frames, height, width: change these, or make it again"
         )
     if cfg.stage == "ode":
-        levels = store.facts["sigmas"]
-        if any(abs(a - b) > 1e-3 for a, b in zip(levels, sigmas, strict=True)):
+        levels = store.facts.get("sigmas")
+        checked(store.folder, {"sigmas": levels}, {"sigmas": each(NUMBER)})
+        same = [abs(a - b) < 1e-3 for a, b in zip(levels, sigmas, strict=False)]
+        if not all(same) or len(levels) != len(sigmas):
             raise ValueError(
                 f"{store.folder} has levels {levels}, not {sigmas}: change levels and shift"
             )
@@ -118,6 +121,8 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
 
     data: `held_by` now. Data may lie elsewhere by now; what counts is what they hold.
     """
+    if saved.is_dir():
+        check_checkpoint(saved)
     known = read_metadata(saved)
     before = known.get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))

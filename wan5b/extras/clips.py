@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan5b.extras.files import sheet_indices, write_sheet
-from wan5b.media import VideoWriter, to_frames
+from wan5b.extras.mp4 import VideoWriter
+from wan5b.media import to_frames
 from wan5b.util import write_json, write_tensors
 
 

@@ -1,5 +1,7 @@
 """Sample videos of a run of train.py: clips of fixed prompts, always from the same noise."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,10 +10,27 @@ from wan5b.extras.clips import write
 from wan5b.extras.plan import MADE_FOR
 from wan5b.extras.sampling import MODES, generate
 from wan5b.flow import sampling_sigmas
+from wan5b.fsdp import local
+from wan5b.optim import AdamW
 from wan5b.stages import Run
 from wan5b.util import rng
 
 STEPS = 24  # of the modes with guidance
+
+
+@contextmanager
+@torch.no_grad()
+def averaged(optimizer: AdamW) -> Iterator[None]:
+    """Its model with the moving average in place of its weights, if one is kept."""
+    weights = {}
+    for name, state in optimizer.state_of.items():
+        if "ema" in state:
+            weight = local(optimizer.parameters[name])
+            weights[name] = weight.clone()
+            weight.copy_(state["ema"])
+    yield
+    for name, weight in weights.items():
+        local(optimizer.parameters[name]).copy_(weight)
 
 
 @torch.no_grad()
@@ -28,7 +47,7 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
         how |= {"solver": "euler", "guidance": cfg.sample_guidance}
         sigmas = sampling_sigmas(STEPS, cfg.shift)
 
-    with run.optimizers["generator"].averaged(), run.world.gathered(run.generator):
+    with averaged(run.optimizers["generator"]), run.world.gathered(run.generator):
         for i, prompt in enumerate(cfg.sample_prompts):
             shape = run.shape(sum(run.chunks))
             noise = torch.randn((1, *shape), generator=rng("cpu", cfg.seed, "sample", i))

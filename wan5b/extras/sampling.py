@@ -47,8 +47,9 @@ def generate(
     window: int | None = None,
     sink: int = 0,
     seed: int = 0,
+    prefix_inside: bool = False,
+    cuts: dict[int, int] | None = None,
     new_cache: Callable = KVCache,
-    **scenes,
 ) -> Iterator[Tensor]:
     """Latents of clips, piece by piece: the prefix first, if any, then every finished chunk.
 
@@ -57,7 +58,7 @@ def generate(
       a list of one for every chunk, where causal.
     - solver: one of flow.SOLVERS; seed: of the noise that "renoise" adds.
     - new_cache: called as KVCache is; may return one that was used before.
-    - scenes: `rollout`'s prefix_inside and cuts, where causal.
+    - prefix_inside, cuts: as in `rollout`, where causal.
     """
     clean = 0
     if prefix is not None:
@@ -89,6 +90,6 @@ def generate(
     cache = new_cache(model.cfg, *sizes, window, sink, like.device, like.dtype)
     cache.reset()
     given = (field, noise, texts if isinstance(context, list) else like, sigmas, chunks, cache)
-    options = {"renoise": fresh, "prefix": prefix, "solver": solver, **scenes}
+    options = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
     # No more than there are: the last chunk need not be in the cache.
-    yield from islice(rollout(*given, **options), len(chunks))
+    yield from islice(rollout(*given, solver=solver, **options), len(chunks))
