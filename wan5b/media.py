@@ -33,26 +33,30 @@ def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
     """
     h, w = frames.shape[1:3]
     scale = max(height / h, width / w)
-    size = (max(round(w * scale), width), max(round(h * scale), height))
-    if size[0] * size[1] > 100 * height * width:
+    scaled_width = max(round(w * scale), width)
+    scaled_height = max(round(h * scale), height)
+    if scaled_height * scaled_width > 100 * height * width:
         raise ValueError(f"of {h}x{w} pixels {height}x{width} would show below 1%; crop them first")
-    left = (size[0] - width) // 2
-    top = (size[1] - height) // 2
+    left = (scaled_width - width) // 2
+    top = (scaled_height - height) // 2
 
     cropped = []
     for frame in frames:
-        resized = resize(frame, size)
+        resized = resize(frame, (scaled_width, scaled_height))
         cropped.append(resized[top : top + height, left : left + width])
     pixels = torch.from_numpy(np.stack(cropped))  # [T, H, W, 3]
-    return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, T, H, W]
+    pixels = pixels.permute(3, 0, 1, 2).float()  # [3, T, H, W]
+    return pixels / 127.5 - 1
 
 
 def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A frame [h, w, 3] scaled to size, which is (width, height) as Pillow has it."""
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+    image = Image.fromarray(frame)
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 
 def to_frames(pixels: Tensor) -> Tensor:
     """Pixels [3, T, H, W], not clamped -> uint8 [T, H, W, 3], on the same device."""
     levels = pixels.float().clamp(-1, 1).add(1).mul(127.5)
-    return levels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    levels = levels.round().to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous()
