@@ -9,6 +9,7 @@
 --release DIR        folder of Wan2.2-TI2V-5B: DiT, VAE, text encoder
 --weights PATH       the DiT to use in place of the release's: an export, or a checkpoint
                      (runs/x/step-0000100)
+--lora FILE ...        LoRAs to merge into it, of any layout; FILE:0.8 for another strength
 --random-weights     random networks and text embeddings, for measurements
 --preset NAME        of random weights: ti2v-5B (the default) or tiny
 
@@ -96,6 +97,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=[0], nargs="+")
     add("--prompt", default=[], nargs="+")
     add("--negative")
+    add("--lora", default=[], nargs="+")
     add("--out", default="out/sample.mp4")
     add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"])
     add("--mode", choices=list(MODES))
@@ -151,7 +153,8 @@ def main(args: argparse.Namespace) -> None:
     if args.random_weights:
         model = random_weights.random_dit(args.preset, args.device, job.dtype)
     else:
-        model = load_dit(args.weights or args.release, args.device, job.dtype)
+        source = args.weights or args.release
+        model = load_dit(source, args.device, job.dtype, loras=job.loras)
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)

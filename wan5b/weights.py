@@ -212,8 +212,8 @@ def check_dit(source: Source, channels: int = 0) -> DiTConfig:
     """The sizes of a DiT, none of whose tensors is missing or too many. Errors: see `open_dit`."""
     file, tensors, metadata = source
     if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
-        way_out = "take the original Wan-AI/Wan2.2-TI2V-5B"
-        raise ValueError(f"{file} has the diffusers layout, not supported yet; {way_out}")
+        way_out = "extras/formats.py reads that"
+        raise ValueError(f"{file} has the diffusers layout, not upstream's; {way_out}")
     named = metadata.get("config")
     beside = file.with_name("config.json")
     if not named and beside.exists():
@@ -291,7 +291,7 @@ def fill(
 
     def copy_named(name: str) -> None:
         with about(f"{file}: {name}"):
-            copy(targets[name], tensors[name].detach())
+            copy(targets[name], tensors[name])
 
     # Page faults limit a copy. torch's own threads, which share one tensor, wait for each other in
     # them; these have a tensor each.

@@ -1,32 +1,56 @@
 """Weights in every layout that the scripts take -> models, by functions named as in weights.py.
 
-`open_layout` recognises a layout by the file that it finds, and brings its tensors under upstream's
-names and its sizes under "config". From there all go the same strict way through weights.py.
-Known beside upstream's own files:
+`open_layout` finds the file, recognises its layout, and brings its tensors under upstream's names
+and its sizes under "config". From there all go the same strict way through weights.py. Known are:
 
-a checkpoint folder of train.py (runs/x/step-0000100): the generator's average, if kept, else its
-    masters, read in float32 where others are mapped, and what facts.json says of the run
-a trainer's .pt: of its entries the one meant for use, behind the prefixes of wrappers
-a LinearCodec's file, which holds a `basis`, in the VAE's place
+- the original release, its files alone, ComfyUI's files, a diffusers pipeline, its parts
+  (layouts.py); float8 with scales (scaled.py); LoRAs merged on the way (lora.py)
+- a checkpoint folder of train.py (runs/x/step-0000100): the generator's average, if kept, else its
+  masters, read in float32 where others are mapped, and what facts.json says of the run
+- a trainer's .pt: of its entries the one meant for use, behind the prefixes of wrappers
+- a LinearCodec's file, which holds a `basis`, in the VAE's place
+
+What can't be run is refused by its name (refusals.py).
 """
 
 import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from wan5b import fsdp, weights
 from wan5b.dit import DiTConfig, WanDiT
-from wan5b.extras import untrusted
+from wan5b.extras import layouts, lora, untrusted
 from wan5b.extras.codec import LinearCodec
+from wan5b.extras.layouts import Kind
+from wan5b.extras.refusals import refuse_file, refuse_held, refuse_sizes
 from wan5b.fsdp import read_facts, read_weights
 from wan5b.t5 import T5Encoder, Tokenizer
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
-from wan5b.weights import Device, Source, build, clean, read_pickle, state_dict
+from wan5b.weights import Device, Source, build, read_pickle, state_dict
 
+Loras = Sequence[tuple[str | Path, float]]
+
+# The part of a diffusers pipeline that holds each model, and the files that it may hold.
+PIPELINE = {"dit": "transformer", "vae": "vae", "t5": "text_encoder"}
+DIFFUSERS = {
+    "dit": weights.DIT_FILES,
+    "vae": ("diffusion_pytorch_model*.safetensors",),
+    "t5": ("model*.safetensors.index.json", "model*.safetensors"),
+}
+# Files of a release folder, others' names behind upstream's.
+FILES = {
+    "dit": (*weights.DIT_FILES, "*[tT][iI]2[vV]*5[bB]*.safetensors"),
+    "vae": (*weights.VAE_FILES, "*[vV][aA][eE]*.safetensors"),
+    "t5": (*weights.T5_FILES, "*[uU][mM][tT]5*.safetensors"),
+}
 CHECKPOINT = ".metadata"  # the index that torch.distributed.checkpoint writes into its folder
 # Where trainers keep the weights that they mean to be used, the most wanted first.
 PARTS = (
@@ -35,17 +59,41 @@ PARTS = (
 )
 
 
-def open_layout(path: str | Path, *patterns: str, part: str = "") -> Source:
-    """Tensors of any layout by upstream's names. Arguments, errors: see `weights.open_tensors`.
+def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
+    """Tensors of any layout by upstream's names, mapped; its sizes, if it names them, as "config".
 
     part: the entry of a trainer's .pt to take (default: the first of PARTS, or the only one).
+    Errors: see `weights.open_tensors`.
     """
     path = Path(path)
     if is_checkpoint(path):
         facts = read_facts(path)
         check_checkpoint(path)
-        return Source(path / CHECKPOINT, read_weights(path), facts)
-    file = weights.locate(path, *patterns)
+        config = untrusted.checked(path, facts.get("config") or {}, untrusted.CONFIG)
+        config = config if kind == "dit" else {}
+        return Source(path / CHECKPOINT, read_weights(path), facts | {"config": config})
+    source, header = _open_files(locate(path, kind), part)
+    if "basis" in source.tensors:
+        return source
+    tensors = layouts.upstream(source.file, kind, source.tensors, header)
+    named = untrusted.checked(source.file, source.metadata.get("config") or {}, untrusted.CONFIG)
+    named = named or _config_beside(source.file, kind)
+    return Source(source.file, tensors, source.metadata | {"config": named})
+
+
+def locate(path: Path, kind: Kind) -> Path:
+    """The file that holds a model of this kind: the path itself, or in a folder or a pipeline."""
+    inside = path / PIPELINE[kind]
+    if inside.is_dir():
+        return weights.locate(inside, *DIFFUSERS[kind])
+    if kind != "dit" and path.name == PIPELINE[kind]:
+        return weights.locate(path, *DIFFUSERS[kind])
+    return weights.locate(path, *FILES[kind])
+
+
+def _open_files(file: Path, part: str) -> tuple[Source, dict[str, str]]:
+    """The tensors by the file's own names, and the header of a safetensors file."""
+    refuse_file(file)
     files = [file]
     if file.suffix == ".json":
         files = sorted(set(weights.shards(file).values()))
@@ -58,10 +106,24 @@ def open_layout(path: str | Path, *patterns: str, part: str = "") -> Source:
         source = Source(file, _read_part(file, part), {})
     untrusted.check_tensors(file, source.tensors, sum(each.stat().st_size for each in files))
 
-    cleaned = {clean(key): tensor for key, tensor in source.tensors.items()}
-    if len(cleaned) < len(source.tensors):
-        raise ValueError(f"{file} has keys that differ only by a wrapper's prefix; save one model")
-    return source._replace(tensors=cleaned)
+    header = {}
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+    return source, header
+
+
+def _config_beside(file: Path, kind: Kind) -> dict:
+    """The sizes in a config.json beside the weights. Of a release's it is the DiT's."""
+    beside = file.with_name("config.json")
+    if not beside.exists():
+        return {}
+    named = read_json(beside)
+    if layouts.is_foreign_config(named):
+        return layouts.config_fields(beside, kind, named)
+    if kind != "dit":
+        return {}
+    return untrusted.checked(beside, named, untrusted.CONFIG)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -79,6 +141,7 @@ def check_checkpoint(path: Path) -> None:
 def _read_part(path: Path, part: str) -> dict[str, Tensor]:
     """A plain state dict, or one part of a training checkpoint: by default the generator."""
     held = read_pickle(path)
+    refuse_held(path, held)
     if part and part not in held:
         raise ValueError(f"{path} has no part {part!r}; it holds {', '.join(map(str, held))[:200]}")
     found = held[part] if part else _find_state(held)
@@ -106,26 +169,19 @@ def _is_state(entry: Any) -> bool:
 
 
 def open_dit(
-    path: str | Path, *, channels: int = 0, part: str = ""
+    path: str | Path, *, channels: int = 0, part: str = "", loras: Loras = ()
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """`weights.open_dit`, of any layout."""
-    source = open_layout(path, *weights.DIT_FILES, part=part)
-
-    # The sizes that a file names, or a config.json beside it.
-    where = source.file
-    named = source.metadata.get("config")
-    if not named and where.with_name("config.json").exists():
-        where = where.with_name("config.json")
-        named = read_json(where)
-    named = untrusted.checked(where, named or {}, untrusted.CONFIG)
-    source = source._replace(metadata={"config": named})
-    return weights.check_dit(source, channels), source.tensors
+    """`weights.open_dit`, of any layout. loras: (path, strength) of each, merged as it is copied."""
+    source = open_layout(path, "dit", part=part)
+    refuse_sizes(source.file, source.tensors, channels)
+    cfg = weights.check_dit(source, channels)
+    return cfg, lora.merged(source.tensors, loras)
 
 
 def load_dit(
     path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, **options
 ) -> WanDiT:
-    """The DiT of `open_dit`, in dtype on the device. options: channels and part, as there."""
+    """The DiT of `open_dit`, in dtype on the device. options: channels, part and loras, as there."""
     cfg, tensors = open_dit(path, **options)
     return build(WanDiT, cfg, Source(Path(path), tensors, {}), device, dtype)
 
@@ -134,17 +190,18 @@ def load_vae(
     path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32
 ) -> VAE22 | LinearCodec:
     """`weights.load_vae`, of any layout."""
-    source = open_layout(path, *weights.VAE_FILES)
+    source = open_layout(path, "vae")
     if "basis" in source.tensors:
         return build(LinearCodec, VAEConfig(), source, device, dtype)
-    return build(VAE22, weights.vae_config(source), source, device, dtype)
+    cfg = replace(weights.vae_config(source), **source.metadata["config"])
+    return build(VAE22, cfg, source, device, dtype)
 
 
 def load_t5(
     path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> T5Encoder:
     """`weights.load_t5`, of any layout."""
-    source = open_layout(path, *weights.T5_FILES)
+    source = open_layout(path, "t5")
     cfg = weights.t5_config(source)
     if cfg.dim_attn % cfg.num_heads or cfg.num_buckets % 4:
         raise ValueError(f"{source.file} has no whole heads or buckets: {cfg}")
@@ -152,8 +209,24 @@ def load_t5(
 
 
 def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
-    """The tokenizer of a release folder, for texts of at most `length` tokens."""
-    return Tokenizer(weights.tokenizer_path(path), length)
+    """The tokenizer of a release or pipeline folder, or the one in ComfyUI's text encoder."""
+    path = Path(path)
+    usual = weights.tokenizer_path(path)
+    pipeline = path / "tokenizer"
+    if usual.exists():
+        return Tokenizer(usual, length)
+    if (pipeline / "spiece.model").exists():
+        return Tokenizer(pipeline / "spiece.model", length)
+    if (pipeline / "tokenizer.json").exists():
+        way_out = "copy google/umt5-xxl/spiece.model of the release into it"
+        raise ValueError(f"{pipeline} has no spiece.model (transformers 5 saves none): {way_out}")
+    if path.exists() and not pipeline.is_dir():
+        with suppress(ValueError):
+            source, _ = _open_files(locate(path, "t5"), "")
+            model = layouts.tokenizer_bytes(source.tensors)
+            if model is not None:
+                return Tokenizer(model, length)
+    return Tokenizer(usual, length)  # which says that it is not there
 
 
 def read_metadata(path: str | Path) -> dict:

@@ -3,8 +3,10 @@ loaded.
 """
 
 import math
+import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +34,7 @@ class Job(NamedTuple):
     """What `plan` has found out."""
 
     cfg: DiTConfig
+    loras: list[tuple[str, float]]  # path and strength of each
     dtype: torch.dtype
     pixels: np.ndarray  # the first frames, uint8 [T, H, W, 3] as in their file; T may be 0
     size: tuple[int, int]  # height and width of the clips in pixels
@@ -65,9 +68,11 @@ def plan(args: Namespace) -> Job:
     if args.random_weights:
         cfg = PRESETS[args.preset]
         trained = {}
+        loras = []
     else:
         source = args.weights or args.release
-        cfg, _ = open_dit(source, channels=VAEConfig.z_dim)
+        loras = [parse_lora(text) for text in args.lora]
+        cfg, _ = open_dit(source, channels=VAEConfig.z_dim, loras=loras)
         trained = read_metadata(source)
     stage = trained.get("stage")
     mode = MODES[args.mode or MADE_FOR.get(stage, "few")]
@@ -106,7 +111,7 @@ def plan(args: Namespace) -> Job:
     note_ignored(args, mode)
     note_stage(stage, mode, args.random_weights)
     print(f"{len(clips)} x {frames} frames, {size[0]}x{size[1]}; prefix {prefix}, chunks {chunks}")
-    return Job(cfg, dtype, pixels, size, frames, sampler, clips, found)
+    return Job(cfg, loras, dtype, pixels, size, frames, sampler, clips, found)
 
 
 def check_numbers(args: Namespace) -> None:
@@ -135,8 +140,8 @@ def note_ignored(args: Namespace, mode: Mode) -> None:
     if not args.video:
         ignored.append("prefix")
     if args.random_weights:
-        ignored += ["weights", "release"]
-    given = [f"--{name}" for name in ignored if getattr(args, name) is not None]
+        ignored += ["weights", "release", "lora"]
+    given = [f"--{name}" for name in ignored if getattr(args, name) not in (None, [])]
     if given:
         note(f"{', '.join(given)} has no effect here")
 
@@ -152,6 +157,19 @@ def note_stage(stage: str | None, mode: Mode, random: bool) -> None:
     own = MODES[MADE_FOR.get(stage, "few")]
     if mode != own:
         note(f"these weights are of stage {stage}, made for --mode {MADE_FOR.get(stage, 'few')}")
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH -> path and strength. ValueError for a strength that is no number."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return os.path.expanduser(text), 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    check(math.isfinite(value), f"--lora {text}: {strength!r} is no strength; give FILE:0.8, say")
+    return os.path.expanduser(path), value
 
 
 def first_frames(image: str | None, video: str | None, last: int) -> np.ndarray:
