@@ -45,18 +45,15 @@ def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
         resized = resize(frame, (scaled_width, scaled_height))
         cropped.append(resized[top : top + height, left : left + width])
     pixels = torch.from_numpy(np.stack(cropped))  # [T, H, W, 3]
-    pixels = pixels.permute(3, 0, 1, 2).float()  # [3, T, H, W]
-    return pixels / 127.5 - 1
+    return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, T, H, W]
 
 
 def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A frame [h, w, 3] scaled to size, which is (width, height) as Pillow has it."""
-    image = Image.fromarray(frame)
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
 
 def to_frames(pixels: Tensor) -> Tensor:
     """Pixels [3, T, H, W], not clamped -> uint8 [T, H, W, 3], on the same device."""
     levels = pixels.float().clamp(-1, 1).add(1).mul(127.5)
-    levels = levels.round().to(torch.uint8)
-    return levels.permute(1, 2, 3, 0).contiguous()
+    return levels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
