@@ -28,6 +28,7 @@ to video, for stages with prefix = 1 (chunks of 1, 3, 3, ... latent frames: --fr
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -74,8 +75,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if name in POSITIVE and value is not None and not value > 0:  # NaN is not, either
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if name not in POSITIVE or value is None:
+            continue
+        if not 0 < value < math.inf:  # nor NaN
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
     return args
 
 

@@ -182,6 +182,7 @@ def main(args: argparse.Namespace) -> None:
     for clip, chunks in zip(job.clips, made, strict=True):
         record = make_record(vars(args), clip, job.frames, job.found)
         files = {"record": record, "sheet": args.sheet, "save_latents": args.latents}
+        files["overwrite"] = args.overwrite
         write(vae, (x.to(args.device) for x in chunks), clip.path, frames=job.frames, **files)
 
 

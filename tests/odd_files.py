@@ -61,7 +61,7 @@ def write_video(
     setup: Callable | None = None,
     sound: bool = False,
 ) -> Path:
-    """frames: uint8 [T, H, W, 3 or 4]. times: seconds of each; last: how long the last one is shown."""
+    """frames: uint8 [T, H, W, 3 or 4]. times: seconds of each; last: how long the last one is."""
     base = Fraction(1, 1000) if times else Fraction(1, rate)
     with av.open(str(path), "w", container_options=container or {}) as file:
         stream = file.add_stream(codec, rate, options=options or {})

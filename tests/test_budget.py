@@ -269,7 +269,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_loads(
     assert line.endswith(f"what helps: {', '.join(helps)}")
     assert not (tmp_path / "out").exists()
 
-    monkeypatch.setattr(fsdp.World, "free", lambda self: {"device": need, "host": 0})
+    monkeypatch.setattr(budget, "free", lambda world: {"device": need, "host": 0})
     assert make_run(data, "dmd", **changes).generator is not None
 
 

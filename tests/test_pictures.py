@@ -1,4 +1,4 @@
-"""Images and videos of strange origin: what is read is what a viewer or player shows, or one clear line."""
+"""Images and videos of strange origin: read as viewers and players show them, or one clear line."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def first_clip(path, frames=2, fps=24):
 READERS = [read_image, read_video, first_clip]
 
 
-# ------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,7 @@ HIDDEN = {
     "palette_key.png": (Image.new("RGB", (64, 32), MAGENTA).quantize(4), {"transparency": 0}),
     "bit_key.png": (Image.new("1", (64, 32), 0), {"transparency": 0}),
     "gray_16_key.png": (gray_16(), {"transparency": 0}),
+    "white_16_key.png": (Image.new("I;16", (64, 32), 300), {"transparency": 300}),
     "profile.png": (cut_out(), {"icc_profile": odd_files.profile()}),
 }
 
@@ -170,7 +171,7 @@ def test_damaged_exif_is_left_out(tmp_path, capsys):
         assert f"note: the EXIF of {tmp_path / name} is left out" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------- colours of images
+# -------------------------------------------------------------------------------- colours of images
 
 GREEN = (60, 200, 60)
 P3_GREEN = (
@@ -282,7 +283,7 @@ def test_primaries_are_converted_as_by_littlecms():
     assert np.array_equal(same, np.asarray(picture()))
 
 
-# --------------------------------------------------------------------------------- images refused
+# ----------------------------------------------------------------------------------- images refused
 
 
 def box(kind, *parts):
@@ -400,7 +401,7 @@ def test_checksums_of_png_are_looked_at(tmp_path):
         read_image(tmp_path / "a.png")
 
 
-# -------------------------------------------------------------------------------- geometry of videos
+# ------------------------------------------------------------------------------- geometry of videos
 
 
 @pytest.mark.parametrize(
@@ -489,7 +490,7 @@ def test_sizes_beyond_reason(tmp_path, monkeypatch):
             read(path)
 
 
-# --------------------------------------------------------------------------------- colours of videos
+# -------------------------------------------------------------------------------- colours of videos
 
 
 CODES = {
@@ -585,7 +586,7 @@ def test_a_gif_as_a_video(tmp_path):
     assert read_video(tmp_path / "a.gif")[0, 0, 0].tolist() == [255, 255, 255]
 
 
-# -------------------------------------------------------------------------------------------- time
+# --------------------------------------------------------------------------------------------- time
 
 
 @pytest.mark.parametrize(
@@ -762,7 +763,7 @@ def test_last_frames_are_all_that_is_kept(tmp_path, monkeypatch):
     assert peak < 60 * frames[0].nbytes
 
 
-# ---------------------------------------------------------------------------------- folders of images
+# -------------------------------------------------------------------------------- folders of images
 
 
 def test_clip_of_images(tmp_path):
@@ -790,7 +791,7 @@ def test_folders_that_are_no_clip(tmp_path):
             next(read_clips(tmp_path, 5, 24))
 
 
-# ---------------------------------------------------------------------------------- damaged videos
+# ----------------------------------------------------------------------------------- damaged videos
 
 
 VIDEOS = {
@@ -933,7 +934,7 @@ def test_titles_of_another_encoding(tmp_path):
     assert len(read_video(path)) == 3
 
 
-# ---------------------------------------------------------------------------------- local files only
+# --------------------------------------------------------------------------------- local files only
 
 
 @pytest.fixture
@@ -963,8 +964,9 @@ PLAYLISTS = {
     "a.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n",
     "a.png": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n",
     "a.ffconcat": "ffconcat version 1.0\nfile {}\n",
-    "a.mpd": '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet><Representation id="0" '
-    'mimeType="video/mp4"><BaseURL>{}</BaseURL></Representation></AdaptationSet></Period></MPD>',
+    "a.mpd": '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet>'
+    '<Representation id="0" mimeType="video/mp4"><BaseURL>{}</BaseURL></Representation>'
+    "</AdaptationSet></Period></MPD>",
     "a.sdp": "v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=control:{}\n",
     "a.srt": "1\n00:00:00,000 --> 00:00:01,000\n{}\n",
     "a.nfo": 100 * "{}\n",  # FFmpeg would draw it

@@ -191,7 +191,7 @@ def test_a_video_without_a_picture_does_not_end_the_work(release, tmp_path, caps
     (clips / "a.txt").write_text("a")
 
     def no_picture(*_):
-        raise ValueError("cannot read the video a.mp4: no picture in it")
+        raise ValueError("cannot read the video a.mp4: there is no picture in it")
         yield
 
     monkeypatch.setattr(prepare, "read_clips", no_picture)
@@ -554,6 +554,7 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("--repeats 0: must be above 0", *ode, "--repeats", 0)
     refused("--chunk 0: must be above 0", *ode, "--causal", "--chunk", 0)
     refused("--shift 0.0: must be above 0", *ode, "--shift", 0)
+    refused("--shift inf: must be above 0, and finite", *ode, "--shift", "inf")
     nowhere = tmp_path / "nowhere"
     weights = tmp_path / "nowhere.safetensors"
     refused("nowhere is no folder", "trajectories", "--text", nowhere)

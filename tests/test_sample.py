@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import imageio.v3 as iio
 import numpy as np
+import odd_files
 import pytest
 import torch
 from common import compiling, gpu, randn, rel
@@ -278,7 +279,12 @@ def test_video_goes_on(run, tmp_path, vae):
     given = iio.imread(tmp_path / "given.mp4", plugin="pyav")[-5:]
     assert torch.equal(made.latents[:, :, :2], vae.encode(media.fit(given, *SIZE)[None]))
     assert np.abs(made.latents[:, :, 2:].numpy()).max() > 0
-    with pytest.raises(ValueError, match="12 frames, 13 are needed"):
+    # Of another rate, the frames that lie 1 / 24 s apart.
+    odd_files.write_video(tmp_path / "fast.mp4", odd_files.numbered(40), rate=60)
+    first = plan.first_frames(None, tmp_path / "fast.mp4", 9)
+    assert odd_files.indices(first) == [19, 22, 24, 27, 29, 32, 34, 37, 39]
+
+    with pytest.raises(ValueError, match="12 frames at 24 fps, 13 are needed"):
         run("--video", tmp_path / "given.mp4", "--prefix", 13, out="b")
     with pytest.raises(ValueError, match="6 frames are not 4k . 1; nearest valid: 5 or 9"):
         run("--video", tmp_path / "given.mp4", "--prefix", 6, out="b")
@@ -866,7 +872,7 @@ def test_refusal_in_a_terminal(release):
 def test_default_length(monkeypatch, tmp_path, mode, given, size, first, expected):
     monkeypatch.setattr(plan, "open_dit", lambda *_, **__: (PRESETS["tiny"], {}))
     monkeypatch.setattr(plan, "read_metadata", lambda _: {"chunk": size, "prefix": first})
-    monkeypatch.setattr(plan, "read_video", lambda _, last: np.zeros((last, 32, 64, 3), np.uint8))
+    monkeypatch.setattr(plan, "read_video", lambda _, last, fps: np.zeros((last, 32, 64, 3), "u1"))
     options = ["--release", "x", "--prompt", "a", "--mode", mode, "--out", f"{tmp_path}/a.mp4"]
     if given:
         options += ["--video", "x", "--prefix", str(4 * given - 3)]

@@ -1,4 +1,4 @@
-"""Pixels in and out: frames fitted to a size, mp4s as they grow. extras/pictures.py reads files.
+"""Pixels in and out. extras/pictures.py reads files, extras/mp4.py writes them.
 
 Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1] as [C, T, H, W] inside.
 """
@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from wan5b.util import nearest
+
+FPS = 24  # of the clips that the networks make
 
 # -------------------------------------------------------------------------------------------- sizes
 
@@ -31,15 +33,16 @@ def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
     """
     h, w = frames.shape[1:3]
     scale = max(height / h, width / w)
-    size = (max(round(w * scale), width), max(round(h * scale), height))
-    if size[0] * size[1] > 100 * height * width:
+    scaled_width = max(round(w * scale), width)
+    scaled_height = max(round(h * scale), height)
+    if scaled_height * scaled_width > 100 * height * width:
         raise ValueError(f"of {h}x{w} pixels {height}x{width} would show below 1%; crop them first")
-    left = (size[0] - width) // 2
-    top = (size[1] - height) // 2
+    left = (scaled_width - width) // 2
+    top = (scaled_height - height) // 2
 
     cropped = []
     for frame in frames:
-        resized = resize(frame, size)
+        resized = resize(frame, (scaled_width, scaled_height))
         cropped.append(resized[top : top + height, left : left + width])
     pixels = torch.from_numpy(np.stack(cropped))  # [T, H, W, 3]
     return pixels.permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, T, H, W]

@@ -76,10 +76,8 @@ def _own_partial(path: Path) -> Path:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of somebody else
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is somebody else's
     return True
 
 

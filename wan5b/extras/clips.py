@@ -128,14 +128,17 @@ def write(
     record: dict | None = None,
     sheet: bool = False,
     save_latents: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Decode a clip into an mp4 while its latents [1, C, T, H, W] are made, piece by piece.
 
     Beside it the record as JSON, a sheet (PNG), the latents (safetensors). frames: how many pixel
     frames there will be. Whatever ends it, Ctrl-C included, leaves what is finished, playable.
-    FileExistsError if another has written the mp4 meanwhile; all is beside the *.partial.mp4 then.
+    FileExistsError if another has written the mp4 meanwhile, unless `overwrite`: then all is beside
+    the *.partial.mp4.
     """
-    writer = VideoWriter(path, keep=sheet_indices(frames) if sheet else set())
+    keep = sheet_indices(frames) if sheet else set()
+    writer = VideoWriter(path, keep=keep, overwrite=overwrite)
     state = vae.stream()
     kept = []
     finite = []  # of each chunk's pixels

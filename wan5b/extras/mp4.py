@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wan5b.media import FPS
+
 
 class VideoWriter:
     """An mp4 that grows by chunks of frames, encoded in a thread while the next are computed.
@@ -21,7 +23,7 @@ class VideoWriter:
     def __init__(
         self,
         path: str | Path,
-        fps: int = 24,
+        fps: int = FPS,
         keep: set[int] = frozenset(),
         overwrite: bool = False,
     ):
@@ -29,7 +31,7 @@ class VideoWriter:
         self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
         self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
         self.partial.touch(exist_ok=False)
-        self.where = self.partial  # the clip is
+        self.where = self.partial  # the clip's name so far
         self.replaces = overwrite or self.path.exists()
         self.count = 0  # of frames encoded
         self.keep = keep

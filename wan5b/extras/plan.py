@@ -20,7 +20,7 @@ from wan5b.extras.pictures import read_image, read_video
 from wan5b.extras.sampling import MODES, Mode
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
 from wan5b.kvcache import chunk_sizes
-from wan5b.media import latent_frames
+from wan5b.media import FPS, latent_frames
 from wan5b.util import nearest
 from wan5b.vae22 import VAEConfig
 
@@ -178,7 +178,7 @@ def first_frames(image: str | None, video: str | None, last: int) -> np.ndarray:
     if image:
         return read_image(image)
     if video:
-        return read_video(video, last=last)
+        return read_video(video, last=last, fps=FPS)
     return np.empty((0, 704, 1280, 3), np.uint8)
 
 

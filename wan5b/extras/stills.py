@@ -96,9 +96,9 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
             f"its levels are {levels.min()} to {levels.max()}; gray is read from 0 to 65535"
         )
     gray = Image.fromarray((levels / 257).round().astype(np.uint8))
-    gray.info = image.info
+    gray.info = image.info.copy()
 
-    key = image.info.get("transparency")  # the level that is not seen
+    key = gray.info.pop("transparency", None)  # the level that is not seen
     if key is None:
         return gray, None
     return gray, Image.fromarray(np.where(levels == key, 0, 255).astype(np.uint8))

@@ -77,7 +77,7 @@ def _open(path: str | Path) -> InputContainer:
 
 
 def _picture_stream(file: InputContainer) -> av.VideoStream:
-    """The stream that players show: no cover, and none of many that its header can't bear out."""
+    """The stream that players show, which a cover is not. ValueError if there is none."""
     stream = file.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise ValueError("there is no video in it")
@@ -130,7 +130,7 @@ def _decoded(
             decoding_times.append(packet.dts)
         for frame in decoder.decode(packet):
             # AVI knows times of decoding only; pictures are shown in their order.
-            if file.format.name == "avi":
+            if file.format.name == "avi" and decoding_times:
                 frame.pts = decoding_times.popleft()
             reach.frames = max(reach.frames, _end(frame))
             yield frame
