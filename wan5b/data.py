@@ -53,8 +53,8 @@ def open_shard(path: Path) -> tuple[safe_open, dict]:
 def _check_shard(file: safe_open, header: dict) -> None:
     """TypeError, LookupError or ValueError unless they are as `write_shard` made them."""
     prompts = header["prompts"]
-    others = (type(header["facts"]), type(header["made_from"]))
-    if not all(isinstance(prompt, str) for prompt in prompts) or others != (dict, str):
+    kinds = (type(prompts), type(header["facts"]), type(header["made_from"]))
+    if kinds != (list, dict, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts, facts or made_from of another type")
     for name in file.keys():
         count = file.get_slice(name).get_shape()[0]
