@@ -61,7 +61,9 @@ def rollout(
     renoises = solver in ("", "renoise")
     if trace is not None:
         # What `replay` can run again: a prefix in front, one text, an exit level.
-        assert renoises and not prefix_inside and not isinstance(context, list), solver  # noqa: PT018
+        assert renoises, f"nothing to replay of solver {solver}"
+        assert not prefix_inside, "a replay takes its prefix in front"
+        assert not isinstance(context, list), "a replay takes one text"
     texts = context if isinstance(context, list) else [context] * len(chunks)
     assert len(texts) == len(chunks), f"{len(texts)} contexts for {len(chunks)} chunks"
 
