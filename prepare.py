@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from wan5b.data import Store, TextStore, difference, open_shard, write_shard
 from wan5b.distill import guided, rollout
+from wan5b.extras.cli import script
 from wan5b.extras.files import caption_file, note_cut, parse_size, read_prompts
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae, read_metadata
 from wan5b.extras.pictures import read_clips
@@ -50,7 +51,7 @@ from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import fit, latent_frames
 from wan5b.t5 import NEGATIVE_PROMPT
-from wan5b.util import rng, script
+from wan5b.util import rng
 from wan5b.vae22 import VAEConfig
 
 # As torchrun sets them.

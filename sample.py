@@ -63,6 +63,7 @@ from tqdm import tqdm
 
 from wan5b import fuse, media
 from wan5b.extras import graphs, random_weights
+from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.clips import Clip, make_record, read_settings, write
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
@@ -71,7 +72,6 @@ from wan5b.extras.plan import plan
 from wan5b.extras.sampling import MODES, generate
 from wan5b.kvcache import KVCache
 from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
-from wan5b.util import DEVICES, script
 
 
 class Parser(argparse.ArgumentParser):

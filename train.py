@@ -23,6 +23,7 @@ from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import log
 from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
 from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
+from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
 from wan5b.extras.offload import HostStorage
@@ -32,7 +33,7 @@ from wan5b.kvcache import KVCache
 from wan5b.optim import AdamW
 from wan5b.stages import DISTILLATIONS, STAGES, Run, iteration
 from wan5b.t5 import NEGATIVE_PROMPT
-from wan5b.util import DEVICES, rng, script
+from wan5b.util import rng
 from wan5b.weights import fill, save_dit
 
 # In the progress line; metrics.jsonl has everything.

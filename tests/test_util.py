@@ -151,7 +151,7 @@ def test_nearest():
 )
 def test_script(tmp_path, body, code, says):
     (tmp_path / "a.py").write_text(
-        f"from wan5b.util import script\n\ndef main():\n    {body}\n\nscript(main)\n"
+        f"from wan5b.extras.cli import script\n\ndef main():\n    {body}\n\nscript(main)\n"
     )
     run = subprocess.run([sys.executable, tmp_path / "a.py"], capture_output=True, text=True)
     assert run.returncode == code

@@ -33,12 +33,12 @@ from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import graphs
 from wan5b.extras.budget import GIB, forward_flop
+from wan5b.extras.cli import script
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import to_frames
-from wan5b.util import script
 from wan5b.vae22 import VAE22, Stream
 
 PRESET = "ti2v-5B"

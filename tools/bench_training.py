@@ -47,10 +47,10 @@ from wan5b.data import write_shard
 from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras.budget import GIB, FlopCount, forward_flop, matmul_rate, memory_gib
+from wan5b.extras.cli import script
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
 from wan5b.stages import Batch, Noised, Rolled, Run, micro_batches, roll_out, update
-from wan5b.util import script
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
 WATCHED = "blocks.0.ffn.0.weight"  # of whose masters it is told how far they move

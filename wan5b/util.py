@@ -5,9 +5,7 @@ import os
 import pickle
 import platform
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -17,11 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-
-# Where networks may run; the first is the default.
-DEVICES = ["cpu"]
-if torch.cuda.is_available():
-    DEVICES = ["cuda", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 # ------------------------------------------------------------------------------------------- chance
 
@@ -180,18 +173,3 @@ def nearest(value: int, step: int, least: int) -> str:
     steps = max((value - least) // step, 0)
     low = least + steps * step
     return f"{low} or {low + step}"
-
-
-def script(main: Callable[[], Any]) -> None:
-    """Run a script: a user's mistake is one line on stderr and exit code 2.
-
-    Ctrl-C is code 130, SIGTERM 143: both end it as errors do, so what is finished is left whole.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        sys.exit(main())
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -28,6 +28,7 @@ import train
 from wan5b import fsdp
 from wan5b.data import TextStore, write_shard
 from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras.cli import script
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.files import write_sheet
 from wan5b.extras.formats import load_dit, load_vae
@@ -36,7 +37,7 @@ from wan5b.extras.sampling import MODES, Mode, generate
 from wan5b.flow import few_step_sigmas, shift_sigma
 from wan5b.media import to_frames
 from wan5b.t5 import T5Config, T5Encoder
-from wan5b.util import script, write_json
+from wan5b.util import write_json
 from wan5b.weights import save_dit
 
 HERE = Path(__file__).parent

@@ -1,0 +1,29 @@
+"""What scripts share: the devices that they may name, and how they end."""
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Where networks may run; the first is the default.
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES = ["cuda", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+
+def script(main: Callable[[], Any]) -> None:
+    """Run a script: a user's mistake is one line on stderr and exit code 2.
+
+    Ctrl-C is code 130, SIGTERM 143: both end it as errors do, so what is finished is left whole.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(main())
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
