@@ -102,6 +102,11 @@ def test_metadata_of_an_export_and_of_others(release, state, tmp_path):
     assert formats.read_metadata(release) == {}
     assert formats.read_metadata(release / "Wan2.2_VAE.pth") == {}
 
+    nulls = tmp_path / "nulls.safetensors"
+    weights.save_dit(model, nulls, FACTS | {"chunk": None, "shift": None})
+    told = {key: value for key, value in FACTS.items() if key not in ("chunk", "shift")}
+    assert formats.read_metadata(nulls) == told
+
 
 def test_linear_codec_in_the_place_of_the_vae(tmp_path):
     path = tmp_path / "codec_VAE.safetensors"

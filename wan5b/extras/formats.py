@@ -68,6 +68,7 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
     path = Path(path)
     if is_checkpoint(path):
         facts = read_facts(path)
+        untrusted.check_metadata(path, facts)
         check_checkpoint(path)
         config = untrusted.checked(path, facts.get("config") or {}, untrusted.CONFIG)
         config = config if kind == "dit" else {}
@@ -232,10 +233,10 @@ def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
 def read_metadata(path: str | Path) -> dict:
     """What `save_dit` was given as metadata, or a checkpoint of train.py says of itself; else {}.
 
-    ValueError for values of other types.
+    null says nothing: it is left out. ValueError for values of other types.
     """
     path = Path(path)
     known = read_facts(path) if is_checkpoint(path) else weights.read_metadata(path)
-    said = {key: value for key, value in known.items() if value is not None}
-    untrusted.checked(path, said, untrusted.METADATA)
-    return {key: value for key, value in known.items() if key not in ("config", "optimizer_steps")}
+    untrusted.check_metadata(path, known)
+    unsaid = {key for key, value in known.items() if value is None} | {"config", "optimizer_steps"}
+    return {key: value for key, value in known.items() if key not in unsaid}
