@@ -170,7 +170,7 @@ class Tokenizer:
             proto = source if isinstance(source, bytes) else Path(source).read_bytes()
             # of no bytes at all the library would make an empty model
             self.model = sentencepiece.SentencePieceProcessor(model_proto=proto or b"?")
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             if isinstance(source, bytes):
                 raise ValueError(f"these {len(source)} bytes are no SentencePiece model") from error
             wrong = "no such file, or no SentencePiece model (LFS pointer? git lfs pull)"

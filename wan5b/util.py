@@ -169,8 +169,8 @@ def finite(tensor: Tensor) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the lines that some libraries add."""
-    return str(error).partition("\n")[0]
+    """What an error says, without the lines that some libraries add, and not all they quote."""
+    return str(error).partition("\n")[0][:300]
 
 
 def nearest(value: int, step: int, least: int) -> str:

@@ -67,10 +67,11 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
     """
     path = Path(path)
     if is_checkpoint(path):
-        facts = read_facts(path)
+        facts = untrusted.metadata(path, read_facts(path))
         check_checkpoint(path)
-        config = untrusted.checked(path, facts.get("config") or {}, untrusted.CONFIG)
-        config = config if kind == "dit" else {}
+        config = {}
+        if kind == "dit":
+            config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
         return Source(path / CHECKPOINT, read_weights(path), facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
@@ -236,6 +237,5 @@ def read_metadata(path: str | Path) -> dict:
     """
     path = Path(path)
     known = read_facts(path) if is_checkpoint(path) else weights.read_metadata(path)
-    said = {key: value for key, value in known.items() if value is not None}
-    untrusted.checked(path, said, untrusted.METADATA)
-    return {key: value for key, value in known.items() if key not in ("config", "optimizer_steps")}
+    said = untrusted.metadata(path, known)
+    return {key: value for key, value in said.items() if key not in ("config", "optimizer_steps")}

@@ -90,6 +90,11 @@ def checked(where: Path, values: dict, kinds: dict[str, Kind]) -> dict:
     return values
 
 
+def metadata(where: Path, said: dict) -> dict:
+    """What an export or a checkpoint says of itself. A null says nothing."""
+    return checked(where, {name: v for name, v in said.items() if v is not None}, METADATA)
+
+
 # -------------------------------------------------------------------------------------------- files
 
 
