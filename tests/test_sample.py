@@ -340,7 +340,7 @@ def test_few_steps_over_the_whole_clip(run, tmp_path, vae):
 @torch.no_grad()
 @pytest.mark.parametrize("given", [0, 2])
 def test_few_steps_over_the_whole_clip_are_this_loop(given):
-    """x0 of the whole clip at every level, noised anew to the next; the prefix is clean throughout."""
+    """x0 of the whole clip at every level, noised anew; the prefix is clean throughout."""
     model = WanDiT(PRESETS["tiny"]).init_weights(torch.Generator().manual_seed(0))
     whole, context = randn(2, 48, 5, 2, 4), randn(2, 24, 64, seed=1)
     prefix, noise = whole[:, :, :given], whole[:, :, given:]
@@ -489,7 +489,7 @@ def test_metadata_of_an_export(run, release, tmp_path):
 
 
 def test_window_bounds_the_memory(run, monkeypatch):
-    """30 latent frames in a cache of 6, equal to a cache of 30 whose window is 6, unlike no window."""
+    """30 latent frames in a cache of 6 equal a cache of 30 whose window is 6, unlike no window."""
     made = []
 
     class Spy(sample.KVCache):
@@ -606,7 +606,8 @@ def test_write_of_a_video_alone(tmp_path):
 
 def test_ctrl_c_in_a_terminal(tmp_path):
     """The signal itself, at whatever moment it comes."""
-    options = "--random-weights --preset tiny --size 32x64 --frames 4001 --chunk 1 --window 3 --prompt a --device cpu"
+    options = "--random-weights --preset tiny --size 32x64 --frames 4001 --chunk 1 --window 3"
+    options += " --prompt a --device cpu"
     command = [sys.executable, SCRIPT, *options.split(), "--out", tmp_path / "a"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -932,7 +933,7 @@ def test_fp8_rounding():
 
 
 def test_fp8_rounding_of_gelu():
-    """Within the same steps of gelu(x), though its maximum is not looked for; rows far below 0 too."""
+    """Within the same steps of gelu(x), though its maximum is not looked for; below 0 too."""
     x = 3 * randn(8, 64)
     x[0], x[1], x[2, 0], x[3], x[4] = (
         x[0] - 30,
@@ -992,7 +993,8 @@ def test_clip_on_the_gpu(tmp_path):
     """bfloat16, pinned copies beside the stream: the mp4 shows the decoded latents, and twice the
     same bytes.
     """
-    options = "--random-weights --preset tiny --size 32x64 --frames 33 --prompt a --latents --window 6 --device cuda"
+    options = "--random-weights --preset tiny --size 32x64 --frames 33 --prompt a --latents"
+    options += " --window 6 --device cuda"
     for name in ("a", "b"):
         sample.main(sample.parse([*options.split(), "--out", str(tmp_path / name)]))
     made = read(tmp_path / "a")

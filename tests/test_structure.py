@@ -86,7 +86,8 @@ def code_lines(text: str) -> int:
 
 
 def test_counting():
-    text = '"""Doc.\n\nMore."""\n\nimport os  # why\n\n# comment\ndef f(a):\n    "doc"\n    return """x\ny"""\n'
+    text = '"""Doc.\n\nMore."""\n\nimport os  # why\n\n# comment\n'
+    text += 'def f(a):\n    "doc"\n    return """x\ny"""\n'
     assert code_lines(text) == 4
     assert imports(ast.parse("def f():\n    import a.b\n    from c import d")) == {
         "a.b",

@@ -179,7 +179,8 @@ def cause_of(error: BaseException) -> str:
 def save(
     world: World, folder: Path, optimizers: Mapping[str, Any], facts: dict, keep: int = 2
 ) -> Path:
-    """Write the checkpoint folder/step-N: all optimizers (optim.AdamW), and facts, whose "step" is N.
+    """Write the checkpoint folder/step-N: all optimizers (optim.AdamW), and facts, whose "step" is
+    N.
 
     It is written beside and then renamed, so it is whole or not there. The `keep` newest ones stay.
     Any number of processes can read it back. For every process to call.

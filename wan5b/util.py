@@ -157,7 +157,9 @@ def read_json(path: Path) -> dict:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. A sum shows it in a tenth of the time that looking takes."""
+    """Whether no value is NaN or infinite. A sum shows it in a tenth of the time that looking
+    takes.
+    """
     if tensor.is_meta or not tensor.is_floating_point():
         return True
     if tensor.dtype.itemsize == 1:

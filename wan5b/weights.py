@@ -271,7 +271,7 @@ def about(what: Path | str) -> Iterator[None]:
 
 
 def put(target: Tensor, tensor: Tensor) -> None:
-    """Copy, with cast and move. ValueError for what is no weight: NaN, infinity, float8 unscaled."""
+    """Copy, cast and move. ValueError for what is no weight: NaN, infinity, unscaled float8."""
     target.copy_(tensor)
     if not finite(target):
         raise ValueError("NaN or infinity among the weights; download or export them again")

@@ -172,7 +172,7 @@ def _is_state(entry: Any) -> bool:
 def open_dit(
     path: str | Path, *, channels: int = 0, part: str = "", loras: Loras = ()
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """`weights.open_dit`, of any layout. loras: (path, strength) of each, merged as it is copied."""
+    """`weights.open_dit`, of any layout. loras: (path, strength) of each, merged on the way."""
     source = open_layout(path, "dit", part=part)
     refuse_sizes(source.file, source.tensors, channels)
     cfg = weights.check_dit(source, channels)
@@ -182,7 +182,7 @@ def open_dit(
 def load_dit(
     path: str | Path, device: Device = "cpu", dtype: torch.dtype = torch.float32, **options
 ) -> WanDiT:
-    """The DiT of `open_dit`, in dtype on the device. options: channels, part and loras, as there."""
+    """The DiT of `open_dit`, in dtype on the device. options: channels, part, loras, as there."""
     cfg, tensors = open_dit(path, **options)
     return build(WanDiT, cfg, Source(Path(path), tensors, {}), device, dtype)
 

@@ -56,7 +56,7 @@ def note(text: str) -> None:
 
 
 def plan(args: Namespace) -> Job:
-    """Whatever can be wrong with the options of sample.py is found here, before anything is loaded."""
+    """Whatever can be wrong with the options is found here, before anything is loaded."""
     check_numbers(args)
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     wrong = f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {args.device}"

@@ -1,4 +1,5 @@
-"""What strangers' files say, checked before it is believed. ValueError of one line for what is wrong.
+"""What strangers' files say, checked before it is believed. ValueError of one line for what is
+wrong.
 
 JSON: `checked` compares values with a table of kinds. Zips of torch.save: torch maps them as they
 lie and believes what they say of their sizes; `check_zip` does not. Tensors: `check_tensors`.
