@@ -170,7 +170,7 @@ def copy_part(parameter: Tensor, full: Tensor) -> None:
 
 
 def cause_of(error: BaseException) -> str:
-    """What went wrong, on one line; what a process failed at, if a CheckpointException holds that."""
+    """What went wrong, on one line; of a CheckpointException, what a process failed at."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {first_line(error)}"
