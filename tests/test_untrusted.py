@@ -281,7 +281,18 @@ def test_a_byte_order_mark_is_no_damage(release):
 
 @pytest.mark.parametrize(
     "target",
-    [None, 3, ["a"], {}, "../outside.safetensors", "/etc/passwd", "none.safetensors", ""],
+    [
+        None,
+        3,
+        ["a"],
+        {},
+        "../outside.safetensors",
+        "/etc/passwd",
+        "none.safetensors",
+        "",
+        "a\nb",
+        ".",
+    ],
     ids=str,
 )
 def test_an_index_names_files_beside_it(release, tmp_path, target):
