@@ -11,7 +11,7 @@ from common import private_memory, randn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wan5b.data import HEADER, Store, TextStore, order, write_shard
+from wan5b.data import HEADER, Store, TextStore, difference, order, write_shard
 
 
 def two_shards(folder, **facts):
@@ -142,6 +142,7 @@ def test_store_errors(tmp_path):
     with pytest.raises(ValueError, match="not of prepare.py"):
         Store(tmp_path)
     first.write_bytes(whole)
+    assert "\n" not in difference({"a": "x\ny"}, {"a\nb": 3})
     other = tmp_path / "00003.safetensors"
     write_shard(other, {"x": torch.ones(1, 2, 3).bfloat16(), "index": torch.ones(1)}, ["p"], seed=1)
     says = "00003.safetensors does not belong with 00000.safetensors: seed 0 and 1"

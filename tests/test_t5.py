@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,26 @@ def test_tokenizer_of_bytes(tokenizer):
     for content in (b"", b"{}", SPIECE.read_bytes()[:-1000]):
         with pytest.raises(ValueError, match=f"{len(content)} bytes are no SentencePiece model"):
             Tokenizer(content)
+
+
+def test_damaged_tokenizers_are_one_line(tmp_path):
+    """Where the damage can be seen; the library may quote bytes that are no text."""
+    path = tmp_path / "spiece.model"
+    errors = []
+    for seed in range(80):
+        chance = random.Random(seed)
+        content = bytearray(SPIECE.read_bytes())
+        for _ in range(3):
+            content[chance.randrange(200)] = chance.randrange(256)
+        path.write_bytes(content)
+        try:
+            Tokenizer(path)(["a red circle"])
+        except ValueError as error:
+            errors.append(error)
+    assert any(isinstance(error.__cause__, UnicodeDecodeError) for error in errors)
+    for error in errors:
+        assert "spiece.model: no such file, or no SentencePiece" in str(error)
+        assert "\n" not in str(error)
 
 
 def test_encode_prompts(golden, encoder, tokenizer):

@@ -2,13 +2,18 @@
 them.
 """
 
+import io
 import json
 import os
 import pickle
 import shutil
+import warnings
+import zipfile
+from dataclasses import asdict
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from release import make_release
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +22,7 @@ from wan5b import fsdp
 from wan5b.data import Store, TextStore, write_shard
 from wan5b.extras import formats
 from wan5b.optim import AdamW
+from wan5b.weights import save_dit
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -87,6 +93,20 @@ def test_weights_and_shards_of_a_checkpoint_run_nothing(release, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_pickle_among_the_tensors_of_a_checkpoint_runs_nothing(tmp_path):
+    """torch opens what an index calls bytes as a pickle without restriction."""
+    made, path = checkpoint(tmp_path / "run")
+    index = fsdp.Reader(path).read_metadata()
+    for name in index.state_dict_metadata:
+        index.state_dict_metadata[name] = dcp.metadata.BytesStorageMetadata()
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    torch.save(Evil(tmp_path / "ran"), path / "__0_0.distcp")
+    for call in (formats.load_dit, formats.check_checkpoint, fsdp.read_weights):
+        assert "BytesStorageMetadata" in refused(call, path)
+    refused(fsdp.load, made.world, path, {"generator": made})
+    assert not (tmp_path / "ran").exists()
+
+
 # ------------------------------------------------------------------------------------- checkpoints
 
 
@@ -121,6 +141,51 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
     fsdp.load(made.world, path, {"generator": made})
 
 
+def larger(index):
+    for entry in index.state_dict_metadata.values():
+        entry.size = entry.chunks[0].sizes = torch.Size((10**6, 10**6))
+
+
+def holed(index):
+    for entry in index.state_dict_metadata.values():
+        entry.chunks.clear()
+
+
+def elsewhere(index):
+    for place in index.storage_data.values():
+        place.relative_path = "../step-0000002/__0_0.distcp"
+
+
+def textual(index):
+    for entry in index.state_dict_metadata.values():
+        entry.size = "size"
+
+
+@pytest.mark.parametrize("change", [larger, holed, elsewhere, textual])
+def test_an_index_of_a_checkpoint_that_lies(tmp_path, change):
+    """It is refused before memory is taken, and no part of a tensor is left as it was."""
+    checkpoint(tmp_path, 2)
+    _, path = checkpoint(tmp_path, 4)
+    formats.check_checkpoint(path)
+    index = fsdp.Reader(path).read_metadata()
+    change(index)
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    for call in (formats.check_checkpoint, formats.load_dit):
+        said = refused(call, path)
+        assert "step-0000004 is damaged" in said
+        assert "take step-0000002" in said
+
+
+def test_a_checkpoint_that_is_not_finite(tmp_path):
+    made, path = checkpoint(tmp_path)
+    with torch.no_grad():
+        made.parameters["weight"][1, 2] = torch.nan
+    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 3}, keep=9)
+    assert "master.weight" in refused(
+        fsdp.load, made.world, path.with_name("step-0000003"), {"generator": made}
+    )
+
+
 # ------------------------------------------------------------------------------ sizes, values, JSON
 
 
@@ -147,6 +212,60 @@ def test_configs_of_other_types_and_sizes(release, change):
     assert "config.json" in said or next(iter(change)) in said
 
 
+SAID = [
+    {"levels": 5},
+    {"levels": []},
+    {"levels": [None]},
+    {"levels": ["1000"]},
+    {"shift": "5"},
+    {"shift": [5.0]},
+    {"shift": 0},
+    {"shift": True},
+    {"chunk": "3"},
+    {"chunk": 0},
+    {"chunk": 2.5},
+    {"prefix": -1},
+    {"stage": 3},
+    {"step": "7"},
+    {"training": []},
+    {"data": "x"},
+]
+
+
+@pytest.mark.parametrize("said", SAID, ids=str)
+def test_metadata_of_other_types(pristine, tmp_path, said):
+    """Of an export, and of a checkpoint."""
+    (name,) = said
+    file = tmp_path / "x.safetensors"
+    save_dit(formats.load_dit(pristine), file, said)
+    assert f"x.safetensors: {name} is" in refused(formats.read_metadata, file)
+    _, path = checkpoint(tmp_path)
+    facts = json.loads((path / "facts.json").read_text())
+    (path / "facts.json").write_text(json.dumps(facts | said))
+    assert f"step-0000001: {name} is" in refused(formats.read_metadata, path)
+
+
+def test_metadata_of_other_programs(pristine, tmp_path):
+    """What is no JSON is not ours; what has no sizes is not ours either; null says nothing."""
+    model = formats.load_dit(pristine)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    config = json.dumps(asdict(model.cfg))
+    file = tmp_path / "x.safetensors"
+    shutil.copy(pristine / "config.json", tmp_path)
+    ours = {"config": config, "chunk": "3", "shift": "5.0"}
+    for header, says in (
+        (ours | {"format": "pt", "modelspec.title": "my tune"}, {"chunk": 3, "shift": 5.0}),
+        (ours | {"chunk": "null"}, {"shift": 5.0}),
+        ({"format": "pt"}, {}),
+        ({"config": "configs/wan.yaml"}, {}),
+        ({"config": '"WanModel"', "chunk": "[]"}, {}),
+        ({"config": '{"transformer": {}}', "shift": "[]"}, {}),
+    ):
+        save_file(tensors, file, header)
+        assert formats.load_dit(file).cfg == model.cfg
+        assert formats.read_metadata(file) == says
+
+
 @pytest.mark.parametrize("text", ["[]", "null", "3", '"x"', "{", ""])
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_json_that_is_no_record(release, name, text):
@@ -162,7 +281,18 @@ def test_a_byte_order_mark_is_no_damage(release):
 
 @pytest.mark.parametrize(
     "target",
-    [None, 3, ["a"], {}, "../outside.safetensors", "/etc/passwd", "none.safetensors", ""],
+    [
+        None,
+        3,
+        ["a"],
+        {},
+        "../outside.safetensors",
+        "/etc/passwd",
+        "none.safetensors",
+        "",
+        "a\nb",
+        ".",
+    ],
     ids=str,
 )
 def test_an_index_names_files_beside_it(release, tmp_path, target):
@@ -186,6 +316,145 @@ def test_weights_that_are_not_finite(release, value):
     overflowed = {key: (tensor * 1e7).half() for key, tensor in load_file(shard).items()}
     save_file(overflowed, shard)
     refused(formats.load_dit, release)
+
+
+def test_zips_whose_sizes_lie(release):
+    """Each of them torch would map: as noise, or as what belongs to another tensor."""
+    path = release / "Wan2.2_VAE.pth"
+    formats.load_vae(release)
+    whole = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    entries = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    first = next(name for name in entries if name.endswith("data/0"))
+    pickled = next(name for name in entries if name.endswith("data.pkl"))
+
+    def write(changed=entries, compression=zipfile.ZIP_STORED, twice=""):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in changed.items():
+                archive.writestr(name, content)
+            if twice:
+                archive.writestr(twice, entries[twice])
+
+    write()
+    formats.load_vae(release)
+    for says, options in {
+        "has 1 bytes": {"changed": entries | {first: b"x"}},
+        "bytes, should have": {"changed": entries | {first: entries[first] + bytes(4)}},
+        "KeyError": {"changed": {name: entries[name] for name in entries if name != first}},
+        "data.pkl": {"changed": {name: entries[name] for name in entries if name != pickled}},
+        "compressed": {"compression": zipfile.ZIP_DEFLATED},
+        "two entries of one name": {"twice": first},
+    }.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zipfile's, of the second entry
+            write(**options)
+        said = refused(formats.load_vae, release)
+        assert says in said
+        assert path.name in said
+
+    # A local header that says it is longer moves what follows it.
+    write()
+    content = bytearray(path.read_bytes())
+    start = zipfile.ZipFile(path).getinfo(first).header_offset
+    content[start + 28 : start + 30] = (64).to_bytes(2, "little")
+    path.write_bytes(content)
+    assert "overlaps" in refused(formats.load_vae, release)
+
+
+def test_a_tensor_that_claims_more_than_its_storage(tmp_path):
+    """The pickle of a large tensor with the bytes of a small one."""
+    path = tmp_path / "x.pt"
+    torch.save({"patch_embedding.weight": torch.zeros(10, 1000)}, path)
+    claim = zipfile.ZipFile(path).read("x/data.pkl")
+    torch.save({"patch_embedding.weight": torch.zeros(10)}, path)
+    small = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in small.namelist():
+            archive.writestr(name, claim if name == "x/data.pkl" else small.read(name))
+    assert "has 40 bytes, should have 40000" in refused(formats.load_dit, path)
+
+
+def expanded(tensor):
+    return tensor[:1, :1].expand(10**5, 10**6)
+
+
+ODD = {
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "on meta": lambda tensor: tensor.to("meta"),
+    "expanded": expanded,
+    "empty": lambda tensor: tensor[:0],
+    "int8": lambda tensor: (tensor / tensor.abs().max() * 127).to(torch.int8),
+    "uint8": lambda tensor: (tensor / tensor.abs().max() * 127 + 128).to(torch.uint8),
+    "int32": lambda tensor: tensor.view(torch.int32),
+    "bool": lambda tensor: tensor > 0,
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "float8 without its scale": lambda tensor: (tensor / tensor.abs().max() * 448).to(
+        torch.float8_e4m3fn
+    ),
+    "e5m2 without its scale": lambda tensor: (tensor / tensor.abs().max() * 57344).to(
+        torch.float8_e5m2
+    ),
+    "NaN in float8": lambda tensor: tensor.masked_fill(tensor > 0, torch.nan).to(
+        torch.float8_e4m3fn
+    ),
+    "overflown": lambda tensor: (tensor * 1e7).half(),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_that_are_no_weights(pristine, tmp_path, kind):
+    state = formats.load_dit(pristine).state_dict()
+    name = "blocks.1.ffn.2.weight"
+    shutil.copy(pristine / "config.json", tmp_path)
+    torch.save(state | {name: ODD[kind](state[name])}, tmp_path / "x.pt")
+    said = refused(formats.load_dit, tmp_path / "x.pt")
+    assert name in said
+    assert "x.pt" in said
+
+
+def test_float8_without_scales_by_design_is_read(pristine, tmp_path):
+    state = formats.load_dit(pristine).state_dict()
+    shutil.copy(pristine / "config.json", tmp_path)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        cast = {key: value.to(dtype) for key, value in state.items()}
+        torch.save(cast, tmp_path / "x.pt")
+        loaded = formats.load_dit(tmp_path / "x.pt").state_dict()
+        assert all(torch.equal(loaded[key], cast[key].float()) for key in cast)
+
+
+def test_what_trainers_save(pristine, tmp_path):
+    """The one part that is meant, behind names that trainers have for it; else one line."""
+    shutil.copy(pristine / "config.json", tmp_path)
+    path = tmp_path / "x.pt"
+    right = formats.load_dit(pristine).state_dict()
+    wrong = {name: tensor + 1 for name, tensor in right.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}
+    for held in (
+        {"state_dict": right, "step": 5},
+        {"model": right, "optimizer": optimizer, "epoch": 3, "args": {"lr": "1e-4"}},
+        {"module": right, "ema": None},
+        {"model": wrong, "ema": right, "opt": optimizer},
+        {"generator": wrong, "critic": wrong, "generator_ema": right},
+        {"generator": right, "critic": wrong, "generator_ema": {}},
+        {"model_state_dict": right, "loss": torch.zeros(())},
+        {"state_dict": {"model." + name: tensor for name, tensor in right.items()}},
+        {"state_dict": {"generator": right, "critic": wrong}},
+        {"transformer": right, "scheduler": {"last_lr": [0.1]}},
+    ):
+        torch.save(held, path)
+        loaded = formats.load_dit(path).state_dict()
+        assert all(torch.equal(loaded[name], right[name]) for name in right), list(held)
+
+    loop = {}
+    loop["model"] = loop
+    for held in ({"a": right, "b": wrong}, {"a": [right]}, {"model": 3}, {"model": {}}, loop):
+        torch.save(held, path)
+        assert "more than tensors" in refused(formats.load_dit, path)
+
+
+def test_names_that_would_break_a_line(pristine, tmp_path):
+    state = formats.load_dit(pristine).state_dict()
+    save_file(state | {"a\nb\x1b[31m": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert "a\\nb" in refused(formats.load_dit, tmp_path / "x.safetensors")
 
 
 def test_tensors_larger_than_their_file(tmp_path):

@@ -72,7 +72,7 @@ def difference(a: dict, b: dict) -> str:
     for key in {**a, **b}:
         if key not in a or key not in b or a[key] != b[key]:
             apart.append(f"{key} {a.get(key)} and {b.get(key)}")
-    return ", ".join(apart)
+    return ", ".join(apart).replace("\n", " ")
 
 
 class Store:

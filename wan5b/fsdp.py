@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from wan5b.util import finite, read_json, sync, write_json
+from wan5b.util import finite, first_line, read_json, sync, write_json
 from wan5b.weights import put
 
 # What the index of a checkpoint is made of, beside dtypes and paths.
@@ -169,9 +169,11 @@ def copy_part(parameter: Tensor, full: Tensor) -> None:
     put(local(parameter), part_for(parameter, full))
 
 
-def last_line(error: Exception) -> str:
-    """What a CheckpointException says: its text is a traceback, which ends with the cause."""
-    return "".join(str(error).splitlines()[-1:])
+def cause_of(error: BaseException) -> str:
+    """What went wrong, on one line; of a CheckpointException, what a process failed at."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def save(
@@ -198,7 +200,7 @@ def save(
     try:
         dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
     except dcp.CheckpointException as error:
-        raise OSError(f"cannot write the checkpoint {path}: {last_line(error)}") from error
+        raise OSError(f"cannot write the checkpoint {path}: {cause_of(error)}") from error
 
     # The new one counts from its renaming on, when all of it is on the disk; then older ones go.
     if world.rank == 0:
@@ -256,7 +258,7 @@ def opening(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, dcp.CheckpointException) as error:  # torch raises anything for damaged files
-        cause = last_line(error) or type(error).__name__
+        cause = cause_of(error)
         if cause.startswith("KeyboardInterrupt"):
             raise KeyboardInterrupt from error
         earlier = [other.name for other in checkpoints(path.parent) if other.name < path.name]

@@ -113,7 +113,7 @@ def shards(index: Path) -> dict[str, Path]:
     """The file of every tensor, as an index of shards names it: all lie beside the index."""
     names = read_json(index).get("weight_map", {})
     with reading(index, "no index of shards"):
-        if any(Path(name).name != name for name in names.values()):
+        if any(Path(name).name != name or not name.isprintable() for name in names.values()):
             raise ValueError("it names files that do not lie beside it")
         return {key: index.with_name(name) for key, name in names.items()}
 

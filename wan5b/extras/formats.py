@@ -67,11 +67,11 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
     """
     path = Path(path)
     if is_checkpoint(path):
-        facts = read_facts(path)
-        untrusted.check_metadata(path, facts)
+        facts = untrusted.metadata(path, read_facts(path))
         check_checkpoint(path)
-        config = untrusted.checked(path, facts.get("config") or {}, untrusted.CONFIG)
-        config = config if kind == "dit" else {}
+        config = {}
+        if kind == "dit":
+            config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
         return Source(path / CHECKPOINT, read_weights(path), facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
@@ -233,10 +233,9 @@ def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
 def read_metadata(path: str | Path) -> dict:
     """What `save_dit` was given as metadata, or a checkpoint of train.py says of itself; else {}.
 
-    null says nothing: it is left out. ValueError for values of other types.
+    A null says nothing: it is left out. ValueError for values of other types.
     """
     path = Path(path)
     known = read_facts(path) if is_checkpoint(path) else weights.read_metadata(path)
-    untrusted.check_metadata(path, known)
-    unsaid = {key for key, value in known.items() if value is None} | {"config", "optimizer_steps"}
-    return {key: value for key, value in known.items() if key not in unsaid}
+    said = untrusted.metadata(path, known)
+    return {key: value for key, value in said.items() if key not in ("config", "optimizer_steps")}

@@ -91,9 +91,9 @@ def checked(where: Path, values: dict, kinds: dict[str, Kind]) -> dict:
     return values
 
 
-def check_metadata(where: Path, said: dict) -> None:
-    """What an export or a checkpoint says of itself. null says nothing."""
-    checked(where, {name: value for name, value in said.items() if value is not None}, METADATA)
+def metadata(where: Path, said: dict) -> dict:
+    """What an export or a checkpoint says of itself. A null says nothing."""
+    return checked(where, {name: v for name, v in said.items() if v is not None}, METADATA)
 
 
 # -------------------------------------------------------------------------------------------- files
