@@ -287,12 +287,11 @@ def test_a_full_disk_is_one_line(tmp_path, layout):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
-        with pytest.raises(OSError, match=r"cannot write \S*: .*") as error:
+        with pytest.raises(OSError, match=r"cannot write \S*: File too large$"):
             run(FORMATS / "original", tmp_path / "made", layout)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert "\n" not in str(error.value)
     assert not [*tmp_path.iterdir()]
 
 

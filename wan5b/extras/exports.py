@@ -75,8 +75,8 @@ def write_pickle(path: Path, model: Model) -> None:
     for name, entry in model.entries.items():
         with about(name):
             state[name] = entry.value().clone()  # mapped ones share one storage
-    with writing(path):
-        torch.save(state, path)
+    with writing(path), path.open("xb") as file:
+        torch.save(state, file)  # of a path it would not say why it cannot write
 
 
 # ------------------------------------------------------------------------------------------ layouts

@@ -102,8 +102,10 @@ def writing(path: Path) -> Iterator[None]:
     """A full disk, or whatever else is in the way, as one line that names the file."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save's is the latter
-        cause = getattr(error, "strerror", None) or first_line(error)
+    except (OSError, RuntimeError) as error:
+        # What torch.save raises in the end follows the disk's own error.
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        cause = getattr(first, "strerror", None) or first_line(first)
         raise OSError(f"cannot write {path}: {cause}") from error
 
 
