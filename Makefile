@@ -1,8 +1,9 @@
 # make test | lint | demo | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
+# make test-interop: what we write, read by diffusers and transformers, and the other way round; .venv-interop, 1.4 GB.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo test-slow test-gpu test-weights lint format clean
+.PHONY: test demo test-slow test-gpu test-weights test-interop lint format clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -27,6 +28,15 @@ test-gpu: .venv/.installed
 test-weights: .venv/.installed
 	$(BIN)/python -m pytest -m weights
 
+.venv-interop/.installed: pyproject.toml constraints.txt tests/interop/requirements.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -r tests/interop/requirements.txt -e '.[test]'
+	touch $@
+
+test-interop: .venv-interop/.installed
+	HF_HUB_OFFLINE=1 .venv-interop/bin/python -m pytest -m interop tests/interop
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,4 +46,4 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv out *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-interop out *.egg-info .pytest_cache .ruff_cache

@@ -28,10 +28,11 @@ from wan5b import fsdp, weights
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import layouts, lora, untrusted
 from wan5b.extras.codec import LinearCodec
+from wan5b.extras.exports import export_diffusers as export_diffusers  # one of the public names
 from wan5b.extras.layouts import Kind
 from wan5b.extras.refusals import refuse_file, refuse_held, refuse_sizes
 from wan5b.fsdp import read_facts, read_weights
-from wan5b.t5 import T5Encoder, Tokenizer
+from wan5b.t5 import T5Config, T5Encoder, Tokenizer
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
 from wan5b.weights import Device, Source, build, read_pickle, state_dict
@@ -103,6 +104,8 @@ def _open_files(file: Path, part: str) -> tuple[Source, dict[str, str]]:
             untrusted.check_zip(each)
     if file.suffix in (".json", ".safetensors"):
         source = weights.open_tensors(file)
+        if file.suffix == ".json":
+            source = source._replace(metadata=weights.open_tensors(files[0]).metadata)
     else:
         source = Source(file, _read_part(file, part), {})
     untrusted.check_tensors(file, source.tensors, sum(each.stat().st_size for each in files))
@@ -194,8 +197,12 @@ def load_vae(
     source = open_layout(path, "vae")
     if "basis" in source.tensors:
         return build(LinearCodec, VAEConfig(), source, device, dtype)
-    cfg = replace(weights.vae_config(source), **source.metadata["config"])
-    return build(VAE22, cfg, source, device, dtype)
+    return build(VAE22, vae_config(source), source, device, dtype)
+
+
+def vae_config(source: Source) -> VAEConfig:
+    """Sizes of a VAE that `open_layout` opened."""
+    return replace(weights.vae_config(source), **source.metadata["config"])
 
 
 def load_t5(
@@ -203,10 +210,15 @@ def load_t5(
 ) -> T5Encoder:
     """`weights.load_t5`, of any layout."""
     source = open_layout(path, "t5")
+    return build(T5Encoder, t5_config(source), source, device, dtype)
+
+
+def t5_config(source: Source) -> T5Config:
+    """Sizes of a text encoder that `open_layout` opened. ValueError for what can't be one."""
     cfg = weights.t5_config(source)
     if cfg.dim_attn % cfg.num_heads or cfg.num_buckets % 4:
         raise ValueError(f"{source.file} has no whole heads or buckets: {cfg}")
-    return build(T5Encoder, cfg, source, device, dtype)
+    return cfg
 
 
 def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
@@ -233,9 +245,22 @@ def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
 def read_metadata(path: str | Path) -> dict:
     """What `save_dit` was given as metadata, or a checkpoint of train.py says of itself; else {}.
 
-    A null says nothing: it is left out. ValueError for values of other types.
+    Of a folder, or of shards, what the first file of its DiT says. A null says nothing: it is left
+    out. ValueError for values of other types.
     """
     path = Path(path)
-    known = read_facts(path) if is_checkpoint(path) else weights.read_metadata(path)
+    known = read_facts(path) if is_checkpoint(path) else weights.read_metadata(_headed(path))
     said = untrusted.metadata(path, known)
     return {key: value for key, value in said.items() if key not in ("config", "optimizer_steps")}
+
+
+def _headed(path: Path) -> Path:
+    """The first file of a DiT, whose header speaks for it; the path itself if there is none."""
+    if path.is_dir():
+        try:
+            path = locate(path, "dit")
+        except ValueError:  # which opening it says, too
+            return path
+    if path.suffix == ".json":
+        return min(set(weights.shards(path).values()), default=path)
+    return path
