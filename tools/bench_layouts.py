@@ -6,9 +6,9 @@ The files have the real names, keys, shapes and dtypes, and are as long as the p
 sparse: their tensors are zeros and take no disk. Each figure comes from a fresh process. Needs
 16 GB of memory; all of them take four minutes on two cores.
 
-"published" is the size in bytes that the file's page shows, where it is known; "private" is the peak
-of the process's memory that no file backs, less what the process had before, as a share of the
-bfloat16 model.
+"published" is the size in bytes that the file's page shows, where it is known; "private" is the
+peak of the process's memory that no file backs, less what it had before, as a share of the bfloat16
+model.
 """
 
 import argparse
