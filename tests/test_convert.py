@@ -14,14 +14,18 @@ from common import GOLDEN
 from release import DIT, random_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_formats import write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert
 
-from wan5b.dit import WanDiT
-from wan5b.extras import formats, lora
+from wan5b.dit import DiTConfig, WanDiT
+from wan5b.extras import formats, layouts, lora
+from wan5b.extras.exports import Model
 from wan5b.extras.scaled import Made
-from wan5b.extras.streams import Entry, new_folder, write_stream
+from wan5b.extras.streams import GB, Entry, new_folder, split, write_stream
+from wan5b.t5 import T5Config
+from wan5b.vae22 import VAEConfig
 from wan5b.weights import open_tensors, read_json, save_dit
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +79,7 @@ def test_there_and_back(tmp_path):
             assert_same(folder, expected, kind)
     spiece = (FORMATS / "original/google/umt5-xxl/spiece.model").read_bytes()
     assert (back / "google/umt5-xxl/spiece.model").read_bytes() == spiece
+    assert read_json(back / "config.json") == read_json(FORMATS / "original/config.json")
     assert formats.open_dit(comfy)[0] == formats.open_dit(FORMATS / "original")[0]
 
 
@@ -169,6 +174,27 @@ def test_what_an_export_says_survives(tmp_path, export, layout, shard):
         assert sharded == (shard < 10)
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "trainer", "prefixes"])
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_whatever_can_be_read(tmp_path, kind, layout):
+    """A folder of train.py, in float32; a trainer's parts; ComfyUI's names of a saved model."""
+    state = random_weights(WanDiT(DIT), 6).state_dict()
+    source = tmp_path / "source.pt"
+    if kind == "checkpoint":
+        source = write_checkpoint(tmp_path / "step-0000007", state, master=1)
+    elif kind == "trainer":
+        torch.save({"generator": {f"model.{k}": v for k, v in state.items()}, "step": 3}, source)
+    else:
+        source = tmp_path / "source.safetensors"
+        save_file({f"model.diffusion_model.{k}": v for k, v in state.items()}, source)
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": DIT.num_heads}))
+    made = run(source, tmp_path / "made", layout)
+    assert_same(made, state)
+    assert formats.open_dit(made)[0] == DIT
+    facts = {"stage": "dmd", "step": 7, "levels": [1.0, 0.0], "shift": 5.0}
+    assert formats.read_metadata(made) == (facts if kind == "checkpoint" else {})
+
+
 def test_loras(tmp_path):
     """Merged as by the loader, rounded once, and named."""
     file = FORMATS / "lora" / "comfy_alpha.safetensors"
@@ -200,6 +226,30 @@ def test_export_diffusers(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "cfg", "dtype", "counts"),
+    [
+        ("dit", "ti2v-5B", DiTConfig(), torch.float32, {5: 5, 10: 3, 20: 1}),
+        ("dit", "ti2v-5B", DiTConfig(), torch.bfloat16, {10: 1}),
+        ("vae", "vae22", VAEConfig(), torch.float32, {10: 1}),
+        ("t5", "umt5-xxl", T5Config(), torch.bfloat16, {5: 3, 10: 2}),
+    ],
+)
+def test_the_real_models(kind, name, cfg, dtype, counts):
+    """Every key has a name there, and shards are as many as diffusers and transformers make."""
+    shapes = json.loads((GOLDEN / f"manifest_{name}.json").read_text())
+    entries = {k: Entry(torch.empty(shape, device="meta"), dtype) for k, shape in shapes.items()}
+    theirs = Model(kind, cfg, entries).theirs()
+    assert layouts.upstream(ROOT, kind, {k: e.tensor for k, e in theirs.items()}) == {
+        k: e.tensor for k, e in entries.items()
+    }
+    for limit, count in counts.items():
+        parts = split(theirs, limit * GB)
+        assert len(parts) == count
+        assert sum(map(len, parts)) == len(shapes)
+        assert all(sum(entry.nbytes for entry in part.values()) <= limit * GB for part in parts)
 
 
 def test_a_stream_is_what_safetensors_writes(tmp_path):

@@ -8,7 +8,8 @@
 
 SOURCE is whatever sample.py takes: a release or pipeline folder, a file of weights, an index of
 shards, a trainer's .pt, an export or a checkpoint folder of train.py. A folder with a VAE and a
-text encoder is converted whole, with its tokenizer; of everything else the DiT alone.
+text encoder is converted whole, with its tokenizer; of everything else the DiT alone. (Of a
+spiece.model alone, as ComfyUI has it, transformers makes a tokenizer if protobuf is there.)
 
 TARGET must not exist. It becomes
 
@@ -47,6 +48,7 @@ from wan5b import weights
 from wan5b.extras import exports, formats, layouts, lora, peers
 from wan5b.extras.cli import script
 from wan5b.extras.exports import Model, Release
+from wan5b.extras.formats import Loras
 from wan5b.extras.layouts import Kind
 from wan5b.extras.plan import parse_lora
 from wan5b.extras.refusals import refuse_sizes
@@ -55,8 +57,6 @@ from wan5b.extras.streams import GB, Entry, new_folder, written_dtype
 from wan5b.t5 import T5Encoder
 from wan5b.util import read_json, replacing
 from wan5b.vae22 import VAE22
-
-Loras = list[tuple[str, float]]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -11,9 +11,9 @@ from wan5b.t5 import T5Config
 from wan5b.vae22 import VAEConfig
 
 DIFFUSERS = {"_diffusers_version": "0.42.1"}
-# What a release's config.json names, and text_dim, which is 4096 there.
+# What a release's config.json names. Upstream's class ignores other sizes there: text_dim is 4096.
 ORIGINAL = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers")
-ORIGINAL = (*ORIGINAL, "out_dim", "text_dim", "text_len")
+ORIGINAL = (*ORIGINAL, "out_dim", "text_len")
 
 # Beside sizes and required values.
 VAE = {"_class_name": "AutoencoderKLWan", **DIFFUSERS, "attn_scales": [], "dropout": 0.0}

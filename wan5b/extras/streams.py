@@ -133,10 +133,8 @@ def write_stream(path: Path, entries: Mapping[str, Entry], header: Mapping[str, 
             file.write(value.reshape(-1).view(torch.uint8).numpy())
 
 
-def write_shards(
-    folder: Path, stem: str, entries: Mapping[str, Entry], header: Mapping[str, str], limit: int
-) -> None:
-    """stem.safetensors; above the limit, in bytes, shards of at most so much and their index."""
+def split(entries: Mapping[str, Entry], limit: int) -> list[dict[str, Entry]]:
+    """Shards of at most so many bytes, in order; a larger tensor has one of its own."""
     parts = [{}]
     size = 0
     for name, entry in entries.items():
@@ -145,6 +143,14 @@ def write_shards(
             size = 0
         parts[-1][name] = entry
         size += entry.nbytes
+    return parts
+
+
+def write_shards(
+    folder: Path, stem: str, entries: Mapping[str, Entry], header: Mapping[str, str], limit: int
+) -> None:
+    """stem.safetensors; above the limit, in bytes, shards of at most so much and their index."""
+    parts = split(entries, limit)
     if len(parts) == 1:
         write_stream(folder / f"{stem}.safetensors", entries, header)
         return
