@@ -17,7 +17,7 @@ from wan5b.dit import PRESETS, DiTConfig
 from wan5b.extras.chunking import FRAMES, chunk_plan, memory, scene_cuts, scene_texts
 from wan5b.extras.clips import Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
-from wan5b.extras.formats import open_dit, read_metadata
+from wan5b.extras.formats import locate, open_dit, read_metadata
 from wan5b.extras.pictures import read_image, read_video
 from wan5b.extras.recipes import (
     MADE_FOR,
@@ -94,12 +94,12 @@ def plan(args: Namespace) -> Job:
     shown = f"{size[0]}x{size[1]}; prefix {prefix}, chunks {sampler['chunks']}"
     print(f"{len(clips)} x {frames} frames, {shown}")
     print(f"{found.name} ({found.why}): {describe(recipe, sampler)}")
-    record = make_record(found, weights, size, sampler)
+    record = for_record(found, weights, size, sampler)
     made = (pixels, size, frames, recipe.fps, sampler, clips, record)
     return Job(weights.cfg, weights.options, dtype, *made)
 
 
-def make_record(found: Found, weights: Weights, size: tuple[int, int], sampler: dict) -> dict:
+def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: dict) -> dict:
     """What there is to know of a run beside its options."""
     recipe = {"name": found.name, "from": found.why}
     recipe |= {name: value for name, value in asdict(found.recipe).items() if name in SAMPLING}
@@ -243,7 +243,7 @@ def note_weights(args: Namespace, weights: Weights, found: Found) -> None:
     own = MADE_FOR.get(stage, "few")
     causal = weights.found is not None and weights.found.recipe.causal
     if not (weights.found or args.recipe or args.mode):
-        name = looks_like(source)
+        name = looks_like(source) or looks_like(locate(source, "dit"))
         names = ", ".join(known())
         text = f"{source} does not say how it is sampled: taken for --mode few, which may be wrong"
         note(f"{text}; --recipe knows {names}" + f". Its name suggests {name}" * bool(name))

@@ -227,8 +227,9 @@ def recognise(release: str | None, weights: str | None, metadata: dict) -> Found
         if pipeline in PIPELINES:
             return _published(PIPELINES[pipeline], "model_index.json")
         return None
-    original = file.name.startswith("diffusion_pytorch_model") and file.parent == source
-    if not weights and original and "dim" in read_json(file.with_name("config.json")):
+    config = file.with_name("config.json")
+    original = file.name.startswith("diffusion_pytorch_model") and config.is_file()
+    if not weights and original and "dim" in read_json(config):
         return _published("wan22", "the release itself")
     return None
 
