@@ -18,7 +18,7 @@ import sample
 from wan5b.extras import recipes
 from wan5b.extras.formats import load_dit, read_metadata
 from wan5b.extras.plan import plan
-from wan5b.extras.recipes import Recipe, from_metadata, load, looks_like, recognise
+from wan5b.extras.recipes import from_metadata, load, looks_like, recognise
 from wan5b.weights import save_dit
 
 LONGLIVE = GOLDEN / "longlive2" / "model_bf16.pt"
@@ -135,12 +135,11 @@ def test_a_video_goes_in_front(planned, monkeypatch):
 
 
 def test_what_files_say(release, tmp_path):
-    """The table: file, name, why."""
+    """And why."""
     found = recognise(str(release), str(LONGLIVE), {})
     assert found[:2] == ("longlive2", "checkpoint_format")
     assert found.recipe == load("longlive2")
     assert recognise(str(release), None, {})[:2] == ("wan22", "the release itself")
-    assert recognise(str(release) + "/", None, {}).name == "wan22"
     assert recognise("x", str(release), {}) is None  # its layout does not say whose weights
 
     pipeline = tmp_path / "pipeline"
@@ -279,6 +278,7 @@ def test_the_file_decides_and_the_command_line_overrides(planned, capsys, tmp_pa
     assert said.endswith("4 steps of euler, shift 8, guidance 3, chunks of 4, window 12, sink 2")
     assert job.sampler["chunks"] == [4] * 4
     assert line("--weights", LONGLIVE, "--sink", 0)[0].sampler["sink"] == 0
+    assert len(levels(planned("--image", tmp_path / "a.png", "--steps", 30))) == 31
 
     # A recipe overrides what the file says, a mode what the recipe says.
     job, said, _ = line("--weights", LONGLIVE, "--recipe", "turbo", "--shift", 1)
@@ -448,4 +448,3 @@ def test_frames_that_chunks_do_not_allow(planned, tmp_path):
         planned("--weights", LONGLIVE, "--window", 12)
     with pytest.raises(ValueError, match="a first chunk of 1 has no room behind 1 given frames"):
         planned("--weights", LONGLIVE, "--chunk", 1, *image)
-    assert Recipe().image == "front"

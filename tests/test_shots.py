@@ -17,7 +17,7 @@ from test_longlive2 import ABOUT, CASES, CUT, FOLDER
 
 import sample
 from wan5b.distill import rollout
-from wan5b.extras import chunking
+from wan5b.extras import chunking, sampling
 from wan5b.extras.formats import load_dit
 from wan5b.extras.plan import plan
 from wan5b.extras.recipes import Recipe, load
@@ -168,8 +168,15 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_as_its_makers_sample_it(run, tensors, name):
+def test_as_its_makers_sample_it(run, tensors, name, monkeypatch):
     """The recipe as it is, without an option but --frames and --shots; equal shares."""
+    shown = []
+
+    def spy(field, noise, context, *args, **how):
+        shown.extend(context)
+        return rollout(field, noise, context, *args, **how)
+
+    monkeypatch.setattr(sampling, "rollout", spy)
     frames, prompts, behind, texts, cuts = COMMANDS[name]
     draws = torch.Generator().manual_seed(7)
     whole = torch.randn(1, 48, (frames + 3) // 4, 2, 4, generator=draws)
@@ -179,6 +186,9 @@ def test_as_its_makers_sample_it(run, tensors, name):
     made = run(noise, image, *options)
     expected = reference(tensors, noise, image, texts, cuts)
     assert rel(made.latents, expected) < 1e-6
+    # Of one text one tensor, by which the cache knows that it has its keys.
+    assert len(shown) == len(texts)
+    assert len({id(text) for text in shown}) == len(set(texts))
     assert made.record["chunks"] == [8 - behind] + [8] * (len(texts) - 1)
     assert made.record["settings"]["prompt"] == prompts
     assert made.record["recipe"]["name"] == "longlive2"
