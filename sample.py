@@ -3,39 +3,53 @@
     python sample.py --release Wan2.2-TI2V-5B --weights distilled.safetensors --prompt "A red fox"
         ... --prompt "It runs" --image fox.jpg
         ... --prompt "It rests" --video fox.mp4 --frames 105
-    python sample.py --release Wan2.2-TI2V-5B --mode bidirectional --prompt "A red fox"  # teacher
+    python sample.py --release Wan2.2-TI2V-5B --prompt "A red fox"  # the released model: 50 steps
+    python sample.py --release Wan2.2-TI2V-5B --weights model_bf16.pt --frames 189
+        --prompt "A red fox in deep snow" "It drinks at a brook" --shots  # LongLive 2, two scenes
     python sample.py --random-weights --preset tiny --size 64x96 --frames 33 --prompt noise  # CPU
 
 --release DIR        folder of Wan2.2-TI2V-5B: DiT, VAE, text encoder
 --weights PATH       the DiT to use in place of the release's: an export, or a checkpoint
                      (runs/x/step-0000100)
 --lora FILE ...        LoRAs to merge into it, of any layout; FILE:0.8 for another strength
+--recipe NAME        how clips are made: wan22, longlive2, longlive2-stage1, fastwan, turbo (each
+                     a file in configs/sample), or a TOML of your own. By default as the weights
+                     say: the release, diffusers' folders, LongLive's .pt and exports of train.py
+                     do; of others, which are sampled as --mode few, the name must be given.
+                     The options from --mode to --guidance, and --frames, change it where given
 --random-weights     random networks and text embeddings, for measurements
 --preset NAME        of random weights: ti2v-5B (the default) or tiny
 
 --prompt TEXT ...    one clip for each (and for each seed)
 --prompts FILE       more prompts: UTF-8, one a line
+--shots              the prompts are scenes of one clip (per seed), each for an equal share of its
+                     chunks, the first ones for what is left over; if the recipe has scene cuts,
+                     one between any two, else the text alone changes. Chunk by chunk only
 --image FILE         the first frame
 --video FILE         a video to go on from: the clip starts with its last frames
 --prefix N           how many last frames of --video (4k + 1; default 9)
 --size HxW           height and width in pixels, multiples of 32 (default 704x1280, or that area in
                      the image's shape)
---frames N           pixel frames, prefix included (4k + 1; default 81, or what chunks fill next)
+--frames N           pixel frames, prefix included (4k + 1; default: the recipe's, or 81, or what
+                     chunks fill next)
 --seed N ...         of the noise (default 0)
 
---mode NAME          few (the default)    chunk by chunk, few steps
+--mode NAME          few                  chunk by chunk, few steps
                      many                 chunk by chunk, many steps with guidance (CFG)
                      bidirectional        the whole clip at once, many steps with guidance
                      few-bidirectional    the whole clip at once, few steps
                      The released weights are for bidirectional. Chunk by chunk only causally
                      trained ones give a picture, and in few steps only distilled ones.
---chunk N            latent frames a chunk (default: the checkpoint's, or 3)
---window N           latent frames that a chunk sees, itself included (default: all)
---sink N             first latent frames that stay in the window (default 0)
---shift S            timestep shift (default: the checkpoint's, or 5)
---steps N            of modes with guidance (default 50; 40 with an image)
---solver NAME        of modes with guidance: unipc (the default) or euler
---guidance G         scale of CFG, uncond + g (cond - uncond) (default 5; 1 is half the work)
+--chunk N            latent frames a chunk (default: the recipe's, or 3)
+--window N           latent frames that a chunk sees, itself included (default: the recipe's, or
+                     all)
+--sink N             first latent frames that stay in the window (default: the recipe's, or 0)
+--shift S            timestep shift (default: the recipe's, or 5)
+--steps N            unless steps re-noise (default: the recipe's; of modes with guidance 50, or 40
+                     with an image)
+--solver NAME        likewise: unipc or euler (default: the recipe's, or unipc)
+--guidance G         likewise: scale of CFG, uncond + g (cond - uncond) (default: the recipe's, or
+                     5; 1 is half the work)
 --negative TEXT      negative prompt (default: the one that the release was tuned with)
 
 --out PATH           default out/sample.mp4; or a FOLDER/; with several clips, prompt and seed
@@ -86,10 +100,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser()
     parser.format_help = lambda: __doc__  # which explains all of these
     add = parser.add_argument
-    for name in ("release", "weights", "prompts", "image", "video", "size", "settings"):
+    for name in ("release", "weights", "prompts", "image", "video", "size", "settings", "recipe"):
         add(f"--{name}")
     for name in ("random-weights", "sheet", "latents", "overwrite", "compile", "fp8", "low-memory"):
         add(f"--{name}", action="store_true")
+    add("--shots", action="store_true")
     for name in ("frames", "chunk", "window", "sink", "prefix", "steps"):
         add(f"--{name}", type=int)
     for name in ("shift", "guidance"):
@@ -106,7 +121,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["bfloat16", "float32"])
 
     args = parser.parse_args(argv)
-    for name in ("release", "weights", "prompts", "image", "video", "settings"):
+    for name in ("release", "weights", "prompts", "image", "video", "settings", "recipe"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     if args.settings:
@@ -133,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Text first: the encoder is gone before the DiT comes.
     negative = NEGATIVE_PROMPT if args.negative is None else args.negative
-    texts = [*dict.fromkeys(clip.prompt for clip in job.clips), negative]
+    texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts), negative]
     if args.random_weights:
         context = random_weights.random_context(texts, job.cfg.text_len, job.cfg.text_dim)
         vae = random_weights.random_vae(args.preset, args.device)
@@ -154,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
         model = random_weights.random_dit(args.preset, args.device, job.dtype)
     else:
         source = args.weights or args.release
-        model = load_dit(source, args.device, job.dtype, loras=job.loras)
+        model = load_dit(source, args.device, job.dtype, **job.options)
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)
@@ -168,9 +183,13 @@ def main(args: argparse.Namespace) -> None:
     def latents(clip: Clip) -> Iterator[Tensor]:
         """Piece by piece, made as they are asked for."""
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(clip.seed))
-        text = context[[texts.index(clip.prompt), -1]].to(args.device, job.dtype)
+        # For each chunk its text; of one text one tensor, which the cache knows again by that.
+        rows = {}
+        for text in clip.texts:
+            rows[text] = context[[texts.index(text), -1]].to(args.device, job.dtype)
+        shown = [rows[text] for text in clip.texts]
         own = {"prefix": prefix, "seed": clip.seed, "new_cache": new_cache}
-        return generate(model, noise, text, **job.sampler, **own)
+        return generate(model, noise, shown, **job.sampler, **own)
 
     made = map(latents, job.clips)
     if args.low_memory:
@@ -182,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     for clip, chunks in zip(job.clips, made, strict=True):
         record = make_record(vars(args), clip, job.frames, job.found)
         files = {"record": record, "sheet": args.sheet, "save_latents": args.latents}
-        files["overwrite"] = args.overwrite
+        files |= {"overwrite": args.overwrite, "fps": job.fps}
         write(vae, (x.to(args.device) for x in chunks), clip.path, frames=job.frames, **files)
 
 

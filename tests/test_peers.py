@@ -105,7 +105,7 @@ def test_loras_are_merged_while_loading():
 
 def test_a_lora_from_the_command_line(tmp_path, capsys):
     options = ["--release", str(FORMATS / "original"), "--device", "cpu", "--size", "32x32"]
-    options += ["--frames", "9", "--prompt", "A red fox.", "--latents"]
+    options += ["--frames", "9", "--prompt", "A red fox.", "--latents", "--mode", "few"]
     file = FORMATS / "lora" / "kijai_diff_fp16.safetensors"
     made = {}
     for name, lora in (("base", []), ("zero", [f"{file}:0"]), ("one", [str(file)])):

@@ -209,6 +209,30 @@ def test_variants():
             assert "compute" not in vars(model)
 
 
+# -------------------------------------------------------------------------------- bench_recipes.py
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_recipes(low_memory, capsys, tmp_path):
+    """One call, a line each: as sample.py makes them, and in its order."""
+    own = tmp_path / "own.toml"
+    own.write_text("causal = true\nsteps = 2\nguidance = 3.0\nchunk = 2\nwindow = 4\nsink = 1\n")
+    options = ["--preset=tiny", "--device=cpu", "--geometry=32x32", *["--low-memory"] * low_memory]
+    bench.main(["--recipe", "fastwan", str(own), "--frames", "13", *options])
+    header, *lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["fastwan", "own"]
+    assert header.split() == ["frames", "s", "fps", "first", "DiT", "GiB"]
+    for line in lines:
+        frames, whole, rate, first, latents, memory = line.split()[1:7]
+        assert (frames, memory) == ("13", "-")
+        assert float(rate) == pytest.approx(13 / float(whole), rel=0.2, abs=0.1)
+        assert (float(latents) <= float(first)) or not low_memory
+    assert lines[0].endswith("the whole clip at once, 3 steps of renoise, shift 1, guidance 1")
+    assert lines[1].endswith("2 steps of unipc, shift 5, guidance 3, chunks of 2, window 4, sink 1")
+    with pytest.raises(ValueError, match="nearest: 61 or 93"):
+        bench.main(["--recipe", "fastwan", "longlive2", "--frames", "81", *options])
+
+
 # -------------------------------------------------------------------------------- bench_loading.py
 
 

@@ -4,6 +4,7 @@
     python tools/bench.py --geometry 480x832
     python tools/bench.py --chunk 8 --window 32 --sink 8 --frames 125
     python tools/bench.py --variants compiled --long 1437  # one minute: window 21, sink 3
+    python tools/bench.py --recipe longlive2 turbo         # as bench_recipes.py
 
 At four levels; one table at the end. Bounds are arithmetic over ceilings measured in the same call:
 matrix products, cuDNN attention, channels-last conv3d.
@@ -27,6 +28,8 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import bench_recipes
+
 from wan5b import fuse
 from wan5b.attention import attention
 from wan5b.distill import rollout
@@ -412,6 +415,10 @@ def make_sampler(cfg: DiTConfig) -> Sampler:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--recipe" for word in argv):
+        bench_recipes.main(argv)
+        return
     args = parse(argv)
     cfg = PRESETS[PRESET]
     height, width = (int(side) // 16 for side in args.geometry.split("x"))

@@ -17,18 +17,19 @@ from tqdm import tqdm
 
 from wan5b.extras.files import sheet_indices, write_sheet
 from wan5b.extras.mp4 import VideoWriter
-from wan5b.media import to_frames
+from wan5b.media import FPS, to_frames
 from wan5b.util import write_json, write_tensors
 
 
 class Clip(NamedTuple):
-    prompt: str
+    prompts: list[str]  # one, or one for each of its scenes
     seed: int
     path: Path  # of the mp4; what else is written has its name and another suffix
+    texts: list[str] = ()  # what each chunk is shown
 
 
-def name_clips(prompts: list[str], seeds: list[int], out: str) -> list[Clip]:
-    """A clip for each prompt and each seed.
+def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Clip]:
+    """A clip for each entry of prompts and each seed.
 
     out: the mp4, the suffix of which may be left out, or a FOLDER/, in which it is sample.mp4.
     Several clips have the prompt's number and the seed in their names.
@@ -73,7 +74,7 @@ def make_record(options: dict, clip: Clip, frames: int, found: dict) -> dict:
 
     options: of the whole run. found: what else there is to know.
     """
-    own = {"prompt": [clip.prompt], "seed": [clip.seed], "frames": frames, "out": str(clip.path)}
+    own = {"prompt": clip.prompts, "seed": [clip.seed], "frames": frames, "out": str(clip.path)}
     # All prompts are in "prompt"; and a repetition replaces the clip only if it is told to.
     own |= {"prompts": None, "settings": None, "overwrite": False}
     return {"settings": options | own} | found
@@ -125,6 +126,7 @@ def write(
     path: Path,
     *,
     frames: int | None = None,
+    fps: int = FPS,
     record: dict | None = None,
     sheet: bool = False,
     save_latents: bool = False,
@@ -138,7 +140,7 @@ def write(
     the *.partial.mp4.
     """
     keep = sheet_indices(frames) if sheet else set()
-    writer = VideoWriter(path, keep=keep, overwrite=overwrite)
+    writer = VideoWriter(path, fps, keep, overwrite)
     state = vae.stream()
     kept = []
     finite = []  # of each chunk's pixels

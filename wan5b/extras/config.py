@@ -62,7 +62,7 @@ def read(kind: type, arguments: list[str]):
 
     A string is given as it is, other values in TOML. ValueError for unknown keys and wrong types.
     """
-    kinds = {option.name: option.type for option in fields(kind)}
+    kinds = types(kind)
     try:
         values = tomllib.loads(Path(arguments[0]).read_text(encoding="utf-8-sig"))
         for override in arguments[1:]:
@@ -76,10 +76,21 @@ def read(kind: type, arguments: list[str]):
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
 
+    return made(kind, values)
+
+
+def made(kind: type, values: dict):
+    """An instance of kind, a dataclass. ValueError for unknown keys and wrong types."""
+    kinds = types(kind)
     unknown = values.keys() - kinds.keys()
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)}; known: {list(kinds)}")
     return kind(**{key: _typed(key, value, kinds[key]) for key, value in values.items()})
+
+
+def types(kind: type) -> dict[str, type]:
+    """Of the fields of a dataclass."""
+    return {option.name: option.type for option in fields(kind)}
 
 
 def _typed(key: str, value, kind):

@@ -1,11 +1,12 @@
 """What a run of sample.py comes to, and everything that can be wrong with it, before anything is
-loaded.
+loaded: options -> recipe -> chunks -> clips.
 """
 
 import math
 import os
 import sys
 from argparse import Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +14,27 @@ import numpy as np
 import torch
 
 from wan5b.dit import PRESETS, DiTConfig
+from wan5b.extras.chunking import FRAMES, chunk_plan, memory, scene_cuts, scene_texts
 from wan5b.extras.clips import Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
-from wan5b.extras.formats import open_dit, read_metadata
+from wan5b.extras.formats import locate, open_dit, read_metadata
 from wan5b.extras.pictures import read_image, read_video
-from wan5b.extras.sampling import MODES, Mode
-from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
-from wan5b.kvcache import chunk_sizes
+from wan5b.extras.recipes import (
+    MADE_FOR,
+    SAMPLING,
+    Found,
+    Recipe,
+    in_mode,
+    known,
+    load,
+    looks_like,
+    part_of,
+    recognise,
+)
+from wan5b.extras.sampling import MODES
 from wan5b.media import FPS, latent_frames
-from wan5b.util import nearest
 from wan5b.vae22 import VAEConfig
 
-# The modes that a stage's weights are made for; all others are few-step models.
-MADE_FOR = {"teacher": "bidirectional", "ar": "many"}
-GUIDANCE = 5.0  # of the modes with guidance, if not given
 PREFIX = 9  # last frames of a video, if not given
 
 
@@ -34,14 +42,24 @@ class Job(NamedTuple):
     """What `plan` has found out."""
 
     cfg: DiTConfig
-    loras: list[tuple[str, float]]  # path and strength of each
+    options: dict  # of load_dit
     dtype: torch.dtype
     pixels: np.ndarray  # the first frames, uint8 [T, H, W, 3] as in their file; T may be 0
     size: tuple[int, int]  # height and width of the clips in pixels
     frames: int  # of a clip, in pixels
+    fps: int
     sampler: dict  # arguments of `generate` that all clips share
     clips: list[Clip]
     found: dict  # for the record
+
+
+class Weights(NamedTuple):
+    """What is known of the DiT."""
+
+    cfg: DiTConfig
+    options: dict  # of load_dit
+    trained: dict  # what an export or a checkpoint says of its training
+    found: Found | None  # how the file says that it is sampled
 
 
 def check(right, wrong: str) -> None:
@@ -57,65 +75,43 @@ def note(text: str) -> None:
 
 def plan(args: Namespace) -> Job:
     """Whatever can be wrong with the options is found here, before anything is loaded."""
-    check_numbers(args)
-    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    wrong = f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {args.device}"
-    check(not args.fp8 or (dtype == torch.bfloat16 and args.device != "cpu"), wrong)
+    dtype = check_numbers(args)
+    weights = look_at_weights(args)
+    found = choose(args, weights)
+    recipe = found.recipe
 
-    # The networks. What they were trained for is in their metadata; the command line overrides it.
-    wrong = "name the release folder with --release, or try --random-weights --preset tiny"
-    check(args.release or args.random_weights, wrong)
-    if args.random_weights:
-        cfg = PRESETS[args.preset]
-        trained = {}
-        loras = []
-    else:
-        source = args.weights or args.release
-        loras = [parse_lora(text) for text in args.lora]
-        cfg, _ = open_dit(source, channels=VAEConfig.z_dim, loras=loras)
-        trained = read_metadata(source)
-    stage = trained.get("stage")
-    mode = MODES[args.mode or MADE_FOR.get(stage, "few")]
-
-    # What the clips start with, and their size.
-    pixels = first_frames(args.image, args.video, args.prefix or PREFIX)
-    prefix = latent_frames(len(pixels)) if len(pixels) else 0
+    text_only = f"{found.name} is for text only: leave --image and --video out"
+    check(recipe.image != "none" or not (args.image or args.video), text_only)
+    pixels = first_frames(args.image, args.video, args.prefix or PREFIX, recipe.fps)
     size = parse_size(args.size) if args.size else fitting_size(*pixels.shape[1:3])
+    prefix = latent_frames(len(pixels)) if len(pixels) else 0
+    sampler = how_sampled(args, recipe, prefix)
+    clips = make_clips(args, recipe, prefix, sampler)
+    frames = 4 * (prefix + sum(sampler["chunks"])) - 3
 
-    # In which chunks they are made; over which levels.
-    chunk = args.chunk or trained.get("chunk", 3)
-    chunks = chunk_plan(args.frames, prefix, chunk if mode.causal else 1, trained.get("prefix"))
-    frames = 4 * (prefix + sum(chunks)) - 3
-    sampler = {"causal": mode.causal, "solver": mode.solver, "guidance": None}
-    if mode.causal:
-        sampler |= memory(args.window or trained.get("window"), args.sink or 0, max(chunks))
-    else:
-        chunks = [sum(chunks)]
-    sampler["chunks"] = chunks
-    shift = args.shift or trained.get("shift", 5.0)
-    if mode.solver == "renoise":
-        sampler["sigmas"] = few_step_sigmas(trained.get("levels", FEW_STEPS), shift)
-    else:
-        sampler["sigmas"] = sampling_sigmas(args.steps or (40 if prefix else 50), shift)
-        sampler["solver"] = args.solver or mode.solver
-    if mode.guided:
-        sampler["guidance"] = GUIDANCE if args.guidance is None else args.guidance
-
-    # What is written.
-    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    check(prompts, "no prompt: give --prompt TEXT, or --prompts FILE with one a line")
-    clips = name_clips(prompts, args.seed, args.out)
-    claim(clips, sheet=args.sheet, latents=args.latents, overwrite=args.overwrite)
-    found = {"size": size, "sampler": sampler, "trained": trained}
-    found |= {"chunks": chunks, "sigmas": sampler["sigmas"]}
-    note_ignored(args, mode)
-    note_stage(stage, mode, args.random_weights)
-    print(f"{len(clips)} x {frames} frames, {size[0]}x{size[1]}; prefix {prefix}, chunks {chunks}")
-    return Job(cfg, loras, dtype, pixels, size, frames, sampler, clips, found)
+    note_ignored(args, recipe)
+    note_weights(args, weights, found)
+    shown = f"{size[0]}x{size[1]}; prefix {prefix}, chunks {sampler['chunks']}"
+    print(f"{len(clips)} x {frames} frames, {shown}")
+    print(f"{found.name} ({found.why}): {describe(recipe, sampler)}")
+    record = for_record(found, weights, size, sampler)
+    made = (pixels, size, frames, recipe.fps, sampler, clips, record)
+    return Job(weights.cfg, weights.options, dtype, *made)
 
 
-def check_numbers(args: Namespace) -> None:
-    """Numbers that no mode can work with."""
+def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: dict) -> dict:
+    """What there is to know of a run beside its options."""
+    recipe = {"name": found.name, "from": found.why}
+    recipe |= {name: value for name, value in asdict(found.recipe).items() if name in SAMPLING}
+    record = {"size": size, "sampler": sampler, "trained": weights.trained, "recipe": recipe}
+    return record | {"chunks": sampler["chunks"], "sigmas": sampler["sigmas"]}
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def check_numbers(args: Namespace) -> torch.dtype:
+    """The dtype of the networks. ValueError for numbers that no mode can work with."""
     for name in ("prefix", "chunk", "window", "steps", "shift"):
         value = getattr(args, name)
         fits = value is None or 0 < value < math.inf  # NaN is not
@@ -127,36 +123,10 @@ def check_numbers(args: Namespace) -> None:
         # torch's generators use 32 bits: seeds beyond would be the same as others.
         check(0 <= seed < 2**32, f"--seed {seed}: must be from 0 to {2**32 - 1}")
 
-
-def note_ignored(args: Namespace, mode: Mode) -> None:
-    """Options that were given and do nothing here."""
-    ignored = []
-    if mode.solver == "renoise":
-        ignored += ["steps", "solver"]
-    if not mode.guided:
-        ignored += ["guidance", "negative"]
-    if not mode.causal:
-        ignored += ["chunk", "window", "sink"]
-    if not args.video:
-        ignored.append("prefix")
-    if args.random_weights:
-        ignored += ["weights", "release", "lora"]
-    given = [f"--{name}" for name in ignored if getattr(args, name) not in (None, [])]
-    if given:
-        note(f"{', '.join(given)} has no effect here")
-
-
-def note_stage(stage: str | None, mode: Mode, random: bool) -> None:
-    """Weights in a mode that they were not made for."""
-    if random:
-        return
-    if stage is None:
-        if mode.causal:
-            note("no record of causal training in these weights: expect noise")
-        return
-    own = MODES[MADE_FOR.get(stage, "few")]
-    if mode != own:
-        note(f"these weights are of stage {stage}, made for --mode {MADE_FOR.get(stage, 'few')}")
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    wrong = f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {args.device}"
+    check(not args.fp8 or (dtype == torch.bfloat16 and args.device != "cpu"), wrong)
+    return dtype
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -172,37 +142,156 @@ def parse_lora(text: str) -> tuple[str, float]:
     return os.path.expanduser(path), value
 
 
-def first_frames(image: str | None, video: str | None, last: int) -> np.ndarray:
+def first_frames(image: str | None, video: str | None, last: int, fps: int = FPS) -> np.ndarray:
     """What clips start with, uint8 [T, H, W, 3]: an image, a video's last frames, or none."""
     check(not (image and video), "give --image or --video, not both")
     if image:
         return read_image(image)
     if video:
-        return read_video(video, last=last, fps=FPS)
+        return read_video(video, last=last, fps=fps)
     return np.empty((0, 704, 1280, 3), np.uint8)
 
 
-def memory(window: int | None, sink: int, chunk: int) -> dict[str, int | None]:
-    """Window and sink, if they have room for a chunk."""
-    if window or sink:
-        room = (window or 0) - chunk
-        wrong = f"--window {window}: no room for --sink {sink} and a chunk of {chunk} frames"
-        check(sink <= room, wrong)
-    return {"window": window, "sink": sink}
+# ------------------------------------------------------------------------------------------- recipe
 
 
-def chunk_plan(frames: int | None, prefix: int, size: int, first: int | None) -> list[int]:
-    """Latent frames of each chunk that is generated behind a prefix of so many.
+def look_at_weights(args: Namespace) -> Weights:
+    """The DiT, unless random, is checked here. ValueError for whatever is wrong with it."""
+    wrong = "name the release folder with --release, or try --random-weights --preset tiny"
+    check(args.release or args.random_weights, wrong)
+    if args.random_weights:
+        return Weights(PRESETS[args.preset], {}, {}, None)
+    source = args.weights or args.release
+    options = {"loras": [parse_lora(text) for text in args.lora]}
+    cfg, _ = open_dit(source, channels=VAEConfig.z_dim, **options)
+    trained = read_metadata(source)
+    return Weights(cfg, options, trained, recognise(args.release, args.weights, trained))
 
-    frames: pixel frames of the clip (None: 81, or what chunks fill next). first: size of the first
-    chunk, in whose place a prefix stands, if it is not that of all.
+
+def choose(args: Namespace, weights: Weights) -> Found:
+    """How clips are made: as the weights say, unless the command line says another thing.
+
+    Completes weights.options.
     """
-    lead = 0 if prefix else first or 0
-    start = prefix + lead
-    least = max(21, prefix + 1)
-    total = least + (start - least) % size if frames is None else latent_frames(frames)
-    if total <= prefix or (total - start) % size:
-        valid = nearest(frames, 4 * size, 4 * (lead or start + size) - 3)
-        plan = f"{start} latent frames and chunks of {size}"
-        raise ValueError(f"--frames {frames} is not {plan}; nearest: {valid}")
-    return chunk_sizes(total - prefix, size, lead)
+    found = weights.found
+    if args.recipe:
+        found = Found(Path(args.recipe).stem, "--recipe", load(args.recipe))
+    if found is None:
+        mode = args.mode or "few"
+        found = Found(mode, "--mode" if args.mode else "the default", Recipe())
+        found = found._replace(recipe=in_mode(found.recipe, MODES[mode]))
+    elif args.mode:
+        recipe = in_mode(found.recipe, MODES[args.mode])
+        found = Found(found.name, f"{found.why}, --mode {args.mode}", recipe)
+
+    part = "" if args.random_weights else part_of(found.recipe, args.weights or args.release)
+    if part:
+        weights.options["part"] = part
+        open_dit(args.weights or args.release, channels=VAEConfig.z_dim, **weights.options)
+    return found._replace(recipe=overridden(found.recipe, args))
+
+
+def overridden(recipe: Recipe, args: Namespace) -> Recipe:
+    """The recipe with the options that were given, as far as it has a use for them."""
+    names = ["shift"]
+    if recipe.causal:
+        names += ["chunk", "window", "sink"]
+    if recipe.solver != "renoise":
+        names += ["steps", "solver", "guidance"]
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "steps" in changes:
+        changes |= {"image_steps": 0, "levels": ()}
+    return replace(recipe, **changes)
+
+
+def describe(recipe: Recipe, sampler: dict) -> str:
+    """How clips are made, in half a line."""
+    words = ["chunk by chunk" if recipe.causal else "the whole clip at once"]
+    words.append(f"{len(sampler['sigmas']) - 1} steps of {recipe.solver}")
+    words += [f"shift {recipe.shift:g}", f"guidance {recipe.guidance:g}"]
+    if recipe.causal:
+        words.append(f"chunks of {recipe.chunk}")
+        words.append(f"window {recipe.window}" if recipe.window else "no window")
+        words.append(f"sink {recipe.sink}")
+    return ", ".join(words)
+
+
+def note_ignored(args: Namespace, recipe: Recipe) -> None:
+    """Options that were given and do nothing here."""
+    ignored = []
+    if recipe.solver == "renoise":
+        ignored += ["steps", "solver", "guidance"]
+    if recipe.guidance == 1:
+        ignored.append("negative")
+    if not recipe.causal:
+        ignored += ["chunk", "window", "sink"]
+    if not args.video:
+        ignored.append("prefix")
+    if args.random_weights:
+        ignored += ["weights", "release", "lora"]
+    given = [f"--{name}" for name in ignored if getattr(args, name) not in (None, [])]
+    if given:
+        note(f"{', '.join(given)} has no effect here")
+
+
+def note_weights(args: Namespace, weights: Weights, found: Found) -> None:
+    """Weights that are sampled in a way that they may not be made for."""
+    if args.random_weights:
+        return
+    source = Path(args.weights or args.release)
+    stage = weights.trained.get("stage")
+    own = MADE_FOR.get(stage, "few")
+    causal = weights.found is not None and weights.found.recipe.causal
+    if not (weights.found or args.recipe or args.mode):
+        name = looks_like(source) or looks_like(locate(source, "dit"))
+        names = ", ".join(known())
+        text = f"{source} does not say how it is sampled: taken for --mode few, which may be wrong"
+        note(f"{text}; --recipe knows {names}" + f". Its name suggests {name}" * bool(name))
+    elif stage is not None:
+        renoises = MODES[own].solver == "renoise"
+        if (found.recipe.causal, found.recipe.solver == "renoise") != (MODES[own].causal, renoises):
+            note(f"these weights are of stage {stage}, made for --mode {own}")
+    elif found.recipe.causal and not (causal or args.recipe):
+        note("no record of causal training in these weights: expect noise")
+
+    if found.name == "longlive2" and source.parent.name.endswith("-S2") and not args.steps:
+        note("by its folder's name this one is for two steps: --steps 2")
+    for path, _ in weights.options["loras"]:
+        name = looks_like(path)
+        if name not in ("", "wan22", found.name) and not args.recipe:
+            note(f"by its name {path} makes these weights {name}: then give --recipe {name}")
+
+
+# ---------------------------------------------------------------------------------- chunks, clips
+
+
+def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
+    """Arguments of `generate`, behind a prefix of so many latent frames."""
+    sampler = {"causal": recipe.causal, "solver": recipe.solver, "guidance": recipe.guidance}
+    sampler["sigmas"] = recipe.sigmas(bool(prefix))
+    frames = recipe.frames or FRAMES
+    if not recipe.causal:
+        chunks = chunk_plan(args.frames, prefix, 1, 0, default=frames)
+        return sampler | {"chunks": [sum(chunks)]}
+
+    # What a video ends with is committed in front, wherever an image goes.
+    inside = recipe.image == "inside" and bool(args.image)
+    how = {"inside": inside, "default": frames}
+    chunks = chunk_plan(args.frames, prefix, recipe.chunk, recipe.prefix, **how)
+    largest = max(prefix * inside + chunks[0], *chunks)
+    sampler |= memory(recipe.window or None, recipe.sink, largest)
+    return sampler | {"chunks": chunks, "prefix_inside": inside}
+
+
+def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> list[Clip]:
+    """The clips, with the text of each chunk; where --shots cuts goes into the sampler."""
+    prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
+    check(prompts, "no prompt: give --prompt TEXT, or --prompts FILE with one a line")
+    chunks = sampler["chunks"]
+    if args.shots:
+        sampler["cuts"] = scene_cuts(len(prompts), prefix, chunks, recipe)
+    scenes = [prompts] if args.shots else [[prompt] for prompt in prompts]
+    clips = name_clips(scenes, args.seed, args.out)
+    claim(clips, sheet=args.sheet, latents=args.latents, overwrite=args.overwrite)
+    shown = [scene_texts(clip.prompts, len(chunks), recipe) for clip in clips]
+    return [clip._replace(texts=texts) for clip, texts in zip(clips, shown, strict=True)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from wan5b.extras.clips import write
-from wan5b.extras.plan import MADE_FOR
+from wan5b.extras.recipes import MADE_FOR
 from wan5b.extras.sampling import MODES, generate
 from wan5b.flow import sampling_sigmas
 from wan5b.fsdp import local

@@ -69,7 +69,9 @@ def generate(
     texts = context if isinstance(context, list) else [context]
     field = model
     if guidance in (None, 1):
-        texts = [text if len(text) == len(noise) else text[: len(noise)] for text in texts]
+        # Of one text one tensor: the cache knows it again by that.
+        conditional = {id(text): text[: len(noise)] for text in texts}
+        texts = [conditional[id(text)] for text in texts]
     else:
         field = guided(model, guidance)
     like = texts[0]
