@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.names or CASES:
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder, CASES[name].folder)
+            made.mkdir()
             real_size.FOLDERS[made.name](made)
             command = [sys.executable, __file__, "--measure", name, made]
             done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -8,6 +8,7 @@ whatever is to be said of names, sizes, time and memory can be tried with it. Th
 those of the tests.
 """
 
+import argparse
 import json
 import shutil
 import struct
@@ -205,7 +206,6 @@ def diffusers(folder: Path, dtype: torch.dtype, shards: int, pipeline: str) -> N
 
 def comfy(folder: Path) -> None:
     """Comfy-Org/Wan_2.2_ComfyUI_Repackaged, the files of the 5B; Kijai's; LoRAs"""
-    folder.mkdir(parents=True)
     write_safetensors(folder / COMFY, shapes("dit", F16))
     write_safetensors(folder / COMFY_VAE, shapes("vae", F16))
     t5 = scaled(shapes("t5", F16, theirs=True), mark=0, scale=[])
@@ -227,7 +227,6 @@ def long_spiece() -> bytes:
 
 def kijai(folder: Path) -> None:
     """Kijai/WanVideo_comfy and WanVideo_comfy_fp8_scaled, the files of the 5B"""
-    folder.mkdir(parents=True)
     write_safetensors(folder / KIJAI, scaled(shapes("dit", F32), mark=2, scale=[1]))
     write_safetensors(folder / KIJAI_VAE, shapes("vae", BF16))
     write_safetensors(folder / KIJAI_T5, plain(shapes("t5", BF16)), {"format": "pt"})
@@ -238,7 +237,6 @@ def kijai(folder: Path) -> None:
 
 def longlive(folder: Path) -> None:
     """Efficient-Large-Model/LongLive-2.0-5B"""
-    folder.mkdir(parents=True)
     said = {"checkpoint_format": "longlive_generator_merged_lora", "dtype": "bfloat16"}
     state = {f"model.{name}": held for name, held in shapes("dit", BF16).items()}
     write_pickle(folder / "model_bf16.pt", {"generator": state, **said})
@@ -246,7 +244,6 @@ def longlive(folder: Path) -> None:
 
 def turbo(folder: Path) -> None:
     """quanhaol/Wan2.2-TI2V-5B-Turbo"""
-    folder.mkdir(parents=True)
     write_pickle(folder / "model.pt", shapes("dit", F32))
 
 
@@ -266,17 +263,20 @@ FOLDERS = {
 }
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: real_size.py FOLDER")
+def main(argv: list[str] | None = None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a new one")
+    folder = parser.parse_args(argv).folder
     for name, write in FOLDERS.items():
-        write(Path(sys.argv[1], name))
-    for file in sorted(Path(sys.argv[1]).rglob("*")):
+        (folder / name).mkdir(parents=True)
+        write(folder / name)
+    for file in sorted(folder.rglob("*")):
         if file.is_file():
             size = file.stat().st_size
             published = PUBLISHED.get(file.name)
             apart = f"  {size - published:+} of the published" if published else ""
-            print(f"{size:>15,}  {file.relative_to(sys.argv[1])}{apart}")
+            print(f"{size:>15,}  {file.relative_to(folder)}{apart}")
 
 
 if __name__ == "__main__":
