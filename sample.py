@@ -15,7 +15,7 @@
 --recipe NAME        how clips are made: wan22, longlive2, longlive2-stage1, fastwan, turbo (each
                      a file in configs/sample), or a TOML of your own. By default as the weights
                      say: the release, diffusers' folders, LongLive's .pt and exports of train.py
-                     do; of others, which are sampled as --mode few, the name must be given.
+                     do; others are taken by their files' names, or else for --mode few.
                      The options from --mode to --guidance, and --frames, change it where given
 --random-weights     random networks and text embeddings, for measurements
 --preset NAME        of random weights: ti2v-5B (the default) or tiny

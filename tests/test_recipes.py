@@ -302,8 +302,10 @@ def test_the_file_decides_and_the_command_line_overrides(planned, capsys, tmp_pa
 
 
 def test_weights_that_say_nothing(planned, release, tmp_path, capsys):
-    """Sampled as few, which is said, with the names of the recipes; its own name is a hint."""
-    for name, hint in (("x", ""), ("Wan2_2-TI2V-5B-Turbo_fp16", ". Its name suggests turbo")):
+    """Sampled as their name suggests, else as few, which is said, with the names of the recipes."""
+    few = ("for --mode few", "few (the default): chunk by chunk, 4 steps of", [3, 3])
+    turbo = ("by its name for turbo", "turbo (by its name alone): the whole clip at once, 4", [6])
+    for name, (taken, how, chunks) in (("x", few), ("Wan2_2-TI2V-5B-Turbo_fp16", turbo)):
         path = tmp_path / "weights" / f"{name}.safetensors"
         path.parent.mkdir(exist_ok=True)
         save_file(load_dit(release).state_dict(), path)
@@ -311,11 +313,11 @@ def test_weights_that_say_nothing(planned, release, tmp_path, capsys):
         job = planned("--weights", path, "--frames", 21)
         said = capsys.readouterr()
         assert said.err == (
-            f"note: {path} does not say how it is sampled: taken for --mode few, which may be "
-            f"wrong; --recipe knows {', '.join(NAMES)}{hint}\n"
+            f"note: {path} does not say how it is sampled: taken {taken}, which may be "
+            f"wrong; --recipe knows {', '.join(NAMES)}\n"
         )
-        assert said.out.splitlines()[-1].startswith("few (the default): chunk by chunk, 4 steps of")
-        assert job.sampler["chunks"] == [3, 3]
+        assert said.out.splitlines()[-1].startswith(how)
+        assert job.sampler["chunks"] == chunks
         planned("--weights", path, "--recipe", "turbo")
         assert not capsys.readouterr().err
 

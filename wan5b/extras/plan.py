@@ -176,6 +176,8 @@ def choose(args: Namespace, weights: Weights) -> Found:
     found = weights.found
     if args.recipe:
         found = Found(Path(args.recipe).stem, "--recipe", load(args.recipe))
+    if not (found or args.mode or args.random_weights):
+        found = by_name(Path(args.weights or args.release))
     if found is None:
         mode = args.mode or "few"
         found = Found(mode, "--mode" if args.mode else "the default", Recipe())
@@ -189,6 +191,12 @@ def choose(args: Namespace, weights: Weights) -> Found:
         weights.options["part"] = part
         open_dit(args.weights or args.release, channels=VAEConfig.z_dim, **weights.options)
     return found._replace(recipe=overridden(found.recipe, args))
+
+
+def by_name(source: Path) -> Found | None:
+    """The recipe that the name of a file or folder suggests, if any."""
+    name = looks_like(source) or looks_like(locate(source, "dit"))
+    return Found(name, "by its name alone", load(name)) if name else None
 
 
 def overridden(recipe: Recipe, args: Namespace) -> Recipe:
@@ -243,10 +251,9 @@ def note_weights(args: Namespace, weights: Weights, found: Found) -> None:
     own = MADE_FOR.get(stage, "few")
     causal = weights.found is not None and weights.found.recipe.causal
     if not (weights.found or args.recipe or args.mode):
-        name = looks_like(source) or looks_like(locate(source, "dit"))
-        names = ", ".join(known())
-        text = f"{source} does not say how it is sampled: taken for --mode few, which may be wrong"
-        note(f"{text}; --recipe knows {names}" + f". Its name suggests {name}" * bool(name))
+        taken = f"by its name for {found.name}" if found.name in known() else "for --mode few"
+        text = f"{source} does not say how it is sampled: taken {taken}, which may be wrong"
+        note(f"{text}; --recipe knows {', '.join(known())}")
     elif stage is not None:
         renoises = MODES[own].solver == "renoise"
         if (found.recipe.causal, found.recipe.solver == "renoise") != (MODES[own].causal, renoises):
