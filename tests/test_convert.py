@@ -148,6 +148,22 @@ def test_scaled_float8(tmp_path):
     assert held(rounded, "vae")["conv1.weight"].dtype == torch.float16
 
 
+def test_a_release_with_an_export_in_it(tmp_path):
+    """What it says of itself goes along, and its shift to diffusers' scheduler."""
+    source = tmp_path / "source"
+    shutil.copytree(FORMATS / "original", source)
+    for file in source.glob("diffusion_pytorch_model*"):
+        file.unlink()
+    model = formats.load_dit(FORMATS / "original")
+    save_dit(model, source / "diffusion_pytorch_model.safetensors", FACTS)
+    there = run(source, tmp_path / "there", "diffusers", "--shard-size", 0.0002)
+    assert read_json(there / "scheduler/scheduler_config.json")["flow_shift"] == 3.0
+    back = run(there, tmp_path / "back", "comfy")
+    for folder in (source, there, back):
+        assert formats.read_metadata(folder) == FACTS
+    assert_same(back, model.state_dict())
+
+
 # ---------------------------------------------------------------------------------------- DiT alone
 
 
