@@ -105,7 +105,9 @@ def plan(args: Namespace) -> Job:
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     check(prompts, "no prompt: give --prompt TEXT, or --prompts FILE with one a line")
     clips = name_clips(prompts, args.seed, args.out)
-    claim(clips, sheet=args.sheet, latents=args.latents, overwrite=args.overwrite)
+    read = [args.image, args.video, args.prompts, args.weights, *(path for path, _ in loras)]
+    wanted = {"sheet": args.sheet, "latents": args.latents, "overwrite": args.overwrite}
+    claim(clips, list(filter(None, read)), **wanted)
     found = {"size": size, "sampler": sampler, "trained": trained}
     found |= {"chunks": chunks, "sigmas": sampler["sigmas"]}
     note_ignored(args, mode)
@@ -115,11 +117,14 @@ def plan(args: Namespace) -> Job:
 
 
 def check_numbers(args: Namespace) -> None:
-    """Numbers that no mode can work with."""
+    """Numbers that no mode can work with; and names that are empty, as unset variables are."""
+    for name in ("release", "weights", "prompts", "image", "video", "size", "settings", "out"):
+        check(getattr(args, name) != "", f"--{name} is empty: name something, or leave it out")
     for name in ("prefix", "chunk", "window", "steps", "shift"):
         value = getattr(args, name)
         fits = value is None or 0 < value < math.inf  # NaN is not
         check(fits, f"--{name} {value}: must be above 0")
+    check(args.shift is None or args.shift >= 1e-6, f"--shift {args.shift}: must be at least 1e-6")
     fits = args.guidance is None or math.isfinite(args.guidance)
     check(fits, f"--guidance {args.guidance}: must be a finite number")
     check((args.sink or 0) >= 0, f"--sink {args.sink}: must be 0 or more")
