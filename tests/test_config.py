@@ -128,6 +128,8 @@ def test_keys_without_effect_are_named(data, capsys):
     assert said("ode", latents="x") == "note: latents has no effect in stage ode\n"
     assert said("dmd", trajectories="x", bell=False).startswith("note: trajectories, bell has no")
     assert said("dmd", latents="x", rollout="data", guidance=1.0) == ""
+    assert said("ar", weights="") == "note: no weights: ar starts from random ones\n"
+    assert said("teacher", weights="") == ""
 
 
 # -------------------------------------------------------------------------- what does not fit

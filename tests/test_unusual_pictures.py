@@ -176,6 +176,20 @@ def test_fields_of_a_turned_video_with_oblong_pixels(tmp_path):
     assert [named(frame) for frame in read] == ["brkg"] * 5
 
 
+def test_fields_whose_size_changes(tmp_path):
+    """Two recordings in one file: the first is read whole, then the error comes."""
+    parts = []
+    for size in (64, 96):
+        frames = woven(height=size, width=size)
+        made = write_video(tmp_path / "a.ts", frames, codec="mpeg2video", setup=as_fields)
+        parts.append(made.read_bytes())
+    (tmp_path / "b.ts").write_bytes(b"".join(parts))
+    with pytest.raises(ValueError, match="b.ts: its size changes from 64x64 to 96x96"):
+        read_video(tmp_path / "b.ts")
+    (tmp_path / "c.ts").write_bytes(parts[0] + parts[0])
+    assert len(read_video(tmp_path / "c.ts")) == 22
+
+
 def test_frames_without_fields_are_left_alone(tmp_path):
     """Whatever the container says, frames that are whole are not filtered."""
     frames = woven()

@@ -67,7 +67,11 @@ def check_config(cfg, world: World) -> None:
 
 
 def note_ignored(cfg, rank: int) -> None:
-    """Keys that were given and do nothing in this stage; the first process says so."""
+    """Keys that were given and do nothing in this stage, and weights that were not given (by an
+    unset variable, say), where a stage goes on from another; the first process says so.
+    """
+    if not cfg.weights and cfg.stage != STAGES[0] and rank == 0:
+        print(f"note: no weights: {cfg.stage} starts from random ones", file=sys.stderr)
     given = [option.name for option in fields(cfg) if getattr(cfg, option.name) != option.default]
     ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
     if ignored and rank == 0:

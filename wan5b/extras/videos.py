@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,10 +143,18 @@ def _decoded(
 
 
 def _progressive(timed: Iterator[Timed]) -> Iterator[Timed]:
-    """Frames whose lines are of two times, as television's are, come as of the first one.
+    """Frames whose lines are of two times, as television's are, come as of one."""
 
-    The filter takes a frame and gives one, a frame later.
-    """
+    def layout(item: Timed) -> tuple:
+        frame = item[0]
+        return frame.width, frame.height, frame.format.name
+
+    for _, alike in groupby(timed, layout):
+        yield from _deinterlaced(alike)
+
+
+def _deinterlaced(timed: Iterator[Timed]) -> Iterator[Timed]:
+    """Of frames of one layout. The filter takes a frame and gives one, a frame later."""
     graph = None
     times = deque()
     for frame, *time in timed:
