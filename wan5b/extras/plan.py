@@ -88,7 +88,10 @@ def plan(args: Namespace) -> Job:
     frames = 4 * (prefix + sum(chunks)) - 3
     sampler = {"causal": mode.causal, "solver": mode.solver, "guidance": None}
     if mode.causal:
-        sampler |= memory(args.window or trained.get("window"), args.sink or 0, max(chunks))
+        # Earlier exports have it among the training's settings only, 0 for none.
+        within = trained.get("window", trained.get("training", {}).get("window"))
+        window = args.window or (within if type(within) is int and within > 0 else None)
+        sampler |= memory(window, args.sink or 0, max(chunks))
     else:
         chunks = [sum(chunks)]
     sampler["chunks"] = chunks
