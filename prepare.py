@@ -44,8 +44,16 @@ from tqdm import tqdm
 from wan5b.data import Store, TextStore, difference, open_shard, write_shard
 from wan5b.distill import guided, rollout
 from wan5b.extras.cli import script
+from wan5b.extras.digest import digest, sizes
 from wan5b.extras.files import caption_file, note_cut, parse_size, read_prompts
-from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae, read_metadata
+from wan5b.extras.formats import (
+    load_dit,
+    load_t5,
+    load_tokenizer,
+    load_vae,
+    locate,
+    read_metadata,
+)
 from wan5b.extras.pictures import read_clips
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache, chunk_sizes
@@ -162,10 +170,14 @@ class Shard(NamedTuple):
     made_from: str  # a digest of the inputs
 
 
-def pending(out: str, inputs: list, per_shard: int, facts: dict) -> list[Shard]:
+def pending(
+    out: str, inputs: list, per_shard: int, facts: dict, held: str, sizes: Callable = lambda _: ()
+) -> list[Shard]:
     """The shards that this process has to make: every WORLD_SIZE-th, but for those that exist.
 
     facts: whatever the items depend on beside their inputs, as the header of a shard holds it.
+    held: a digest of the weights; sizes: of an input, the sizes of its files. By these the inputs
+    are known again when others lie under their names.
     ValueError if the folder `out` holds a shard of other inputs or facts.
     """
     folder = Path(out)
@@ -173,15 +185,16 @@ def pending(out: str, inputs: list, per_shard: int, facts: dict) -> list[Shard]:
     for i, start in enumerate(range(0, len(inputs), per_shard)):
         path = folder / f"{i:05}.safetensors"
         part = inputs[start : start + per_shard]
-        digest = blake2b(repr(part).encode(), digest_size=8).hexdigest()
-        shards[path] = Shard(path, part, digest)
+        known = repr([held, *((item, sizes(item)) for item in part)])
+        made_from = blake2b(known.encode(), digest_size=8).hexdigest()
+        shards[path] = Shard(path, part, made_from)
 
     # What the folder holds already must be what this run would have made.
     for path in sorted(folder.glob("*.safetensors")):
         _, header = open_shard(path)
         apart = difference(header["facts"], facts)
         if not apart and (path not in shards or shards[path].made_from != header["made_from"]):
-            apart = "inputs, --per-shard"
+            apart = "what videos or weights hold, inputs, --per-shard"
         if apart:
             raise ValueError(f"{path} is of another run: {apart}; delete it or change --out")
 
@@ -213,7 +226,7 @@ def options(args: argparse.Namespace, *names: str) -> dict:
 
 def model_name(source: str) -> str:
     """What the facts call a release folder or a file of weights."""
-    return Path(source).resolve().name
+    return os.path.basename(os.path.realpath(source))
 
 
 def latent_size(frames: int, size: str) -> tuple[int, int, int]:
@@ -234,9 +247,10 @@ def make_text(args: argparse.Namespace) -> None:
     # Each prompt once, in this order: when the list grows, the shards that exist stay valid.
     prompts = list(dict.fromkeys([args.negative, "", *listed]))
     facts = {"negative": args.negative, "model": model_name(args.release)}
-    shards = pending(args.out, prompts, args.per_shard, facts)
-
     tokenizer = load_tokenizer(args.release)
+    held = digest(locate(Path(args.release), "t5"))
+    shards = pending(args.out, prompts, args.per_shard, facts, held)
+
     note_cut(tokenizer, prompts)
     encoder = load_t5(args.release, DEVICE, torch.bfloat16)
 
@@ -261,7 +275,8 @@ def make_latents(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.videos} names {found}")
     facts = options(args, "size", "frames", "fps", "clips", "dtype")
     facts["model"] = model_name(args.release)
-    shards = pending(args.out, videos, args.per_shard, facts)
+    held = digest(locate(Path(args.release), "vae"))
+    shards = pending(args.out, videos, args.per_shard, facts, held, lambda item: sizes(item[0]))
 
     vae = load_vae(args.release, DEVICE, torch.float32)  # bfloat16 spoils what is encoded
     dtype = getattr(torch, args.dtype)
@@ -298,6 +313,8 @@ def list_videos(where: Path) -> list[tuple[str, str]]:
         for line in map(json.loads, read_prompts(where)):
             caption = line["caption"].strip()
             caption.encode()  # half an emoji can't be stored
+            if not line["video"].strip("./ "):  # the folder of the list itself, or above
+                raise KeyError("video")
             videos.append((str(where.parent / line["video"]), caption))
     except (UnicodeEncodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         expected = '{"video": path, "caption": text}'
@@ -348,7 +365,7 @@ def make_trajectories(args: argparse.Namespace) -> None:
     }
     # The number of an item decides on its noise, and which clip it goes on from.
     inputs = list(enumerate(prompts * args.repeats))
-    shards = pending(args.out, inputs, args.per_shard, facts)
+    shards = pending(args.out, inputs, args.per_shard, facts, digest(source))
 
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)

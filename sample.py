@@ -77,7 +77,7 @@ from tqdm import tqdm
 
 from wan5b import fuse, media
 from wan5b.extras import graphs, random_weights
-from wan5b.extras.cli import DEVICES, script
+from wan5b.extras.cli import DEVICES, Gathered, script
 from wan5b.extras.clips import Clip, make_record, read_settings, write
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
@@ -109,10 +109,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{name}", type=int)
     for name in ("shift", "guidance"):
         add(f"--{name}", type=float)
-    add("--seed", type=int, default=[0], nargs="+")
-    add("--prompt", default=[], nargs="+")
+    add("--seed", type=int, default=[0], nargs="+", action=Gathered)
+    add("--prompt", default=[], nargs="+", action=Gathered)
     add("--negative")
-    add("--lora", default=[], nargs="+")
+    add("--lora", default=[], nargs="+", action=Gathered)
     add("--out", default="out/sample.mp4")
     add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"])
     add("--mode", choices=list(MODES))
@@ -125,7 +125,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     if args.settings:
-        recorded = read_settings(args.settings, parser)
+        recorded = read_settings(args.settings, parser, args)
         args = parser.parse_args(argv, argparse.Namespace(**recorded))
     return args
 

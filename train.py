@@ -122,7 +122,7 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     scores = start
     if distilling and cfg.teacher:
         scores = open_dit(cfg.teacher, channels=start[0].in_dim)
-    check_fit(cfg, data, start[0], scores[0])
+    check_fit(cfg, data, start[0], scores[0], world.rank)
     budget = expected(cfg, world, start[0], scores[0] if distilling else None)
     afford(cfg, world, budget, free(world))
 

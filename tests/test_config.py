@@ -4,11 +4,12 @@ not fit. Always in one line that names the values.
 
 import pytest
 import torch
-from training import DIT, SIZES, make_run, refused, values, write_toml
+from training import DIT, SIZES, config, make_run, refused, values, write_toml
 
 import train
 from wan5b.data import write_shard
 from wan5b.dit import DiTConfig, WanDiT
+from wan5b.extras.checks import note_ignored
 from wan5b.weights import save_dit
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
@@ -92,6 +93,8 @@ def test_bad_command_lines(data, tmp_path, command):
     assert "unknown keys ['a.b']" in refused(command, good, "a.b=1")
     assert "unknown keys ['latent']" in refused(command, good, "latent=data/latents")
     assert "lr must be at least 0 and below inf, got nan" in refused(command, good, "lr=nan")
+    for wrong in ("guidance=nan", "alpha=inf", "sample_guidance=-inf"):
+        assert f"{wrong.replace('=', ' must be finite, got ')}" in refused(command, good, wrong)
     assert "cannot read" in refused(command, good, "steps=[")
 
     (tmp_path / "bad.toml").write_text("stage = ar\n")
@@ -112,6 +115,21 @@ def test_overrides(data, tmp_path):
     assert cfg.levels == (1000, 500)
     assert cfg.negative == "a = b"
     assert cfg.bell is False
+
+
+def test_keys_without_effect_are_named(data, capsys):
+    def said(stage, **changes):
+        note_ignored(config(data, stage, **changes), 0)
+        return capsys.readouterr().err
+
+    for stage in ("ar", "ode", "dmd"):
+        assert said(stage) == ""
+    assert said("ar", teacher="t", alpha=2.0) == "note: teacher, alpha has no effect in stage ar\n"
+    assert said("ode", latents="x") == "note: latents has no effect in stage ode\n"
+    assert said("dmd", trajectories="x", bell=False).startswith("note: trajectories, bell has no")
+    assert said("dmd", latents="x", rollout="data", guidance=1.0) == ""
+    assert said("ar", weights="") == "note: no weights: ar starts from random ones\n"
+    assert said("teacher", weights="") == ""
 
 
 # -------------------------------------------------------------------------- what does not fit

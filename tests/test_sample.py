@@ -76,7 +76,9 @@ def run(release, tmp_path):
 
     def call(*options, out="a", size=True):
         base = ["--release", release, "--device", "cpu", "--latents", "--out", tmp_path / out]
-        base += ["--prompt", "a red ball", "--frames", 21] + ["--size", "32x64"] * size
+        base += ["--frames", 21] + ["--size", "32x64"] * size
+        if "--prompt" not in options:
+            base += ["--prompt", "a red ball"]
         if "--weights" not in options:
             base += ["--mode", "few"]  # of the release itself the recipe has 50 steps
         sample.main(sample.parse([str(option) for option in (*base, *options)]))

@@ -76,9 +76,7 @@ def values(data: Path, stage: str, out="unused", /, **changes) -> dict:
         "steps": 4,
         "save_every": 2,
         "lr": 1e-4,
-        "critic_lr": 1e-4,
         "ema_start": 1,
-        "ratio": 2,
         "device": "cpu",
         "dtype": "float32",
         "keep": 9,
@@ -89,7 +87,7 @@ def values(data: Path, stage: str, out="unused", /, **changes) -> dict:
     if stage == "ode":
         given["trajectories"] = str(data / "ode")
     if stage in ("dmd", "sid"):
-        given["teacher"] = str(data / "teacher.safetensors")
+        given |= {"teacher": str(data / "teacher.safetensors"), "critic_lr": 1e-4, "ratio": 2}
     return given | changes
 
 

@@ -6,7 +6,8 @@ Each check is a ValueError that names the values and the way out.
 
 import json
 import math
-from dataclasses import asdict
+import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from wan5b.data import Data
@@ -21,6 +22,16 @@ from wan5b.stages import DISTILLATIONS, STAGES
 
 # What each stage learns from; the others from latents.
 LEARNS_FROM = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}
+# What has an effect in some stages only.
+ONLY_IN = {
+    **dict.fromkeys(("teacher", "critic_lr", "ratio", "guidance", "rollout"), DISTILLATIONS),
+    **dict.fromkeys(("dropout", "bell"), ("teacher", "ar")),
+    "latents": ("teacher", "ar", "dmd", "sid"),
+    "trajectories": ("ode",),
+    "alpha": ("sid",),
+    "forcing": ("ar", "ode"),
+    "window": STAGES[1:],
+}
 READS = ("text", "latents", "trajectories", "weights", "teacher")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
@@ -55,8 +66,23 @@ def check_config(cfg, world: World) -> None:
         )
 
 
-def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig) -> None:
-    """Whether data, config and networks fit each other. scores: the sizes of critic and teacher."""
+def note_ignored(cfg, rank: int) -> None:
+    """Keys that were given and do nothing in this stage, and weights that were not given (by an
+    unset variable, say), where a stage goes on from another; the first process says so.
+    """
+    if not cfg.weights and cfg.stage != STAGES[0] and rank == 0:
+        print(f"note: no weights: {cfg.stage} starts from random ones", file=sys.stderr)
+    given = [option.name for option in fields(cfg) if getattr(cfg, option.name) != option.default]
+    ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
+    if ignored and rank == 0:
+        print(f"note: {', '.join(ignored)} has no effect in stage {cfg.stage}", file=sys.stderr)
+
+
+def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -> None:
+    """Whether data, config and networks fit each other. scores: the sizes of critic and teacher.
+
+    Process 0 says what in the config has no effect.
+    """
     model.tokens_per_frame(cfg.height, cfg.width)
     _check_stages(cfg)
     takes = (model.text_dim, model.text_len)
@@ -74,6 +100,7 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig) -> None:
     data.text.check(texts, *takes)
     if data.store is not None:
         _check_store(cfg, data, model.in_dim)
+    note_ignored(cfg, rank)
 
 
 def _check_stages(cfg) -> None:

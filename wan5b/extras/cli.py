@@ -1,5 +1,6 @@
 """What scripts share: the devices that they may name, and how they end."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -8,10 +9,25 @@ from typing import Any
 
 import torch
 
+from wan5b.util import first_line
+
 # Where networks may run; the first is the default.
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES = ["cuda", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+
+class Gathered(argparse.Action):
+    """For lists: of an option that is given several times, all values count. What stood there
+    before, a default or a recorded list, is replaced.
+    """
+
+    gathered = None
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        held = getattr(namespace, self.dest)
+        self.gathered = held + values if held is self.gathered else values
+        setattr(namespace, self.dest, self.gathered)
 
 
 def script(main: Callable[[], Any]) -> None:
@@ -25,5 +41,18 @@ def script(main: Callable[[], Any]) -> None:
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        cause = first_line(error) or type(error).__name__
+        wrong = f"out of memory; take a smaller size, fewer frames or a smaller batch ({cause})"
+        print(f"{Path(sys.argv[0]).name}: error: {wrong}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of the host, for which torch has no type of error."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator: can't allocate" in str(error)

@@ -4,7 +4,7 @@ repeats it.
 
 import json
 import os
-from argparse import Action, ArgumentParser
+from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Iterable
 from contextlib import closing
 from itertools import product
@@ -34,8 +34,8 @@ def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Cli
     out: the mp4, the suffix of which may be left out, or a FOLDER/, in which it is sample.mp4.
     Several clips have the prompt's number and the seed in their names.
     """
-    if out.endswith("/"):
-        out += "sample"
+    if out.rpartition("/")[2] in ("", ".", ".."):
+        out += "/sample"
     path = Path(out.removesuffix(".mp4") + ".mp4").expanduser()
     seeds = list(dict.fromkeys(seeds))  # one given twice makes one clip
     if len(prompts) * len(seeds) == 1:
@@ -48,10 +48,13 @@ def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Cli
     return clips
 
 
-def claim(clips: list[Clip], *, sheet: bool, latents: bool, overwrite: bool) -> None:
+def claim(
+    clips: list[Clip], read: list[str], *, sheet: bool, latents: bool, overwrite: bool
+) -> None:
     """Make the folder. ValueError if it can't be written to, or if a file is in the way.
 
-    That is an mp4, a record or, if asked for, a sheet (PNG) or latents.
+    That is an mp4, a record or, if asked for, a sheet (PNG) or latents. read: the files that the
+    run reads, which it never replaces.
     """
     suffixes = [".mp4", ".json"]
     if sheet:
@@ -62,6 +65,8 @@ def claim(clips: list[Clip], *, sheet: bool, latents: bool, overwrite: bool) -> 
         file = clip.path.with_suffix(suffix)
         if file.exists() and not overwrite:
             raise ValueError(f"{file} exists; choose another --out, or --overwrite")
+        if file.exists() and any(Path(path).exists() and file.samefile(path) for path in read):
+            raise ValueError(f"{file} is what this run reads; choose another --out")
 
     folder = clips[0].path.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,16 +85,37 @@ def make_record(options: dict, clip: Clip, frames: int, found: dict) -> dict:
     return {"settings": options | own} | found
 
 
-def read_settings(path: str, parser: ArgumentParser) -> dict:
+# An option of the command line stands in for these of a record.
+REPLACED = {
+    "prompts": ("prompt",),
+    "image": ("video", "prefix"),
+    "video": ("image",),
+    "release": ("random_weights",),
+    "weights": ("random_weights",),
+    "random_weights": ("release", "weights", "lora"),
+}
+
+
+def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
     """The options in a record, each of which could stand on the parser's command line.
 
-    ValueError if the file is no record, or an option is missing, of another type or out of range.
+    given: the options that do; those of the record which these stand in for have their defaults.
+    ValueError if the file is no record, or an option is missing, unknown, of another type or out of
+    range.
     """
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))["settings"]
-        return {action.dest: _option(action, settings) for action in options(parser)}
+        recorded = {action.dest: _option(action, settings) for action in options(parser)}
+        unknown = sorted(settings.keys() - recorded.keys())
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)} in it is no option here")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error}") from error
+
+    for name, others in REPLACED.items():
+        if getattr(given, name):
+            recorded |= {other: parser.get_default(other) for other in others}
+    return recorded
 
 
 def options(parser: ArgumentParser) -> list[Action]:
@@ -106,6 +132,7 @@ def _option(action: Action, settings: dict):
     kind = bool if action.nargs == 0 else action.type or str
     items = value if action.nargs == "+" else [value]
     fits = isinstance(items, list) and all(type(item) in (kind, int) for item in items)
+    fits = fits and (len(items) > 0 or not action.default)
     if not fits or (kind is not float and any(type(item) is not kind for item in items)):
         raise ValueError(f"{action.dest} is {value!r}, not {kind.__name__}")
     if action.choices and value not in action.choices:

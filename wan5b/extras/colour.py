@@ -32,7 +32,12 @@ BT2020 = Primaries((0.708, 0.292), (0.170, 0.797), (0.131, 0.046))
 # Codes of H.273. Older television's primaries are so near to sRGB's that players take them as such.
 WIDE = {9: BT2020, 11: DCI_P3, 12: DISPLAY_P3}
 LINEAR = 8
-NOT_READ = {9: "logarithmic", 10: "logarithmic", 16: "HDR (PQ)", 18: "HDR (HLG)"}  # transfers
+NOT_READ = {  # transfers
+    **{9: "logarithmic", 10: "logarithmic", 16: "HDR (PQ)", 17: "of cinema (DCI)"},
+    18: "HDR (HLG)",
+}
+XYZ = 10  # primaries that are none
+MATRICES_NOT_READ = {8: "YCgCo", 10: "BT.2020 of constant luminance", 11: "YDzDx", 14: "ICtCp"}
 
 
 def on_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
@@ -46,8 +51,8 @@ def on_white(image: Image.Image, alpha: Image.Image) -> Image.Image:
 
 def from_codes(rgb: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
     """uint8 [..., 3] of these codes -> sRGB. ValueError for HDR."""
-    if transfer in NOT_READ:
-        kind = NOT_READ[transfer]
+    if transfer in NOT_READ or primaries == XYZ:
+        kind = NOT_READ.get(transfer, "CIE XYZ")
         raise ValueError(f"it is {kind}, which is not read; convert it to SDR (BT.709) first")
     if transfer == LINEAR:
         return from_primaries(rgb, WIDE.get(primaries, SRGB), gamma=1.0)
@@ -167,6 +172,8 @@ def stated_codes(path: str | Path, kind: str) -> tuple[int, int] | None:
     while True:
         name = head[at + 4 : at + 8]
         if name == b"cICP":
+            if head[at + 11 : at + 12] == b"\0":
+                raise ValueError("its levels are of the limited range; convert it to the full one")
             return head[at + 8], head[at + 9]
         if name in (b"", b"IDAT"):
             return None

@@ -55,6 +55,8 @@ class Options:
                     raise ValueError(
                         f"{option.name} must be at least {low} and below {high}, got {value}"
                     )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option.name} must be finite, got {value}")
 
 
 def read(kind: type, arguments: list[str]):

@@ -26,6 +26,18 @@ def digest(path: str | Path) -> str:
     return summary.hexdigest()
 
 
+def sizes(path: str | Path) -> list[tuple[str, int]]:
+    """Name and bytes of a file, or of all files in a folder: enough to see that one was replaced,
+    and cheap for many. Empty, if they can't be read: whoever reads them says why.
+    """
+    path = Path(path)
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return [(file.name, file.stat().st_size) for file in files]
+    except OSError:
+        return []
+
+
 def _add(summary, file: Path) -> None:
     size = file.stat().st_size
     summary.update(size.to_bytes(8, "big"))

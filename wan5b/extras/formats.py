@@ -13,6 +13,7 @@ and its sizes under "config". From there all go the same strict way through weig
 What can't be run is refused by its name (refusals.py).
 """
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -132,7 +133,7 @@ def _config_beside(file: Path, kind: Kind) -> dict:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether this is a checkpoint folder of train.py, perhaps a link to one, or a copy."""
-    named = re.match("step-[0-9]+", path.resolve().name)
+    named = re.match("step-[0-9]+", os.path.basename(os.path.realpath(path)))
     return named is not None and (path / CHECKPOINT).is_file()
 
 

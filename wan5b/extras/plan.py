@@ -111,11 +111,17 @@ def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: d
 
 
 def check_numbers(args: Namespace) -> torch.dtype:
-    """The dtype of the networks. ValueError for numbers that no mode can work with."""
+    """The dtype of the networks. ValueError for numbers that no mode can work with, and for names
+    that are empty, as unset variables are.
+    """
+    names = ("release", "weights", "recipe", "prompts", "image", "video", "size", "settings", "out")
+    for name in names:
+        check(getattr(args, name) != "", f"--{name} is empty: name something, or leave it out")
     for name in ("prefix", "chunk", "window", "steps", "shift"):
         value = getattr(args, name)
         fits = value is None or 0 < value < math.inf  # NaN is not
         check(fits, f"--{name} {value}: must be above 0")
+    check(args.shift is None or args.shift >= 1e-6, f"--shift {args.shift}: must be at least 1e-6")
     fits = args.guidance is None or math.isfinite(args.guidance)
     check(fits, f"--guidance {args.guidance}: must be a finite number")
     check((args.sink or 0) >= 0, f"--sink {args.sink}: must be 0 or more")
@@ -299,6 +305,9 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
         sampler["cuts"] = scene_cuts(len(prompts), prefix, chunks, recipe)
     scenes = [prompts] if args.shots else [[prompt] for prompt in prompts]
     clips = name_clips(scenes, args.seed, args.out)
-    claim(clips, sheet=args.sheet, latents=args.latents, overwrite=args.overwrite)
+    read = [args.image, args.video, args.prompts, args.weights, args.recipe]
+    read += [parse_lora(text)[0] for text in args.lora]
+    wanted = {"sheet": args.sheet, "latents": args.latents, "overwrite": args.overwrite}
+    claim(clips, list(filter(None, read)), **wanted)
     shown = [scene_texts(clip.prompts, len(chunks), recipe) for clip in clips]
     return [clip._replace(texts=texts) for clip, texts in zip(clips, shown, strict=True)]

@@ -176,6 +176,8 @@ def from_metadata(said: dict) -> Recipe | None:
     sampling. ValueError for values that a Recipe cannot have.
     """
     stage = said.get("stage")
+    if "window" not in said and "window" in said.get("training", {}):
+        said = said | {"window": said["training"]["window"]}  # where earlier exports have it
     values = {name: said[name] for name in SAMPLING if said.get(name) is not None}
     if stage is None and not values:
         return None

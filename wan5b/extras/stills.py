@@ -35,8 +35,9 @@ def read_still(path: str | Path) -> np.ndarray | None:
             _refuse_crops(path)
         _drop_damaged_exif(image, path)
         codes = colour.stated_codes(path, image.format)
+        ends = _gray_ends(image)
         upright = ImageOps.exif_transpose(image)
-        opaque, alpha = _without_alpha(upright)
+        opaque, alpha = _without_alpha(upright, *ends)
         rgb = colour.still(opaque, codes, path)
         if alpha is not None:
             rgb = colour.on_white(rgb, alpha)
@@ -69,10 +70,27 @@ def _drop_damaged_exif(image: Image.Image, path: str | Path) -> None:
         image.info.pop("exif", None)
 
 
-def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """An image of any mode as one of mode L, RGB or CMYK, and its alpha (mode L) if it has any."""
+def _gray_ends(image: Image.Image) -> tuple[int, int]:
+    """The levels of black and of white in gray of more than 8 bits, as Pillow reads them."""
+    if image.format != "TIFF":
+        return 0, 65535
+    bits = image.tag_v2.get(ExifTags.Base.BitsPerSample)
+    if bits == (16,) and image.tag_v2.get(ExifTags.Base.SampleFormat) == (2,):
+        raise ValueError("its levels are signed, of unknown range; convert it to unsigned ones")
+    white = 4095 if bits == (12,) else 65535
+    is_negative = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+    return (white, 0) if is_negative else (0, white)
+
+
+def _without_alpha(
+    image: Image.Image, black: int, white: int
+) -> tuple[Image.Image, Image.Image | None]:
+    """An image of any mode as one of mode L, RGB or CMYK, and its alpha (mode L) if it has any.
+
+    black, white: see `_gray_ends`.
+    """
     if image.mode.startswith("I"):
-        return _from_16_bits(image)
+        return _from_16_bits(image, black, white)
     if image.mode == "F":
         raise ValueError("its levels are floats, of unknown range; convert it to 8 or 16 bits")
 
@@ -88,14 +106,17 @@ def _without_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]
     return image.convert("L" if gray else "RGB"), alpha
 
 
-def _from_16_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Gray of 16 bits, which Pillow would clip at 255."""
+def _from_16_bits(
+    image: Image.Image, black: int, white: int
+) -> tuple[Image.Image, Image.Image | None]:
+    """Gray of 12 or 16 bits, which Pillow would clip at 255."""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
         raise ValueError(
             f"its levels are {levels.min()} to {levels.max()}; gray is read from 0 to 65535"
         )
-    gray = Image.fromarray((levels / 257).round().astype(np.uint8))
+    shares = (levels - black) / (white - black)
+    gray = Image.fromarray((255 * shares).round().astype(np.uint8))
     gray.info = image.info.copy()
 
     key = gray.info.pop("transparency", None)  # the level that is not seen

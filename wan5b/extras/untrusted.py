@@ -75,7 +75,7 @@ METADATA = {
     "stage": TEXT,
     "step": whole(0, 2**53),
     "levels": each(NUMBER),
-    "shift": POSITIVE,
+    "shift": Kind("a number from 1e-6", lambda value: NUMBER.fits(value) and value >= 1e-6),
     "chunk": SIZE,
     "prefix": whole(0, 2**20),
     "training": NAMED,

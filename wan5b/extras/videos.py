@@ -7,14 +7,18 @@ phones keep no rate, and headers guess one.
 import struct
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.filter import Graph
 from av.stream import Disposition
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from wan5b.extras import colour
@@ -29,7 +33,11 @@ FORMATS = (
 )
 OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
 PIXELS = 180_000_000  # of one picture, at most: what Pillow takes, too
+UNSTATED = (0, 2, 3)  # matrices of H.273 that are none: of RGB, and said of YUV to say nothing
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave alpha out
+
+
+Timed = tuple[av.VideoFrame, Fraction, Fraction]  # a decoded frame, its start, its length
 
 
 class Shown(NamedTuple):
@@ -49,7 +57,7 @@ def frames(path: str | Path) -> Iterator[Shown]:
         stream = _picture_stream(file)
         interval = Fraction(0)
         held = None  # until the next one comes, which tells how long it is shown
-        for frame, start, length in _timed(file, stream, path):
+        for frame, start, length in _progressive(_timed(file, stream, path)):
             shown = Shown(start, start + length, _picture(frame, stream.sample_aspect_ratio))
             if held:
                 _check_size(held, shown)
@@ -91,9 +99,7 @@ def _picture_stream(file: InputContainer) -> av.VideoStream:
 # -------------------------------------------------------------------------------------------- time
 
 
-def _timed(
-    file: InputContainer, stream: av.VideoStream, path: str | Path
-) -> Iterator[tuple[av.VideoFrame, Fraction, Fraction]]:
+def _timed(file: InputContainer, stream: av.VideoStream, path: str | Path) -> Iterator[Timed]:
     """Decoded frames, each with its start and length in seconds, by its own timestamps.
 
     ValueError if a frame is damaged, or the file ends before its end.
@@ -134,6 +140,57 @@ def _decoded(
                 frame.pts = decoding_times.popleft()
             reach.frames = max(reach.frames, _end(frame))
             yield frame
+
+
+def _progressive(timed: Iterator[Timed]) -> Iterator[Timed]:
+    """Frames whose lines are of two times, as television's are, come as of one."""
+
+    def layout(item: Timed) -> tuple:
+        frame = item[0]
+        return frame.width, frame.height, frame.format.name
+
+    for _, alike in groupby(timed, layout):
+        yield from _deinterlaced(alike)
+
+
+def _deinterlaced(timed: Iterator[Timed]) -> Iterator[Timed]:
+    """Of frames of one layout. The filter takes a frame and gives one, a frame later."""
+    graph = None
+    times = deque()
+    for frame, *time in timed:
+        if graph is None and frame.interlaced_frame:
+            graph = _deinterlacer(frame)
+        if graph is None:
+            yield frame, *time
+            continue
+        times.append(time)
+        graph.push(frame)
+        for frame in _pulled(graph):
+            yield frame, *times.popleft()
+
+    if graph is not None:
+        graph.push(None)
+        for frame in _pulled(graph):
+            yield frame, *times.popleft()
+
+
+def _deinterlacer(frame: av.VideoFrame) -> Graph:
+    """For frames like this one."""
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+    )
+    deinterlace = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(source, deinterlace, graph.add("buffersink")).configure()
+    return graph
+
+
+def _pulled(graph: Graph) -> Iterator[av.VideoFrame]:
+    """What has come out of the filters so far."""
+    with suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.pull()
 
 
 def _end(item: av.Packet | av.VideoFrame) -> Fraction:
@@ -186,6 +243,7 @@ def _picture(frame: av.VideoFrame, ratio: Fraction | None) -> np.ndarray:
     """uint8 [H, W, 3] as players show it. ratio: width to height of a pixel."""
     has_alpha = any(component.is_alpha for component in frame.format.components)
     has_alpha = has_alpha or frame.format.name == "pal8"
+    _state_matrix(frame)
     # In PyAV the threads of a conversion may outlive it, and a later fork does not survive them.
     levels = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", threads=1)
 
@@ -204,6 +262,16 @@ def _picture(frame: av.VideoFrame, ratio: Fraction | None) -> np.ndarray:
         if data.type.name == "DISPLAYMATRIX":
             rgb = _turned(rgb, bytes(data))
     return rgb
+
+
+def _state_matrix(frame: av.VideoFrame) -> None:
+    """The matrix of YUV, if the file does not say it, is by the size: as players choose it."""
+    if frame.colorspace in UNSTATED and not frame.format.is_rgb:
+        is_hd = frame.width >= 1280 or frame.height > 576
+        frame.colorspace = Colorspace.ITU709 if is_hd else Colorspace.ITU601
+    if frame.colorspace in colour.MATRICES_NOT_READ:
+        kind = colour.MATRICES_NOT_READ[frame.colorspace]
+        raise ValueError(f"its colours are {kind}, which is not read; convert it to BT.709 first")
 
 
 def _turned(picture: np.ndarray, matrix: bytes) -> np.ndarray:
