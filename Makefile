@@ -1,8 +1,8 @@
-# make test | lint | demo | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
+# make test | lint | demo | test-slow | test-gpu | test-weights | test-faults. Each sets itself up: .venv, pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo test-slow test-gpu test-weights lint format clean
+.PHONY: test demo test-slow test-gpu test-weights test-faults lint format clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -26,6 +26,10 @@ test-gpu: .venv/.installed
 
 test-weights: .venv/.installed
 	$(BIN)/python -m pytest -m weights
+
+# Damaged files, kills, signals and full disks, by chance from a seed: 20 minutes on two cores.
+test-faults: .venv/.installed
+	$(BIN)/python tools/faults
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

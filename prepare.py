@@ -26,6 +26,11 @@ to video, for stages with prefix = 1 (chunks of 1, 3, 3, ... latent frames: --fr
 --causal 14, beside the model's 10.
 """
 
+if __name__ == "__main__":
+    from wan5b.extras import signals
+
+    signals.while_loading()
+
 import argparse
 import json
 import math

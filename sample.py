@@ -52,6 +52,11 @@
 --low-memory         for 24 GB: text on the CPU, decoding when the DiT is gone
 """
 
+if __name__ == "__main__":
+    from wan5b.extras import signals
+
+    signals.while_loading()
+
 import argparse
 import functools
 import os

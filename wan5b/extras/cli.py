@@ -1,12 +1,13 @@
 """What scripts share: the devices that they may name, and how they end."""
 
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from wan5b.extras import signals
 
 # Where networks may run; the first is the default.
 DEVICES = ["cpu"]
@@ -19,7 +20,7 @@ def script(main: Callable[[], Any]) -> None:
 
     Ctrl-C is code 130, SIGTERM 143: both end it as errors do, so what is finished is left whole.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signals.while_running()
     try:
         sys.exit(main())
     except (OSError, ValueError, FloatingPointError) as error:

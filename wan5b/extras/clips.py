@@ -138,7 +138,9 @@ def write(
     the *.partial.mp4.
     """
     keep = sheet_indices(frames) if sheet else set()
-    writer = VideoWriter(path, keep=keep, overwrite=overwrite)
+    beside = {".json": record, ".png": sheet, ".safetensors": save_latents}
+    written = tuple(suffix for suffix, asked in beside.items() if asked)
+    writer = VideoWriter(path, keep=keep, overwrite=overwrite, beside=written)
     state = vae.stream()
     kept = []
     finite = []  # of each chunk's pixels

@@ -80,8 +80,11 @@ def read_metrics(log: Path) -> list[dict[str, float]]:
 
 
 def append(out: Path, metrics: dict[str, float]) -> None:
-    with (out / METRICS).open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    try:
+        with (out / METRICS).open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:  # a full disk, of which Python does not say where
+        raise OSError(f"cannot write {out / METRICS}: {error.strerror}") from error
 
 
 def check_finite(
