@@ -304,7 +304,7 @@ def list_videos(where: Path) -> list[tuple[str, str]]:
             caption = line["caption"].strip()
             caption.encode()  # half an emoji can't be stored
             videos.append((str(where.parent / line["video"]), caption))
-    except (UnicodeEncodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         expected = '{"video": path, "caption": text}'
         raise ValueError(f"every line of {where} must be {expected}: {error!r}") from error
     return videos

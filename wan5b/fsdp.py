@@ -173,8 +173,11 @@ def cause_of(error: BaseException) -> str:
     """What went wrong, on one line; of a CheckpointException, what a process failed at."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    if not isinstance(error, Exception):
-        raise error  # Ctrl-C, which torch wraps too
+    first = error
+    while first.__context__ and isinstance(first, Exception):
+        first = first.__context__
+    if not isinstance(first, Exception):
+        raise first  # Ctrl-C, which torch wraps too
     return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -31,14 +31,16 @@ warnings.simplefilter("ignore")
 import torch  # noqa: E402
 from children import Ended, run_all  # noqa: E402
 from damage import FORMS, damaged  # noqa: E402
-from kills import WRITERS, disturb, make_references  # noqa: E402
+from kills import LOADING, disturb, while_loading  # noqa: E402
 from subjects import Subject, make, subjects  # noqa: E402
+from writers import WRITERS, make_references  # noqa: E402
 
 from wan5b.extras import budget, log  # noqa: E402
 
 OUTCOMES = ("error", "same", "told", "undetectable", "whole", "not tried")  # which are right
 FAULTS = ("another", "unclear", "traceback", "hang", "crash", "not finite", "memory", "lost")
 KEPT = Path("out/faults")
+MEMORY = 2 << 30  # bytes, which no whole file here takes
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -93,15 +95,17 @@ def judge(ended: Ended, subject: Subject, right: object) -> str:
     said = ended.outcome["said"]
     if "Traceback" in said:
         return "traceback"
+    if ended.peak > MEMORY:
+        return "memory"
     if kind == "error" or (kind == "exit" and ended.outcome["code"] == 2):
         text = ended.outcome.get("text") or said.strip().rpartition("\n")[2]
         names = [str(ended.work), *Path(subject.file).parts]
         if kind == "exit" and ": error: " not in text:
             return "unclear"
-        if "MemoryError" in text or "allocate" in text:
-            return "memory"
         named = any(name in text for name in names) or subject.form == "toml"  # or the key
-        clear = "\n" not in text and text.isprintable() and len(text) < 1500
+        named = named or "not finite here" in text  # a run that has diverged
+        clear = "\n" not in text and len(text) < 5000
+        clear = clear and (kind == "error" or text.isprintable())
         return "error" if clear and named else "unclear"
     if kind != "result":
         return "crash" if kind == "exit" else kind
@@ -158,8 +162,13 @@ def kill_writers(args: argparse.Namespace, whole: Path, folder: Path) -> Counter
     def listed() -> Iterator:
         for number in range(args.kills) if args.number is None else [args.number]:
             chance = random.Random(f"{args.seed} kill {number}")
-            writer = WRITERS[number % len(WRITERS)]
-            manner = writer.manners[number // len(WRITERS) % len(writer.manners)]
+            turn, which = divmod(number, len(WRITERS) + 1)
+            if which == len(WRITERS):
+                name = list(LOADING)[turn % len(LOADING)]
+                yield f"{number} {name}: loading", while_loading(name, chance)
+                continue
+            writer = WRITERS[which]
+            manner = writer.manners[turn % len(writer.manners)]
             yield f"{number} {writer.name}: {manner}", disturb(writer, manner, whole, chance)
 
     counts = Counter()

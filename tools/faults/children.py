@@ -41,7 +41,7 @@ class Ended(NamedTuple):
 def summary(value: Any) -> Any:
     """Anything that was read, as JSON; tensors and pictures as a digest of their bytes.
 
-    ValueError if something is not finite.
+    FloatingPointError if a tensor is not finite.
     """
     if hasattr(value, "_asdict"):
         value = value._asdict()
@@ -58,8 +58,6 @@ def summary(value: Any) -> Any:
             raise FloatingPointError("not finite")
         content = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         return [str(value.dtype), *value.shape, blake2b(content, digest_size=8).hexdigest()]
-    if isinstance(value, float) and value != value:
-        raise FloatingPointError("not finite")
     return repr(value)
 
 

@@ -24,7 +24,9 @@ def script(main: Callable[[], Any]) -> None:
     try:
         sys.exit(main())
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        # What files and libraries say may hold what terminals take for commands.
+        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -87,7 +87,7 @@ def read_settings(path: str, parser: ArgumentParser) -> dict:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))["settings"]
         return {action.dest: _option(action, settings) for action in options(parser)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error}") from error
 
 

@@ -38,10 +38,11 @@ def locked(out: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip()
             raise ValueError(f"{out} is in use by process {holder}: one at a time") from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
         try:
+            with _writing(out / "lock"):
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n")
+                file.flush()
             yield
         finally:
             # A run that was refused before it began leaves no folder.
@@ -70,7 +71,7 @@ def read_metrics(log: Path) -> list[dict[str, float]]:
     for number, line in enumerate(log.read_text(errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -80,11 +81,17 @@ def read_metrics(log: Path) -> list[dict[str, float]]:
 
 
 def append(out: Path, metrics: dict[str, float]) -> None:
+    with _writing(out / METRICS), (out / METRICS).open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Of a full disk Python does not say which file it was."""
     try:
-        with (out / METRICS).open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-    except OSError as error:  # a full disk, of which Python does not say where
-        raise OSError(f"cannot write {out / METRICS}: {error.strerror}") from error
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_finite(

@@ -80,6 +80,7 @@ class VideoWriter:
             # In rows of part 16 blocks x264's macroblock tree differs from run to run (AVX512).
             if self.stream.width % 256:
                 self.stream.codec_context.options = {"x264-params": "mbtree=0"}
+            self.file.start_encoding()  # if that fails, nothing may be added or ended
         rgb = av.VideoFrame.from_ndarray(frame)
         yuv = rgb.reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
@@ -97,9 +98,10 @@ class VideoWriter:
         if self.count:
             self.file.mux(self.stream.encode())
         self.file.close()
-        self.pending.result()
         if not self.count:
             self.partial.unlink()
+        self.pending.result()
+        if not self.count:
             return
 
         sync(self.partial)

@@ -20,9 +20,10 @@ from wan5b.extras.pictures import read_image, read_video
 from wan5b.extras.sampling import MODES, Mode
 from wan5b.flow import FEW_STEPS, few_step_sigmas, sampling_sigmas
 from wan5b.kvcache import chunk_sizes
-from wan5b.media import FPS, latent_frames
+from wan5b.media import FPS, fit, latent_frames
 from wan5b.util import nearest
 from wan5b.vae22 import VAEConfig
+from wan5b.weights import about
 
 # The modes that a stage's weights are made for; all others are few-step models.
 MADE_FOR = {"teacher": "bidirectional", "ar": "many"}
@@ -81,6 +82,10 @@ def plan(args: Namespace) -> Job:
     pixels = first_frames(args.image, args.video, args.prefix or PREFIX)
     prefix = latent_frames(len(pixels)) if len(pixels) else 0
     size = parse_size(args.size) if args.size else fitting_size(*pixels.shape[1:3])
+
+    if len(pixels):
+        with about(args.image or args.video):
+            fit(pixels[:1], *size)  # which says if too little of it would be left
 
     # In which chunks they are made; over which levels.
     chunk = args.chunk or trained.get("chunk", 3)
