@@ -125,7 +125,9 @@ def _config_beside(file: Path, kind: Kind) -> dict:
         for ours, theirs in layouts.FIELDS[kind].items():
             kinds[theirs] = untrusted.CONFIG[ours]
         named = {key: value for key, value in named.items() if value is not None}
-        return layouts.config_fields(beside, kind, untrusted.checked(beside, named, kinds))
+        untrusted.checked(beside, named, kinds)
+        whole = {key: untrusted.as_whole(named[key]) for key in kinds if key in named}
+        return layouts.config_fields(beside, kind, named | whole)
     if kind != "dit":
         return {}
     return untrusted.checked(beside, named, untrusted.CONFIG)

@@ -53,6 +53,13 @@ def whole(least: int, most: int) -> Kind:
     return Kind(f"a whole number from {least} to {most}", fits)
 
 
+def as_whole(value: Any) -> Any:
+    """3.0 as 3, in lists too; other values as they are."""
+    if isinstance(value, list):
+        return [as_whole(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def each(kind: Kind) -> Kind:
     """Lists of a kind, with something in them."""
 
@@ -152,12 +159,13 @@ def check_zip(path: Path) -> None:
             raise ValueError("two entries of one name")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
             raise ValueError("compressed entries, which torch.save never writes")
+        top = archive.namelist()[0].partition("/")[0]
+        pickled = entries[f"{top}/data.pkl"]
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            _check_sums(content, archive)
+            start = _check_sums(content, archive)[pickled.filename]
+            storages = Storages(io.BytesIO(content[start : start + pickled.file_size]))
 
         # Each storage must have the bytes that its tensors are made of.
-        top = archive.namelist()[0].partition("/")[0]
-        storages = Storages(io.BytesIO(archive.read(f"{top}/data.pkl")))
         storages.load()
         for key, size in storages.sizes.items():
             held = entries[f"{top}/data/{key}"].file_size
@@ -165,10 +173,11 @@ def check_zip(path: Path) -> None:
                 raise ValueError(f"storage {key} has {held} bytes, should have {size}")
 
 
-def _check_sums(content: mmap | memoryview, archive: zipfile.ZipFile) -> None:
-    """ValueError unless a zip's entries lie one behind the other and fit their checksums.
+def _check_sums(content: mmap | memoryview, archive: zipfile.ZipFile) -> dict[str, int]:
+    """Where the content of each entry begins, by name.
 
-    content: the whole zip.
+    content: the whole zip. ValueError unless its entries lie one behind the other and fit their
+    checksums.
     """
     # Each entry must end before the next one, or the index at the end, begins.
     starts = {}
@@ -190,6 +199,7 @@ def _check_sums(content: mmap | memoryview, archive: zipfile.ZipFile) -> None:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(check, archive.infolist()))  # raises what a check raised
+    return starts
 
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], room: float) -> None:
