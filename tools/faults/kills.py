@@ -106,8 +106,8 @@ def check_ending(manner: str, code: int, said: str) -> None:
     allowed = {
         "calls": (-signal.SIGKILL, 0),
         "time": (-signal.SIGKILL, 0),
-        "term": (143, 0),
-        "interrupt": (130, 0),
+        "term": (143, -signal.SIGTERM, 0),  # by the signal itself, while modules load
+        "interrupt": (130, -signal.SIGINT, 0),
         "limit": (2, 0),
         "disk": (2, 0),
         "": (0,),  # undisturbed

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from importlib import import_module
 from itertools import islice
 from os import devnull
 from pathlib import Path
@@ -102,6 +103,7 @@ def make(folder: Path) -> None:
     (folder / "run/out/dmd.safetensors").unlink()
     _make_media(folder / "media")
     _make_texts(folder)
+    shutil.copytree(ROOT / "configs", folder / "configs")
 
 
 def _make_run(folder: Path) -> None:
@@ -242,7 +244,7 @@ def settings(folder: Path):
 
 def subjects(folder: Path) -> list[Subject]:
     """Everything that is read, script by script at the end."""
-    return [*_models(folder), *_ours(), *_media(), *_scripts(folder)]
+    return [*_models(folder), *_ours(), *_configs(folder), *_media(), *_scripts(folder)]
 
 
 def _models(folder: Path) -> list[Subject]:
@@ -317,6 +319,23 @@ def _ours() -> list[Subject]:
             Subject("checkpoint, .distcp", "run", f"{step}/__0_0.distcp", read, "", "sums"),
         ]
     return found
+
+
+def _configs(folder: Path) -> list[Subject]:
+    """The configs of the 5B's runs, and of how clips are made, if there are any."""
+    found = []
+    for path in sorted((folder / "configs").rglob("*.toml")):
+        name = str(path.relative_to(folder / "configs"))
+        row = "TOML, sample" if "/" in name else "TOML"
+        found.append(Subject(row, "configs", name, config(name), "toml"))
+    return found
+
+
+def config(name: str) -> Callable:
+    """Reads a config: of train.py, or what sample.py calls a recipe."""
+    if "/" not in name:
+        return lambda at: train.parse([str(at / name)])
+    return lambda at: import_module("wan5b.extras.recipes").load(str(at / name))
 
 
 def captions(folder: Path) -> list:
