@@ -99,7 +99,8 @@ def judge(ended: Ended, subject: Subject, right: object) -> str:
         return "memory"
     if kind == "error" or (kind == "exit" and ended.outcome["code"] == 2):
         text = ended.outcome.get("text") or said.strip().rpartition("\n")[2]
-        names = [str(ended.work), *Path(subject.file).parts]
+        inside = (ended.work / "x").rglob("*")
+        names = [str(ended.work), *Path(subject.file).parts, *(path.name for path in inside)]
         if kind == "exit" and ": error: " not in text:
             return "unclear"
         named = any(name in text for name in names) or subject.form == "toml"  # or the key
