@@ -4,7 +4,8 @@
 
 Every file that the project reads is damaged in many ways and read, each time by a process of its
 own. Allowed are: one line of error that names the file; the result of the whole file; another
-finite one, where the format carries nothing that could show the damage ("undetectable").
+finite one, if a note says so ("told") or the format carries nothing that could show the damage
+("undetectable").
 Everything else is a fault: its file is kept, and the campaign ends with 1.
 
 --kills ends saves, exports and runs at any time, or fills their disk, and starts them again:
@@ -112,7 +113,7 @@ def judge(ended: Ended, subject: Subject, right: object) -> str:
         return "crash" if kind == "exit" else kind
     if ended.outcome["result"] == right:
         return "same"
-    if "note: " in said or "skipped 1 " in said:
+    if " left out" in said or "skipped 1 " in said:
         return "told"
     # What is changed and written anew in its own form has new sums and sizes, too.
     damage = ended.name.partition(" ")[2]
