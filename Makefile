@@ -1,9 +1,10 @@
 # make test | lint | demo | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
+# make test-faults: damaged files, kills, signals and full disks, by chance from a seed: ten minutes on two cores.
 # make test-interop: what we write, read by diffusers and transformers, and the other way round; .venv-interop, 1.4 GB.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo test-slow test-gpu test-weights test-interop lint format clean
+.PHONY: test demo test-slow test-gpu test-weights test-faults test-interop lint format clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -27,6 +28,9 @@ test-gpu: .venv/.installed
 
 test-weights: .venv/.installed
 	$(BIN)/python -m pytest -m weights
+
+test-faults: .venv/.installed
+	$(BIN)/python tools/faults
 
 .venv-interop/.installed: pyproject.toml constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv .venv-interop

@@ -26,6 +26,11 @@ to video, for stages with prefix = 1 (chunks of 1, 3, 3, ... latent frames: --fr
 --causal 14, beside the model's 10.
 """
 
+if __name__ == "__main__":
+    from wan5b.extras import signals
+
+    signals.while_loading()
+
 import argparse
 import json
 import math
@@ -316,7 +321,7 @@ def list_videos(where: Path) -> list[tuple[str, str]]:
             if not line["video"].strip("./ "):  # the folder of the list itself, or above
                 raise KeyError("video")
             videos.append((str(where.parent / line["video"]), caption))
-    except (UnicodeEncodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         expected = '{"video": path, "caption": text}'
         raise ValueError(f"every line of {where} must be {expected}: {error!r}") from error
     return videos

@@ -66,9 +66,13 @@
 --low-memory         for 24 GB: text on the CPU, decoding when the DiT is gone
 """
 
+if __name__ == "__main__":
+    from wan5b.extras import signals
+
+    signals.while_loading()
+
 import argparse
 import functools
-import os
 from collections.abc import Iterator
 
 import torch
@@ -76,61 +80,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan5b import fuse, media
-from wan5b.extras import graphs, random_weights
-from wan5b.extras.cli import DEVICES, Gathered, script
-from wan5b.extras.clips import Clip, make_record, read_settings, write
+from wan5b.extras import graphs, options, random_weights
+from wan5b.extras.cli import script
+from wan5b.extras.clips import Clip, make_record, write
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.plan import plan
-from wan5b.extras.sampling import MODES, generate
+from wan5b.extras.sampling import generate
 from wan5b.kvcache import KVCache
 from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
 
 
-class Parser(argparse.ArgumentParser):
-    """What is wrong with a command line is a ValueError, like everything that a user got wrong."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options of a command line; with --settings, those that it lacks are the record's."""
-    parser = Parser()
-    parser.format_help = lambda: __doc__  # which explains all of these
-    add = parser.add_argument
-    for name in ("release", "weights", "prompts", "image", "video", "size", "settings", "recipe"):
-        add(f"--{name}")
-    for name in ("random-weights", "sheet", "latents", "overwrite", "compile", "fp8", "low-memory"):
-        add(f"--{name}", action="store_true")
-    add("--shots", action="store_true")
-    for name in ("frames", "chunk", "window", "sink", "prefix", "steps"):
-        add(f"--{name}", type=int)
-    for name in ("shift", "guidance"):
-        add(f"--{name}", type=float)
-    add("--seed", type=int, default=[0], nargs="+", action=Gathered)
-    add("--prompt", default=[], nargs="+", action=Gathered)
-    add("--negative")
-    add("--lora", default=[], nargs="+", action=Gathered)
-    add("--out", default="out/sample.mp4")
-    add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"])
-    add("--mode", choices=list(MODES))
-    add("--solver", choices=["unipc", "euler"])
-    add("--device", default=DEVICES[0], choices=DEVICES)
-    add("--dtype", choices=["bfloat16", "float32"])
-
-    args = parser.parse_args(argv)
-    for name in ("release", "weights", "prompts", "image", "video", "settings", "recipe"):
-        if getattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
-    if args.settings:
-        recorded = read_settings(args.settings, parser, args)
-        args = parser.parse_args(argv, argparse.Namespace(**recorded))
-    return args
-
-
-# ---------------------------------------------------------------------------------- the work itself
+    """The options of a command line; they are explained above. ValueError for what is wrong."""
+    return options.parse(argv, usage=__doc__)
 
 
 def embed(texts: list[str], release: str, length: int, device: str) -> Tensor:

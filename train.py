@@ -8,6 +8,11 @@ The same command again goes on from the newest checkpoint. Nothing random depend
 processes: every draw comes from (seed, phase, step, sample).
 """
 
+if __name__ == "__main__":
+    from wan5b.extras import signals
+
+    signals.while_loading()
+
 import contextlib
 import sys
 import time

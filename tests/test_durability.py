@@ -158,6 +158,11 @@ def test_a_folder_is_for_one_process(tmp_path):
     assert holder.stdout.readline() == "in\n"
     with pytest.raises(ValueError, match=rf"in use by process {holder.pid}"):
         log.locked(tmp_path / "run").__enter__()
+
+    # The refused one has left the lock as it was: the next one is refused alike.
+    assert (tmp_path / "run/lock").read_text() == f"{holder.pid}\n"
+    with pytest.raises(ValueError, match=rf"in use by process {holder.pid}"):
+        log.locked(tmp_path / "run").__enter__()
     holder.kill()
     holder.communicate()
     for _ in range(2):

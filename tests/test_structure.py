@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 INSIDE = sorted((ROOT / "wan5b").glob("*.py"))
 EXTRAS = sorted((ROOT / "wan5b" / "extras").glob("*.py"))
 SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
-TOOLS = [ROOT / "prepare.py", *sorted((ROOT / "tools").glob("*.py"))]
+TOOLS = [ROOT / "prepare.py", *sorted((ROOT / "tools").rglob("*.py"))]
 CORE = [*INSIDE, *SCRIPTS]
 EVERYTHING = [*CORE, *EXTRAS, *TOOLS]
 # A module of wan5b imports only from those before it.
@@ -124,7 +124,7 @@ def test_packages(path):
     roots = {name.split(".")[0] for name in imports(tree)}
     local = set(LOCAL)
     if path in TOOLS:
-        local |= {tool.stem for tool in TOOLS} | {"release"}
+        local |= {tool.stem for tool in TOOLS} | {"release", "training", "odd_files"}
     assert roots <= sys.stdlib_module_names | RUN_TIME | OPTIONAL | local
     body = ast.Module(
         [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], []

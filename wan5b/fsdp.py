@@ -173,6 +173,11 @@ def cause_of(error: BaseException) -> str:
     """What went wrong, on one line; of a CheckpointException, what a process failed at."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    first = error
+    while first.__context__ and isinstance(first, Exception):
+        first = first.__context__
+    if not isinstance(first, Exception):
+        raise first  # Ctrl-C, which torch wraps too
     return f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -211,7 +216,7 @@ def save(
         os.replace(partial, path)
         sync(folder)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))
     world.barrier()
     return path
 
@@ -259,8 +264,6 @@ def opening(path: Path) -> Iterator[None]:
         yield
     except (Exception, dcp.CheckpointException) as error:  # torch raises anything for damaged files
         cause = cause_of(error)
-        if cause.startswith("KeyboardInterrupt"):
-            raise KeyboardInterrupt from error
         earlier = [other.name for other in checkpoints(path.parent) if other.name < path.name]
         way_out = "there is none before it"
         if earlier:

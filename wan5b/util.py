@@ -51,6 +51,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
+    except (OSError, SafetensorError) as error:  # a full disk, say
+        raise OSError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -89,10 +91,7 @@ def write_tensors(
     """A safetensors file, with metadata in its header, written as by `replacing`."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        try:
-            save_file(tensors, partial, metadata)
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(f"cannot write {path}: {first_line(error)}") from error
+        save_file(tensors, partial, metadata)
         partial.chmod(0o644)  # save_file lets nobody else read it
 
 

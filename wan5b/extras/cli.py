@@ -1,7 +1,6 @@
 """What scripts share: the devices that they may name, and how they end."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from wan5b.extras import signals
 from wan5b.util import first_line
 
 # Where networks may run; the first is the default.
@@ -35,11 +35,13 @@ def script(main: Callable[[], Any]) -> None:
 
     Ctrl-C is code 130, SIGTERM 143: both end it as errors do, so what is finished is left whole.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signals.while_running()
     try:
         sys.exit(main())
     except (OSError, ValueError, FloatingPointError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        # What files and libraries say may hold what terminals take for commands.
+        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

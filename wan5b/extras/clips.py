@@ -109,7 +109,7 @@ def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
         unknown = sorted(settings.keys() - recorded.keys())
         if unknown:
             raise ValueError(f"{', '.join(unknown)} in it is no option here")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error}") from error
 
     for name, others in REPLACED.items():
@@ -167,7 +167,9 @@ def write(
     the *.partial.mp4.
     """
     keep = sheet_indices(frames) if sheet else set()
-    writer = VideoWriter(path, fps, keep, overwrite)
+    beside = {".json": record, ".png": sheet, ".safetensors": save_latents}
+    written = tuple(suffix for suffix, asked in beside.items() if asked)
+    writer = VideoWriter(path, fps, keep, overwrite, written)
     state = vae.stream()
     kept = []
     finite = []  # of each chunk's pixels

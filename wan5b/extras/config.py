@@ -75,7 +75,7 @@ def read(kind: type, arguments: list[str]):
                 values[key] = value
             else:
                 values |= tomllib.loads(f"{key} = {value}")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
 
     return made(kind, values)

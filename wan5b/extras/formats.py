@@ -70,7 +70,7 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
     path = Path(path)
     if is_checkpoint(path):
         facts = untrusted.metadata(path, read_facts(path))
-        check_checkpoint(path)
+        check_checkpoint(path, "generator.")
         config = {}
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
@@ -125,7 +125,13 @@ def _config_beside(file: Path, kind: Kind) -> dict:
         return {}
     named = read_json(beside)
     if layouts.is_foreign_config(named):
-        return layouts.config_fields(beside, kind, named)
+        kinds = dict.fromkeys(("attention_head_dim", "d_kv"), untrusted.SIZE)
+        for ours, theirs in layouts.FIELDS[kind].items():
+            kinds[theirs] = untrusted.CONFIG[ours]
+        named = {key: value for key, value in named.items() if value is not None}
+        untrusted.checked(beside, named, kinds)
+        whole = {key: untrusted.as_whole(named[key]) for key in kinds if key in named}
+        return layouts.config_fields(beside, kind, named | whole)
     if kind != "dit":
         return {}
     return untrusted.checked(beside, named, untrusted.CONFIG)
@@ -137,10 +143,15 @@ def is_checkpoint(path: Path) -> bool:
     return named is not None and (path / CHECKPOINT).is_file()
 
 
-def check_checkpoint(path: Path) -> None:
-    """ValueError if the index of a checkpoint cannot be true."""
+def check_checkpoint(path: Path, prefix: str = "") -> None:
+    """ValueError if the index of a checkpoint cannot be true, or a tensor is damaged.
+
+    prefix: of the names of the tensors that are looked at.
+    """
     with fsdp.opening(path):
-        untrusted.check_index(path, fsdp.Reader(path).read_metadata())
+        index = fsdp.Reader(path).read_metadata()
+        untrusted.check_index(path, index)
+        untrusted.check_sums(path, index, prefix)
 
 
 def _read_part(path: Path, part: str) -> dict[str, Tensor]:

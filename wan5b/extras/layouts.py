@@ -328,9 +328,8 @@ def config_fields(file: Path, kind: Kind, config: Mapping) -> dict:
         known = {*theirs.values(), *REQUIRED[kind], *NO_EFFECT[kind]}
         for key, value in config.items():
             if key not in known and not key.startswith("_") and value not in EMPTY:
-                raise ValueError(
-                    f"{file}: {key} {value!r} belongs to another network than Wan2.2-TI2V-5B"
-                )
+                said = f"{key if key.isprintable() else repr(key)} {value!r}"
+                raise ValueError(f"{file}: {said} belongs to another network than Wan2.2-TI2V-5B")
 
     fields = {name: config[key] for name, key in theirs.items() if config.get(key) is not None}
     for name, value in fields.items():

@@ -15,6 +15,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
+from typing import TextIO
 
 from torch import Tensor
 
@@ -30,24 +31,37 @@ def locked(out: Path) -> Iterator[None]:
 
     The kernel lets go of it when the process ends, however that happens.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a+") as file:
+    with _locked_file(out) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip()
-            raise ValueError(f"{out} is in use by process {holder}: one at a time") from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
+            with _writing(out / "lock"):
+                file.truncate(0)
+                os.write(file.fileno(), f"{os.getpid()}\n".encode())
             yield
         finally:
             # A run that was refused before it began leaves no folder.
             if os.listdir(out) == ["lock"]:
                 (out / "lock").unlink()
                 out.rmdir()
+
+
+def _locked_file(out: Path) -> TextIO:
+    """The lock of a run's folder, locked. It is only looked at if another process has it."""
+    path = out / "lock"
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read().strip()
+            raise ValueError(f"{out} is in use by process {holder}: one at a time") from error
+
+        # A process that has ended meanwhile may have removed the file that was opened here.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+        file.close()
 
 
 def begin(out: Path, config: dict, processes: int, start: int) -> None:
@@ -70,7 +84,7 @@ def read_metrics(log: Path) -> list[dict[str, float]]:
     for number, line in enumerate(log.read_text(errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -80,8 +94,17 @@ def read_metrics(log: Path) -> list[dict[str, float]]:
 
 
 def append(out: Path, metrics: dict[str, float]) -> None:
-    with (out / METRICS).open("a") as file:
+    with _writing(out / METRICS), (out / METRICS).open("a") as file:
         file.write(json.dumps(metrics) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Of a full disk Python does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_finite(

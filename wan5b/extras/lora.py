@@ -16,14 +16,21 @@ from typing import NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
+from wan5b.extras import untrusted
 from wan5b.extras.layouts import names
 from wan5b.extras.scaled import Made, float_rows
-from wan5b.weights import clean, locate, open_tensors, read_json, read_pickle, state_dict
+from wan5b.util import read_json, reading
+from wan5b.weights import clean, locate, open_tensors, read_pickle, state_dict
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
 FILES = (*FILES, "*.safetensors", "*.pt")
 LONGLIVE = "generator_lora"
 HEADER = "lora_adapter_metadata"  # diffusers keeps PEFT's config there
+
+CONFIG = {
+    "lora_alpha": untrusted.NUMBER,
+    "alpha_pattern": untrusted.NAMED,
+}
 
 # How a key ends -> what its tensor is. PEFT writes an adapter's name, as .default, in between.
 ROLES = {
@@ -128,6 +135,7 @@ def _open(path: Path) -> tuple[Path, dict[str, Tensor], dict]:
     """The file, its tensors by its own names, and PEFT's config, {} if there is none."""
     file = locate(path, *FILES)
     if file.suffix != ".safetensors":
+        untrusted.check_zip(file)
         held = read_pickle(file)
         tensors = state_dict(file, held.get(LONGLIVE) or held)
         config = {}
@@ -135,15 +143,16 @@ def _open(path: Path) -> tuple[Path, dict[str, Tensor], dict]:
         tensors = open_tensors(file).tensors
         with safe_open(file, "pt") as f:
             header = f.metadata() or {}
-        config = {}
-        for key, value in json.loads(header.get(HEADER, "{}")).items():
-            config[key.removeprefix("transformer.")] = value
+        with reading(file, f"no LoRA with JSON as {HEADER}"):
+            said = json.loads(header.get(HEADER, "{}")).items()
+        config = {key.removeprefix("transformer."): value for key, value in said}
     beside = file.with_name("adapter_config.json")
     if file.stem == "adapter_model" and beside.exists():
         config = read_json(beside)
     if not tensors:
         raise ValueError(f"{file} holds no tensors (complete?); download it again")
-    return file, tensors, config
+    untrusted.check_tensors(file, tensors, file.stat().st_size)
+    return file, tensors, untrusted.checked(file, config, CONFIG)
 
 
 def _check_config(file: Path, config: Mapping) -> None:
@@ -154,6 +163,12 @@ def _check_config(file: Path, config: Mapping) -> None:
     for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication"):
         if config.get(key):
             raise ValueError(f"{file} is a LoRA with {key}, not supported; train it without")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{file}: {pattern!r} in alpha_pattern is no pattern") from error
+        untrusted.checked(file, {pattern: value}, {pattern: untrusted.NUMBER})
 
 
 def _modules(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Module]:
@@ -171,6 +186,9 @@ def _modules(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Module]:
         module = modules.setdefault(name, Module(name))
         if role in module.tensors:
             raise ValueError(f"{file} has two keys for one: {module.keys[role]} and {key}")
+        factor = role in ("up", "down")
+        if (factor and tensor.ndim < 2) or (role == "alpha" and tensor.numel() > 1):
+            raise ValueError(f"{file}: {key} of shape {list(tensor.shape)} belongs to no LoRA")
         module.tensors[role] = tensor
         module.keys[role] = key
     if strange:

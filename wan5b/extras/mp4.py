@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wan5b.media import FPS
+from wan5b.util import sync
 
 
 class VideoWriter:
@@ -26,13 +27,19 @@ class VideoWriter:
         fps: int = FPS,
         keep: set[int] = frozenset(),
         overwrite: bool = False,
+        beside: tuple[str, ...] = (),
     ):
-        """keep: indices of frames to remember for a contact sheet. overwrite: see `close`."""
+        """keep: indices of frames to remember for a contact sheet. overwrite: see `close`.
+
+        beside: suffixes of files that will be written about this clip; older ones, of the clip that
+        it replaces, go just before that.
+        """
         self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
         self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
         self.partial.touch(exist_ok=False)
         self.where = self.partial  # the clip's name so far
         self.replaces = overwrite or self.path.exists()
+        self.beside = beside
         self.count = 0  # of frames encoded
         self.keep = keep
         self.kept = []
@@ -73,6 +80,7 @@ class VideoWriter:
             # In rows of part 16 blocks x264's macroblock tree differs from run to run (AVX512).
             if self.stream.width % 256:
                 self.stream.codec_context.options = {"x264-params": "mbtree=0"}
+            self.file.start_encoding()  # if that fails, nothing may be added or ended
         rgb = av.VideoFrame.from_ndarray(frame)
         yuv = rgb.reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
@@ -90,17 +98,41 @@ class VideoWriter:
         if self.count:
             self.file.mux(self.stream.encode())
         self.file.close()
-        self.pending.result()
         if not self.count:
             self.partial.unlink()
+        self.pending.result()
+        if not self.count:
             return
 
-        if not self.replaces:
-            try:
-                self.path.touch(exist_ok=False)  # at once the only one who may replace it
-            except FileExistsError as error:
-                raise FileExistsError(
-                    f"{self.path} exists by now, written by another; this clip is {self.partial}"
-                ) from error
-        os.replace(self.partial, self.path)
+        sync(self.partial)
+        if self.replaces:
+            # A record of another clip would be worse than none.
+            for suffix in self.beside:
+                self.path.with_suffix(suffix).unlink(missing_ok=True)
+            os.replace(self.partial, self.path)
+        else:
+            self._take_name()
         self.where = self.path
+
+    def _take_name(self) -> None:
+        """Rename it, if nobody else has taken the name since the start."""
+        try:
+            if self._linked():
+                self.partial.unlink()
+            else:
+                self.path.touch(exist_ok=False)
+                os.replace(self.partial, self.path)
+        except FileExistsError as error:
+            raise FileExistsError(
+                f"{self.path} exists by now, written by another; this clip is {self.partial}"
+            ) from error
+
+    def _linked(self) -> bool:
+        """Whether it has its name now beside the partial one, which some file systems can't do."""
+        try:
+            os.link(self.partial, self.path)
+        except FileExistsError:
+            raise
+        except OSError:
+            return False
+        return True

@@ -32,8 +32,9 @@ from wan5b.extras.recipes import (
     recognise,
 )
 from wan5b.extras.sampling import MODES
-from wan5b.media import FPS, latent_frames
+from wan5b.media import FPS, fit, latent_frames
 from wan5b.vae22 import VAEConfig
+from wan5b.weights import about
 
 PREFIX = 9  # last frames of a video, if not given
 
@@ -84,6 +85,9 @@ def plan(args: Namespace) -> Job:
     check(recipe.image != "none" or not (args.image or args.video), text_only)
     pixels = first_frames(args.image, args.video, args.prefix or PREFIX, recipe.fps)
     size = parse_size(args.size) if args.size else fitting_size(*pixels.shape[1:3])
+    if len(pixels):
+        with about(args.image or args.video):
+            fit(pixels[:1], *size)  # which says if too little of it would be left
     prefix = latent_frames(len(pixels)) if len(pixels) else 0
     sampler = how_sampled(args, recipe, prefix)
     clips = make_clips(args, recipe, prefix, sampler)

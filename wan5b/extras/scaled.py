@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan5b.util import first_line
+
 BLOCK = 1 << 21  # elements made at a time by each thread: 8 MB in float32
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
@@ -99,12 +101,16 @@ def _scaled(weight: Tensor, scale: Tensor) -> Made:
 def _check_formats(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """ValueError if the file says of a layer that it is something else than scaled float8."""
     formats = {}
-    layers = json.loads(header.get(HEADER, "{}")).get("layers", {})
-    for name, layer in layers.items():
-        formats[name] = layer.get("format")
-    for key, tensor in tensors.items():
-        if key.endswith(".comfy_quant"):
-            formats[key] = json.loads(tensor.numpy().tobytes()).get("format")
+    try:
+        layers = json.loads(header.get(HEADER, "{}")).get("layers", {})
+        for name, layer in layers.items():
+            formats[name] = layer.get("format")
+        for key, tensor in tensors.items():
+            if key.endswith(".comfy_quant"):
+                formats[key] = json.loads(tensor.numpy().tobytes()).get("format")
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        what = "describes its quantisation in a way that is not known here"
+        raise ValueError(f"{file} {what}: {first_line(error)}; download it again") from error
 
     for name, kind in formats.items():
         if kind not in FORMATS:

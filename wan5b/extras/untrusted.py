@@ -7,13 +7,17 @@ lie and believes what they say of their sizes; `check_zip` does not. Tensors: `c
 
 import io
 import math
+import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from mmap import ACCESS_READ, mmap
 from pathlib import Path, PurePath
 from reprlib import repr as short
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +53,13 @@ def whole(least: int, most: int) -> Kind:
     return Kind(f"a whole number from {least} to {most}", fits)
 
 
+def as_whole(value: Any) -> Any:
+    """3.0 as 3, in lists too; other values as they are."""
+    if isinstance(value, list):
+        return [as_whole(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def each(kind: Kind) -> Kind:
     """Lists of a kind, with something in them."""
 
@@ -59,10 +70,15 @@ def each(kind: Kind) -> Kind:
 
 
 SIZE = whole(1, 2**20)  # no network is anywhere near so large
-CONFIG = {
+LAYERS = whole(1, 1000)
+CONFIG = {  # of all three networks
     **dict.fromkeys(("dim", "ffn_dim", "in_dim", "out_dim", "text_dim", "freq_dim"), SIZE),
+    **dict.fromkeys(("dec_dim", "z_dim", "vocab", "dim_attn", "dim_ffn", "num_buckets"), SIZE),
     "num_heads": SIZE,
-    "num_layers": whole(1, 1000),
+    "num_layers": LAYERS,
+    "num_res_blocks": LAYERS,
+    "dim_mult": each(SIZE),
+    "temperal_downsample": each(FLAG),
     "text_len": whole(1, 2**14),
     "patch_size": each(SIZE),
     "eps": POSITIVE,
@@ -134,32 +150,56 @@ class Storages(pickle._Unpickler):
 
 
 def check_zip(path: Path) -> None:
-    """Whether a file of torch.save holds its tensors as they are mapped: whole, stored, apart."""
+    """Whether a file of torch.save holds its tensors as they are mapped: whole, stored, apart, and
+    as they were written.
+    """
     with reading(path, "no zip of a state dict"), zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) < len(archive.infolist()):
             raise ValueError("two entries of one name")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
             raise ValueError("compressed entries, which torch.save never writes")
-
-        # Each entry must end before the next one, or the index at the end, begins.
-        following = archive.start_dir
-        backwards = sorted(entries.values(), key=lambda entry: -entry.header_offset)
-        for entry in backwards:
-            archive.fp.seek(entry.header_offset + 26)
-            name, extra = struct.unpack("<HH", archive.fp.read(4))
-            if entry.header_offset + 30 + name + extra + entry.file_size > following:
-                raise ValueError(f"{entry.filename} overlaps what follows it")
-            following = entry.header_offset
+        top = archive.namelist()[0].partition("/")[0]
+        pickled = entries[f"{top}/data.pkl"]
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            start = _check_sums(content, archive)[pickled.filename]
+            storages = Storages(io.BytesIO(content[start : start + pickled.file_size]))
 
         # Each storage must have the bytes that its tensors are made of.
-        top = archive.namelist()[0].partition("/")[0]
-        storages = Storages(io.BytesIO(archive.read(f"{top}/data.pkl")))
         storages.load()
         for key, size in storages.sizes.items():
             held = entries[f"{top}/data/{key}"].file_size
             if held != size:
                 raise ValueError(f"storage {key} has {held} bytes, should have {size}")
+
+
+def _check_sums(content: mmap | memoryview, archive: zipfile.ZipFile) -> dict[str, int]:
+    """Where the content of each entry begins, by name.
+
+    content: the whole zip. ValueError unless its entries lie one behind the other and fit their
+    checksums.
+    """
+    # Each entry must end before the next one, or the index at the end, begins.
+    starts = {}
+    following = archive.start_dir
+    for entry in sorted(archive.infolist(), key=lambda entry: -entry.header_offset):
+        archive.fp.seek(entry.header_offset + 26)
+        name, extra = struct.unpack("<HH", archive.fp.read(4))
+        starts[entry.filename] = start = entry.header_offset + 30 + name + extra
+        if start + entry.file_size > following:
+            raise ValueError(f"{entry.filename} overlaps what follows it")
+        following = entry.header_offset
+
+    def check(entry: zipfile.ZipInfo) -> None:
+        start = starts[entry.filename]
+        with memoryview(content) as whole, whole[start : start + entry.file_size] as held:
+            # torch.save can be told to leave checksums out, which are 0 then.
+            if entry.CRC and crc32(held) != entry.CRC:
+                raise ValueError(f"{entry.filename} does not fit its checksum")
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(check, archive.infolist()))  # raises what a check raised
+    return starts
 
 
 def check_tensors(path: Path, tensors: dict[str, Tensor], room: float) -> None:
@@ -200,3 +240,22 @@ def check_index(path: Path, index: Any) -> None:
     names = {place.relative_path for place in index.storage_data.values()}
     if any(PurePath(name).name != name for name in names):
         raise ValueError("it names files that do not lie in it")
+
+
+def check_sums(path: Path, index: Any, prefix: str = "") -> None:
+    """Whether a checkpoint's tensors fit their checksums; of several processes each looks at a
+    part.
+
+    index: as of `check_index`. prefix: of the names of those that are looked at.
+    """
+    places = set()
+    for key, place in index.storage_data.items():
+        if key.fqn.startswith(prefix):
+            places.add((place.relative_path, place.offset, place.length))
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for name, offset, length in sorted(places)[rank::size]:
+        with Path(path, name).open("rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            _check_sums(memoryview(content), archive)
