@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from wan5b.data import Store, TextStore, difference, open_shard, write_shard
 from wan5b.distill import guided, rollout
+from wan5b.extras.chunking import chunk_plan
 from wan5b.extras.cli import script
 from wan5b.extras.digest import digest, sizes
 from wan5b.extras.files import caption_file, note_cut, parse_size, read_prompts
@@ -61,7 +62,7 @@ from wan5b.extras.formats import (
 )
 from wan5b.extras.pictures import read_clips
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
-from wan5b.kvcache import KVCache, chunk_sizes
+from wan5b.kvcache import KVCache
 from wan5b.media import fit, latent_frames
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
@@ -355,7 +356,7 @@ def make_trajectories(args: argparse.Namespace) -> None:
     size = frames - prefix
     if args.causal:
         size = args.chunk or trained.get("chunk", 3)
-    chunks = chunk_sizes(frames, size, prefix)  # the prefix is a chunk, too
+    chunks = [1] * prefix + chunk_plan(args.frames, prefix, size, 0)  # the prefix is a chunk, too
 
     facts = {
         "trained": trained,

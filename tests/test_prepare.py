@@ -390,7 +390,7 @@ def test_errors_of_given_latents(release, embeddings, tmp_path):
     refused(r"lacks 1 prompts \('a hen'\); see prepare.py text", tmp_path / "unknown")
     refused("--frames > 1", tmp_path / "latents", "--frames", 1)
     refused("--frames > 1", tmp_path / "latents", "--frames", 1, "--causal")
-    uneven = "first chunk of 1 and chunks of 3; nearest valid: 1 or 4"
+    uneven = "--frames 9 is not 1 latent frames and chunks of 3; nearest: 13 or 25"
     refused(uneven, tmp_path / "latents", "--causal")
 
     command = [*given, "--release", release, "--steps", 4, "--out", tmp_path / "o"]
@@ -547,7 +547,7 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
         refused(match, "latents", "--videos", tmp_path, *options)
     refused("--steps 50 must be a multiple of 4", *ode, "--steps", 50)
     refused("--steps 0 must", *ode, "--steps", 0)
-    uneven = "3 latent frames do not divide into chunks of 2; nearest valid: 2 or 4"
+    uneven = "--frames 9 is not chunks of 2; nearest: 5 or 13"
     refused(uneven, *ode, "--causal", "--chunk", 2)
     refused("--per-shard 0: must be above 0", *ode, "--per-shard", 0)
     refused("--batch -1: must be above 0", "text", "--prompts", prompts, "--batch", -1)
