@@ -131,7 +131,7 @@ def out_of_host():
 @pytest.mark.parametrize("fail", [too_large, out_of_gpu, out_of_host])
 def test_too_little_memory_is_one_line(monkeypatch, capsys, fail):
     monkeypatch.setattr(sys, "argv", ["sample.py"])
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.signals, "while_running", lambda: None)
     with pytest.raises(SystemExit) as ended:
         cli.script(fail)
     assert ended.value.code == 2

@@ -45,12 +45,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from wan5b import weights
-from wan5b.extras import exports, formats, layouts, lora, peers
+from wan5b.extras import exports, formats, layouts, peers
 from wan5b.extras.cli import script
 from wan5b.extras.exports import Model, Release
 from wan5b.extras.formats import Loras
 from wan5b.extras.layouts import Kind
-from wan5b.extras.plan import parse_lora
+from wan5b.extras.lora import merged, parse_lora
 from wan5b.extras.refusals import refuse_sizes
 from wan5b.extras.scaled import Made
 from wan5b.extras.streams import GB, Entry, new_folder, written_dtype
@@ -81,7 +81,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def is_whole(source: Path) -> bool:
-    """Whether a folder holds all three models. ValueError if it holds a VAE or a T5 too few."""
+    """Whether a folder holds a VAE and a text encoder too, beside the DiT.
+
+    ValueError if it holds only one of the two.
+    """
     if not source.is_dir() or formats.is_checkpoint(source):
         return False
     found = []
@@ -99,7 +102,11 @@ def is_whole(source: Path) -> bool:
 def entries(
     base: Mapping[str, Tensor | Made], tensors: Mapping[str, Tensor | Made], dtype: str | None
 ) -> dict[str, Entry]:
-    """Tensors to write, in dtype, or as the base, without LoRAs, is kept."""
+    """What is to be written, by the same names.
+
+    dtype: name of the dtype for all of them. None: each as the base's tensor of its name is kept
+    (`tensors` have LoRAs merged in, which are float32 until they are written).
+    """
     own = {name: written_dtype(tensor) for name, tensor in base.items()}
     asked = getattr(torch, dtype) if dtype else None
     return {name: Entry(tensor, asked or own[name]) for name, tensor in tensors.items()}
@@ -110,33 +117,38 @@ def open_dit(source: Path, loras: Loras, dtype: str | None) -> Model:
     opened = formats.open_layout(source, "dit")
     refuse_sizes(opened.file, opened.tensors)
     cfg = weights.check_dit(opened)
-    merged = lora.merged(opened.tensors, loras)
-    return Model("dit", cfg, entries(opened.tensors, merged, dtype))
+    tensors = merged(opened.tensors, loras)
+    return Model("dit", cfg, entries(opened.tensors, tensors, dtype))
 
 
 def open_part(source: Path, kind: Kind) -> Model:
-    """The VAE or the text encoder, strictly, as `formats.load_vae` and `load_t5` do."""
+    """The VAE or the text encoder, strictly, as `formats.load_vae` and `load_t5` do. ValueError for
+    the tiny world's codec, which only this project has.
+    """
     opened = formats.open_layout(source, kind)
     if "basis" in opened.tensors:
         way_out = "name the file of the DiT to convert that alone"
         raise ValueError(f"{opened.file} is a linear codec, which other layouts lack; {way_out}")
     cfg = formats.vae_config(opened) if kind == "vae" else formats.t5_config(opened)
-    weights.blank(VAE22 if kind == "vae" else T5Encoder, cfg, opened)
+    weights.blank(VAE22 if kind == "vae" else T5Encoder, cfg, opened)  # checks names and shapes
     return Model(kind, cfg, entries(opened.tensors, opened.tensors, None))
 
 
 def tokenizer_files(source: Path) -> dict[str, bytes]:
     """The tokenizer's files by name. ValueError if there is no SentencePiece model."""
-    formats.load_tokenizer(source)
+    formats.load_tokenizer(source)  # checks that there is one, and that it is whole
     for folder in (source / "google" / "umt5-xxl", source / "tokenizer"):
         if (folder / "spiece.model").exists():
             files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
             return {file.name: file.read_bytes() for file in files}
+
+    # ComfyUI's lies among the tensors of the text encoder.
     file = formats.locate(source, "t5")
     return {"spiece.model": layouts.tokenizer_bytes(weights.open_tensors(file).tensors)}
 
 
 def open_release(source: Path, dit: Model, metadata: Mapping) -> Release:
+    """The whole folder, around a DiT that is open already; with its own scheduler, if any."""
     scheduler = peers.SCHEDULER | {"flow_shift": metadata.get("shift", 5.0)}
     beside = source / "scheduler" / "scheduler_config.json"
     if beside.exists():
@@ -150,7 +162,7 @@ def open_release(source: Path, dit: Model, metadata: Mapping) -> Release:
 
 
 def check_room(target: Path, models: list[Model]) -> None:
-    """OSError if the disk is too full already."""
+    """OSError if the target's disk has no room for the models."""
     folder = next(parent for parent in target.absolute().parents if parent.exists())
     needed = sum(model.nbytes for model in models) / GB
     free = shutil.disk_usage(folder).free / GB
