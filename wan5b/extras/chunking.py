@@ -53,7 +53,8 @@ def chunk_plan(
     if total <= prefix or (total - start) % size:
         valid = nearest(frames, 4 * size, 4 * (lead or start + size) - 3)
         plan = f"{start} latent frames and chunks of {size}" if start else f"chunks of {size}"
-        raise ValueError(f"--frames {frames} is not {plan}; nearest: {valid}")
+        wrong = f"--frames {frames} is not {plan}; nearest: {valid}"
+        raise ValueError(f"{wrong} ({frames} are {total} latent frames, which chunks count)")
     if not inside:
         return chunk_sizes(total - prefix, size, lead)
 
@@ -97,7 +98,8 @@ def scene_cuts(scenes: int, prefix: int, chunks: list[int], recipe: Recipe) -> d
     text alone changes. ValueError if scenes don't fit.
     """
     if not recipe.causal:
-        raise ValueError("--shots needs chunks: in this mode the whole clip is made at once")
+        way_out = "leave it out for a clip each, or take --recipe longlive2 and its weights, say"
+        raise ValueError(f"--shots needs chunks: here the whole clip is made at once; {way_out}")
     if scenes > len(chunks):
         more = 4 * recipe.chunk * (scenes - len(chunks))
         frames = 4 * (prefix + sum(chunks)) - 3 + more

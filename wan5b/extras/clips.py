@@ -111,7 +111,9 @@ def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
         unknown = sorted(settings.keys() - recorded.keys())
         if unknown:
             raise ValueError(f"{', '.join(unknown)} in it is no option here")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read --settings {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error}") from error
 
     for name, others in REPLACED.items():

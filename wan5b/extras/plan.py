@@ -6,6 +6,7 @@ import math
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,12 +105,12 @@ def plan(args: Namespace) -> Job:
     # For the user.
     note_ignored(args, recipe)
     note_weights(args, weights, found)
-    shown = f"{size[0]}x{size[1]}; prefix {prefix}, chunks {sampler['chunks']}"
-    print(f"{len(clips)} x {frames} frames, {shown}")
+    clips_made = f"{len(clips)} x {frames} frames, {size[0]}x{size[1]}"
+    print(f"{clips_made}; {describe_chunks(prefix, sampler)}")
     print(f"{found.name} ({found.why}): {describe(recipe, sampler)}")
     record = for_record(found, weights, size, sampler)
-    made = (pixels, size, frames, recipe.fps, sampler, clips, record)
-    return Job(weights.cfg, weights.options, dtype, *made)
+    about_clips = (pixels, size, frames, recipe.fps, sampler, clips, record)
+    return Job(weights.cfg, weights.options, dtype, *about_clips)
 
 
 def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: dict) -> dict:
@@ -248,6 +249,25 @@ def describe(recipe: Recipe, sampler: dict) -> str:
     return ", ".join(words)
 
 
+def describe_chunks(prefix: int, sampler: dict) -> str:
+    """What the latent frames of a clip are, like "22 latent frames (1 given, 7 chunks of 3)"."""
+    chunks = sampler["chunks"]
+    parts = [f"{prefix} given"] if prefix else []
+    if sampler["causal"]:
+        for size, same in groupby(chunks):
+            count = len(list(same))
+            parts.append(f"{count} {'chunk' if count == 1 else 'chunks'} of {size}")
+    elif prefix:
+        parts.append(f"{sum(chunks)} made")
+    shown = f"{prefix + sum(chunks)} latent frames"
+    if parts:
+        shown += f" ({', '.join(parts)})"
+    cuts = len(sampler.get("cuts") or {})
+    if cuts:
+        shown += f"; {cuts} scene {'cut' if cuts == 1 else 'cuts'}"
+    return shown
+
+
 def note_ignored(args: Namespace, recipe: Recipe) -> None:
     """Options that were given and do nothing here."""
     ignored = []
@@ -279,7 +299,7 @@ def note_weights(args: Namespace, weights: Weights, found: Found) -> None:
     if not (weights.found or args.recipe or args.mode):
         taken = f"by its name for {found.name}" if found.name in known() else "for --mode few"
         text = f"{source} does not say how it is sampled: taken {taken}, which may be wrong"
-        note(f"{text}; --recipe knows {', '.join(known())}")
+        note(f"{text}; say it with --recipe: {', '.join(known())}")
     elif stage is not None:
         few_steps = found.recipe.solver == "renoise"
         own_few_steps = MODES[own].solver == "renoise"
@@ -287,6 +307,11 @@ def note_weights(args: Namespace, weights: Weights, found: Found) -> None:
             note(f"these weights are of stage {stage}, made for --mode {own}")
     elif found.recipe.causal and not (says_causal or args.recipe):
         note("no record of causal training in these weights: expect noise")
+    elif weights.found and args.recipe in known() and args.recipe != weights.found.name:
+        # A LoRA may have made them what the recipe is for.
+        said = f"{weights.found.name} ({weights.found.why})"
+        if not args.lora:
+            note(f"these weights call for {said}; --recipe {found.name} may give noise with them")
 
     # What names alone tell: LongLive's two-step folders, and LoRAs that call for another recipe.
     if found.name == "longlive2" and source.parent.name.endswith("-S2") and not args.steps:

@@ -121,6 +121,8 @@ def load(name: str) -> Recipe:
     elif path.suffix != ".toml":
         names = ", ".join(known())
         raise ValueError(f"--recipe {name}: not one of {names}, and no path to a .toml")
+    elif not path.exists():
+        raise ValueError(f"--recipe {name}: no such file; by name there are {', '.join(known())}")
     with reading(path, "not TOML"):
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     with about(path):
@@ -139,11 +141,11 @@ def check_whole(recipe: Recipe) -> None:
     cramped = (recipe.window or recipe.sink) and recipe.sink > room
 
     faults = {
-        "levels: renoise goes down levels, not steps": renoises and not recipe.levels,
-        "steps or levels: one of them": bool(recipe.steps) == bool(recipe.levels),
+        "renoise goes down levels: give them in place of steps": renoises and not recipe.levels,
+        "give either steps or levels": bool(recipe.steps) == bool(recipe.levels),
         "guidance must be 1 with renoise": renoises and recipe.guidance != 1,
         "image_steps needs steps": recipe.image_steps and not recipe.steps,
-        "chunk is missing, for causal": recipe.causal and not recipe.chunk,
+        "causal needs chunk": recipe.causal and not recipe.chunk,
         f"{', '.join(sorted(of_chunks))} needs causal": of_chunks and not recipe.causal,
         'image "inside" needs chunks of 2 or more': inside and recipe.chunk < 2,
         "cut_prefix needs cut_gap": recipe.cut_prefix and not recipe.cut_gap,

@@ -54,7 +54,7 @@ def generate(
     """Latents [B, C, T, H, W] of clips, piece by piece: the prefix first, if any, then every chunk
     as it is finished.
 
-    - model: a WanDiT, or what is called like one and has its cfg.
+    - model: a WanDiT.
     - noise, sigmas, chunks, prefix: as in `rollout`. Not causal: all chunks are made at once.
     - context [B, L, D] of the prompts. Causal: or a list of one for every chunk, where chunks of
       one text have the same tensor. It may have the unconditional rows behind, [2B, L, D]; with
