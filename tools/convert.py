@@ -27,7 +27,9 @@ has them. LoRAs are merged in float32 and rounded once. Weights that are not fin
 float16, end the call.
 
 What an export says of itself (levels, shift, chunk, stage ...) stays in the header of its DiT, in
-every layout, beside the names of merged LoRAs. This project reads it again; other programs skip it.
+every layout, beside the names of merged LoRAs. So does the recipe of a published checkpoint that is
+known by what it says of itself, unless LoRAs are merged, which may be for another. This project
+reads it again; other programs skip it.
 
 The host holds one tensor at a time, but for upstream's .pth files (the text encoder: 11 GB) and
 checkpoint folders of train.py, which are held whole. TARGET appears when all of it is on the disk;
@@ -38,6 +40,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -51,6 +54,7 @@ from wan5b.extras.exports import Model, Release
 from wan5b.extras.formats import Loras
 from wan5b.extras.layouts import Kind
 from wan5b.extras.lora import merged, parse_lora
+from wan5b.extras.recipes import SAMPLING, known, recognise
 from wan5b.extras.refusals import refuse_sizes
 from wan5b.extras.scaled import Made
 from wan5b.extras.streams import GB, Entry, new_folder, written_dtype
@@ -158,6 +162,20 @@ def open_release(source: Path, dit: Model, metadata: Mapping) -> Release:
     return Release(dit, vae, t5, metadata, tokenizer_files(source), scheduler)
 
 
+def recipe_of(source: Path, metadata: Mapping) -> dict:
+    """The recipe that a source without metadata calls for, if any, as metadata: what shows it, like
+    the class of a pipeline, is not the same in other layouts.
+    """
+    found = recognise(str(source), None, metadata)
+    if found is None or found.name not in known():
+        return {}
+    values = {"recipe": found.name, "causal": found.recipe.causal}
+    for name, value in asdict(found.recipe).items():
+        if name in SAMPLING and value:
+            values[name] = value
+    return values
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -181,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     loras = [parse_lora(text) for text in args.lora]
     dit = open_dit(source, loras, args.dtype)
     metadata = formats.read_metadata(source)
+    if not (loras or metadata):
+        metadata = recipe_of(source, metadata)
     if loras:
         metadata["loras"] = [[Path(path).name, strength] for path, strength in loras]
     release = open_release(source, dit, metadata) if is_whole(source) else None

@@ -226,6 +226,8 @@ def from_metadata(said: dict) -> Recipe | None:
     # The rest is as the stage's mode has it. `made` takes lists, as they come from files.
     usual = asdict(in_mode(Recipe(), mode))
     usual["levels"] = list(usual["levels"])
+    if not causal:
+        usual["chunk"] = 0
     return made(Recipe, usual | values)
 
 
@@ -243,7 +245,8 @@ def recognise(release: str | None, weights: str | None, metadata: dict) -> Found
     with about(source):
         own = from_metadata(metadata)
     if own:
-        return Found(metadata.get("stage", "an export"), "its metadata", own)
+        name = metadata.get("stage") or metadata.get("recipe") or "an export"
+        return Found(name, "its metadata", own)
     if is_checkpoint(source):
         return None
 
