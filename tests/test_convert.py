@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert
 
 from wan5b.dit import DiTConfig, WanDiT
-from wan5b.extras import formats, layouts, lora
+from wan5b.extras import formats, layouts, lora, recipes
 from wan5b.extras.exports import Model
 from wan5b.extras.scaled import Made
 from wan5b.extras.streams import GB, Entry, new_folder, split, write_stream
@@ -105,6 +105,27 @@ def test_as_the_peers_save_it(tmp_path):
     assert mine["metadata"] == other["metadata"]
     assert list(mine["weight_map"]) == list(other["weight_map"])
     assert len(set(mine["weight_map"].values())) == 3
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers", "comfy"])
+def test_the_recipe_goes_along(tmp_path, layout):
+    """Of a pipeline that is known by its class alone, which no layout here keeps."""
+    source = shutil.copytree(FORMATS / "diffusers", tmp_path / "source")
+    index = source / "model_index.json"
+    index.write_text(index.read_text().replace('"WanPipeline"', '"WanDMDPipeline"'))
+    before = recipes.recognise(str(source), None, {})
+    made = run(source, tmp_path / "made", layout)
+    after = recipes.recognise(str(made), None, formats.read_metadata(made))
+    assert (before.name, before.why) == ("fastwan", "model_index.json")
+    assert (after.name, after.why) == ("fastwan", "its metadata")
+    for name in recipes.SAMPLING:
+        assert getattr(after.recipe, name) == getattr(before.recipe, name), name
+
+
+def test_no_recipe_goes_along_with_loras(tmp_path):
+    options = ["--lora", FORMATS / "lora" / "comfy_alpha.safetensors"]
+    made = run(FORMATS / "original", tmp_path / "made", "original", *options)
+    assert formats.read_metadata(made).keys() == {"loras"}
 
 
 def shard_tensors(folder):

@@ -281,7 +281,9 @@ def test_the_file_decides_and_the_command_line_overrides(planned, capsys, tmp_pa
     assert len(levels(planned("--image", tmp_path / "a.png", "--steps", 30))) == 31
 
     # A recipe overrides what the file says, a mode what the recipe says.
-    job, said, _ = line("--weights", LONGLIVE, "--recipe", "turbo", "--shift", 1)
+    job, said, notes = line("--weights", LONGLIVE, "--recipe", "turbo", "--shift", 1)
+    other = "note: these weights call for longlive2 (checkpoint_format); --recipe turbo may give"
+    assert notes.startswith(other)
     assert (
         said == "turbo (--recipe): the whole clip at once, 4 steps of renoise, shift 1, guidance 1"
     )
@@ -301,6 +303,28 @@ def test_the_file_decides_and_the_command_line_overrides(planned, capsys, tmp_pa
     assert "note: --steps, --window, --sink has no effect here" in notes
 
 
+def test_what_a_clip_is_made_of_is_said(planned, tmp_path, capsys):
+    """In latent frames: how many are given, and how the others come."""
+    image = ("--image", tmp_path / "a.png")
+    shots = ("--weights", LONGLIVE, "--prompt", "b", "--shots")
+    for options, says in (
+        (("--frames", 9), "1 x 9 frames, 32x64; 3 latent frames"),
+        (("--frames", 9, *image), "1 x 9 frames, 32x64; 3 latent frames (1 given, 2 made)"),
+        (
+            ("--frames", 93, *image, *shots),
+            "1 x 93 frames, 32x64; 24 latent frames (1 given, 1 chunk of 7, 2 chunks of 8); "
+            "1 scene cut",
+        ),
+    ):
+        planned(*options)
+        assert capsys.readouterr().out.splitlines()[0] == says
+
+
+def test_a_json_that_is_no_index(planned, release):
+    with pytest.raises(ValueError, match="config.json is no index of shards; name the folder"):
+        planned("--weights", release / "config.json")
+
+
 def test_weights_that_say_nothing(planned, release, tmp_path, capsys):
     """Sampled as their name suggests, else as few, which is said, with the names of the recipes."""
     few = ("for --mode few", "few (the default): chunk by chunk, 4 steps of", [3, 3])
@@ -314,7 +338,7 @@ def test_weights_that_say_nothing(planned, release, tmp_path, capsys):
         said = capsys.readouterr()
         assert said.err == (
             f"note: {path} does not say how it is sampled: taken {taken}, which may be "
-            f"wrong; --recipe knows {', '.join(NAMES)}\n"
+            f"wrong; say it with --recipe: {', '.join(NAMES)}\n"
         )
         assert said.out.splitlines()[-1].startswith(how)
         assert job.sampler["chunks"] == chunks
@@ -401,16 +425,16 @@ WRONG = [
     ("steps = 4\nfps = 0", "fps must be at least 1"),
     (CAUSAL + "sink = -1", "sink must be at least 0"),
     # What does not go together.
-    ('solver = "renoise"\nsteps = 4', "levels: renoise goes down levels, not steps"),
-    ('solver = "renoise"\nsteps = 4\nlevels = [1000]', "steps or levels: one of them"),
-    ("", "steps or levels: one of them"),
+    ('solver = "renoise"\nsteps = 4', "renoise goes down levels: give them in place of steps"),
+    ('solver = "renoise"\nsteps = 4\nlevels = [1000]', "give either steps or levels"),
+    ("", "give either steps or levels"),
     ('solver = "renoise"\nlevels = [1000]\nguidance = 3', "guidance must be 1 with renoise"),
     ("levels = [1000]\nimage_steps = 3", "image_steps needs steps"),
     ("steps = 4\nchunk = 8", "chunk needs causal"),
     ("steps = 4\nwindow = 8\nsink = 1\ncut_gap = 8", "cut_gap, sink, window needs causal"),
     ('steps = 4\nimage = "inside"', 'image "inside" needs chunks of 2 or more'),
     (CAUSAL.replace("8", "1") + 'image = "inside"', 'image "inside" needs chunks of 2 or more'),
-    ("causal = true\nsteps = 4", "chunk is missing, for causal"),
+    ("causal = true\nsteps = 4", "causal needs chunk"),
     (CAUSAL + 'cut_prefix = "Cut. "', "cut_prefix needs cut_gap"),
     (CAUSAL + "window = 12\nsink = 8", "window 12 has no room for sink 8 and a chunk"),
     (CAUSAL + "sink = 8", "window 0 has no room for sink 8 and a chunk"),
@@ -434,7 +458,7 @@ def test_names_that_are_none(planned, tmp_path):
             ValueError, match=f"--recipe {name}: not one of {', '.join(NAMES)}, and"
         ):
             planned("--recipe", name)
-    with pytest.raises(ValueError, match=r"none.toml: no such file"):
+    with pytest.raises(ValueError, match=r"--recipe .*none.toml: no such file; by name there are"):
         load(str(tmp_path / "none.toml"))
     (tmp_path / "latin.toml").write_bytes(b"title = 'caf\xe9'")
     with pytest.raises(ValueError, match=r"latin.toml is truncated, corrupt or not TOML"):
@@ -444,7 +468,8 @@ def test_names_that_are_none(planned, tmp_path):
 def test_frames_that_chunks_do_not_allow(planned, tmp_path):
     image = ("--image", tmp_path / "a.png")
     for given in ((), image):  # the image is the first of the 8
-        with pytest.raises(ValueError, match="--frames 81 is not chunks of 8; nearest: 61 or 93"):
+        says = r"--frames 81 is not chunks of 8; nearest: 61 or 93 \(81 are 21 latent frames"
+        with pytest.raises(ValueError, match=says):
             planned("--weights", LONGLIVE, "--frames", 81, *given)
     with pytest.raises(ValueError, match="--window 12: no room for --sink 8 and a chunk of 8"):
         planned("--weights", LONGLIVE, "--window", 12)

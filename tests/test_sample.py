@@ -656,7 +656,10 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--frames 0", "0 frames are not 4k + 1; nearest valid: 1"),
         ("--frames 25", "chunks of 3; nearest: 21 or 33"),
         ("--frames 5", "chunks of 3; nearest: 9"),
-        ("--frames 81 --image {image}", "1 latent frames and chunks of 3; nearest: 73 or 85"),
+        (
+            "--frames 81 --image {image}",
+            "1 latent frames and chunks of 3; nearest: 73 or 85",
+        ),
         ("--frames 5 --image {image}", "nearest: 13 or 25"),
         ("--frames 1 --image {image}", "nearest: 13 or 25"),
         ("--size 70x96", "nearest valid: 64 or 96 by 96 or 128"),
@@ -673,7 +676,7 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--prompts {empty}", "{empty} holds no prompts"),
         (
             "--settings {dir}/none.json",
-            "{dir}/none.json is not a JSON that this sample.py wrote: ",
+            "cannot read --settings {dir}/none.json: No such file or directory",
         ),
         ("--settings {text}", "{text} is not a JSON that this sample.py wrote"),
         ("--settings {other}", "{other} is not a JSON that this sample.py wrote"),

@@ -238,7 +238,7 @@ def test_texts_of_scenes():
         ("--frames 29 --image {image}", "give --frames 61"),
         (
             "--mode bidirectional",
-            "--shots needs chunks: in this mode the whole clip is made at once",
+            "--shots needs chunks: here the whole clip is made at once; leave it out",
         ),
         ("--recipe fastwan", "--shots needs chunks"),
         ("--frames 61 --window 16", "a window of 16 has no room .*; give --window 24 or a smaller"),

@@ -31,10 +31,10 @@ from wan5b.extras import formats
 class Case(NamedTuple):
     """A model to load."""
 
-    kind: str
-    folder: str  # of real_size.py
-    file: str = ""  # in it, if that is what a user names
-    lora: str = ""  # another file there
+    kind: str  # "dit", "vae" or "t5": one of LOADERS
+    folder: str  # one of real_size.FOLDERS
+    file: str = ""  # in the folder; "": the user names the folder itself
+    lora: str = ""  # a file in the folder that is merged while loading, or none
 
 
 KIJAI = real_size.KIJAI
@@ -61,7 +61,9 @@ LOADERS = {"dit": formats.load_dit, "vae": formats.load_vae, "t5": formats.load_
 
 
 def measure(case: Case, folder: Path) -> dict[str, float]:
-    """Seconds, and private bytes before and at the peak, of loading in this process."""
+    """What loading takes in this process: "seconds"; bytes of private memory "before" it and at its
+    "peak"; bytes of the "model". folder: which `real_size` has filled.
+    """
     options = {"loras": [(folder / case.lora, 1.0)]} if case.lora else {}
     before = private_memory()
     with PeakMemory() as peak:
@@ -79,6 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     own = "one measurement in this process, as JSON: the benchmark calls itself so"
     parser.add_argument("--measure", nargs=2, metavar=("NAME", "FOLDER"), help=own)
     args = parser.parse_args(argv)
+
+    # One case, in this process, for the call that started it.
     unknown = [name for name in args.names if name not in CASES]
     if unknown:
         parser.error(f"no case {unknown[0]!r}; choose from {', '.join(CASES)}")
@@ -87,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(CASES[name], Path(folder))))
         return
 
+    # Each case in a process of its own, on files that are gone afterwards.
     print(f"{'':22}{'model GB':>10}{'private':>9}{'seconds':>9}")
     for name in args.names or CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -60,6 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def now(device: str) -> float:
+    """Seconds of a clock, when all that was asked of the device is done."""
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -68,7 +69,10 @@ def now(device: str) -> float:
 def clip(
     model: WanDiT, vae: VAE22, shape: tuple[int, ...], sampler: dict, low_memory: bool
 ) -> Figures:
-    """Make one, as sample.py does. With low_memory the model is gone afterwards."""
+    """Make a clip, as sample.py does. With low_memory the model is gone afterwards.
+
+    shape: of the latents, [1, C, T, H, W]. sampler: arguments of `generate`.
+    """
     cfg = model.cfg
     like = model.patch_embedding.weight
     device = str(like.device)
@@ -76,6 +80,7 @@ def clip(
     context = random_context(["a red fox", ""], cfg.text_len, cfg.text_dim)
     context = context.to(device, like.dtype)
 
+    # Chunks are decoded while the next ones are made; with low_memory all of them at the end.
     start = now(device)
     made = generate(model, noise, context, **sampler)
     if low_memory:
@@ -95,7 +100,7 @@ def clip(
 
 
 def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
-    """A line of the table."""
+    """A line of the table: medians of args.repeats clips, behind one that is not counted."""
     height, width = (int(side) // 16 for side in args.geometry.split("x"))
     given = argparse.Namespace(frames=args.frames, image=None)
     sampler = how_sampled(given, recipe, prefix=0)
@@ -106,6 +111,7 @@ def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     fuse.enable(args.compile)
 
+    # The clips. With --low-memory each needs a new model, since the one before has lost its.
     vae = random_vae(args.preset, args.device).to(dtype)
     model = None
     runs = []
@@ -115,7 +121,7 @@ def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
             model = random_dit(args.preset, args.device, dtype)
             if args.compile and args.device != "cpu":
                 graphs.record(model)
-        # At first one level alone: kernels are chosen, or compiled.
+        # The first clip, which is not counted, has one level: kernels are chosen, or compiled.
         levels = sampler["sigmas"] if i else [sampler["sigmas"][0], 0.0]
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
@@ -125,6 +131,7 @@ def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
         if args.device != "cpu":
             peak = max(peak, torch.cuda.max_memory_allocated())
 
+    # The line.
     pixels = 4 * frames - 3
     whole, first, latents = (statistics.median(times) for times in zip(*runs, strict=True))
     memory = f"{peak / GIB:8.1f}" if peak else f"{'-':>8}"

@@ -27,7 +27,9 @@ has them. LoRAs are merged in float32 and rounded once. Weights that are not fin
 float16, end the call.
 
 What an export says of itself (levels, shift, chunk, stage ...) stays in the header of its DiT, in
-every layout, beside the names of merged LoRAs. This project reads it again; other programs skip it.
+every layout, beside the names of merged LoRAs. So does the recipe of a published checkpoint that is
+known by what it says of itself, unless LoRAs are merged, which may be for another. This project
+reads it again; other programs skip it.
 
 The host holds one tensor at a time, but for upstream's .pth files (the text encoder: 11 GB) and
 checkpoint folders of train.py, which are held whole. TARGET appears when all of it is on the disk;
@@ -38,6 +40,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -45,12 +48,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from wan5b import weights
-from wan5b.extras import exports, formats, layouts, lora, peers
+from wan5b.extras import exports, formats, layouts, peers
 from wan5b.extras.cli import script
 from wan5b.extras.exports import Model, Release
 from wan5b.extras.formats import Loras
 from wan5b.extras.layouts import Kind
-from wan5b.extras.plan import parse_lora
+from wan5b.extras.lora import merged, parse_lora
+from wan5b.extras.recipes import SAMPLING, known, recognise
 from wan5b.extras.refusals import refuse_sizes
 from wan5b.extras.scaled import Made
 from wan5b.extras.streams import GB, Entry, new_folder, written_dtype
@@ -81,7 +85,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def is_whole(source: Path) -> bool:
-    """Whether a folder holds all three models. ValueError if it holds a VAE or a T5 too few."""
+    """Whether a folder holds a VAE and a text encoder too, beside the DiT.
+
+    ValueError if it holds only one of the two.
+    """
     if not source.is_dir() or formats.is_checkpoint(source):
         return False
     found = []
@@ -99,7 +106,11 @@ def is_whole(source: Path) -> bool:
 def entries(
     base: Mapping[str, Tensor | Made], tensors: Mapping[str, Tensor | Made], dtype: str | None
 ) -> dict[str, Entry]:
-    """Tensors to write, in dtype, or as the base, without LoRAs, is kept."""
+    """What is to be written, by the same names.
+
+    dtype: name of the dtype for all of them. None: each as the base's tensor of its name is kept
+    (`tensors` have LoRAs merged in, which are float32 until they are written).
+    """
     own = {name: written_dtype(tensor) for name, tensor in base.items()}
     asked = getattr(torch, dtype) if dtype else None
     return {name: Entry(tensor, asked or own[name]) for name, tensor in tensors.items()}
@@ -110,33 +121,38 @@ def open_dit(source: Path, loras: Loras, dtype: str | None) -> Model:
     opened = formats.open_layout(source, "dit")
     refuse_sizes(opened.file, opened.tensors)
     cfg = weights.check_dit(opened)
-    merged = lora.merged(opened.tensors, loras)
-    return Model("dit", cfg, entries(opened.tensors, merged, dtype))
+    tensors = merged(opened.tensors, loras)
+    return Model("dit", cfg, entries(opened.tensors, tensors, dtype))
 
 
 def open_part(source: Path, kind: Kind) -> Model:
-    """The VAE or the text encoder, strictly, as `formats.load_vae` and `load_t5` do."""
+    """The VAE or the text encoder, strictly, as `formats.load_vae` and `load_t5` do. ValueError for
+    the tiny world's codec, which only this project has.
+    """
     opened = formats.open_layout(source, kind)
     if "basis" in opened.tensors:
         way_out = "name the file of the DiT to convert that alone"
         raise ValueError(f"{opened.file} is a linear codec, which other layouts lack; {way_out}")
     cfg = formats.vae_config(opened) if kind == "vae" else formats.t5_config(opened)
-    weights.blank(VAE22 if kind == "vae" else T5Encoder, cfg, opened)
+    weights.blank(VAE22 if kind == "vae" else T5Encoder, cfg, opened)  # checks names and shapes
     return Model(kind, cfg, entries(opened.tensors, opened.tensors, None))
 
 
 def tokenizer_files(source: Path) -> dict[str, bytes]:
     """The tokenizer's files by name. ValueError if there is no SentencePiece model."""
-    formats.load_tokenizer(source)
+    formats.load_tokenizer(source)  # checks that there is one, and that it is whole
     for folder in (source / "google" / "umt5-xxl", source / "tokenizer"):
         if (folder / "spiece.model").exists():
             files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file()]
             return {file.name: file.read_bytes() for file in files}
+
+    # ComfyUI's lies among the tensors of the text encoder.
     file = formats.locate(source, "t5")
     return {"spiece.model": layouts.tokenizer_bytes(weights.open_tensors(file).tensors)}
 
 
 def open_release(source: Path, dit: Model, metadata: Mapping) -> Release:
+    """The whole folder, around a DiT that is open already; with its own scheduler, if any."""
     scheduler = peers.SCHEDULER | {"flow_shift": metadata.get("shift", 5.0)}
     beside = source / "scheduler" / "scheduler_config.json"
     if beside.exists():
@@ -146,11 +162,25 @@ def open_release(source: Path, dit: Model, metadata: Mapping) -> Release:
     return Release(dit, vae, t5, metadata, tokenizer_files(source), scheduler)
 
 
+def recipe_of(source: Path, metadata: Mapping) -> dict:
+    """The recipe that a source without metadata calls for, if any, as metadata: what shows it, like
+    the class of a pipeline, is not the same in other layouts.
+    """
+    found = recognise(str(source), None, metadata)
+    if found is None or found.name not in known():
+        return {}
+    values = {"recipe": found.name, "causal": found.recipe.causal}
+    for name, value in asdict(found.recipe).items():
+        if name in SAMPLING and value:
+            values[name] = value
+    return values
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
 def check_room(target: Path, models: list[Model]) -> None:
-    """OSError if the disk is too full already."""
+    """OSError if the target's disk has no room for the models."""
     folder = next(parent for parent in target.absolute().parents if parent.exists())
     needed = sum(model.nbytes for model in models) / GB
     free = shutil.disk_usage(folder).free / GB
@@ -169,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     loras = [parse_lora(text) for text in args.lora]
     dit = open_dit(source, loras, args.dtype)
     metadata = formats.read_metadata(source)
+    if not (loras or metadata):
+        metadata = recipe_of(source, metadata)
     if loras:
         metadata["loras"] = [[Path(path).name, strength] for path, strength in loras]
     release = open_release(source, dit, metadata) if is_whole(source) else None

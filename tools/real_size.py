@@ -26,7 +26,7 @@ from wan5b.vae22 import VAEConfig
 
 GOLDEN = Path(__file__).parent.parent / "tests/golden"
 MANIFESTS = {"dit": "ti2v-5B", "vae": "vae22", "t5": "umt5-xxl"}
-# In the order in which safetensors puts tensors into a file.
+# What safetensors calls dtypes; their order is that in which it puts tensors into a file.
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8"}
 SPIECE = GOLDEN / "tokenizer" / "spiece.model"
@@ -92,7 +92,10 @@ def lora_shapes(rank: int, dtype: torch.dtype) -> Shapes:
 def write_safetensors(
     path: Path, held: Shapes, metadata: dict[str, str] | None = None, **content: bytes
 ) -> None:
-    """A file of the real length and header, whose tensors are a hole but for what has content."""
+    """A file of the real length and header, whose tensors are a hole but for what has content.
+
+    metadata: of the header. content: bytes of tensors, by name.
+    """
     header = {"__metadata__": metadata} if metadata else {}
     end = 0
     order = list(NAMES)
@@ -112,14 +115,17 @@ def write_safetensors(
 
 
 def write_shards(folder: Path, stem: str, held: Shapes, count: int) -> None:
-    """Shards of about the same length, and their index."""
+    """`count` shards of about the same length, and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in held.values())
     files = [{} for _ in range(count)]
+
+    # A tensor goes to the shard in whose share of all bytes it begins.
     done = 0
     for name, (dtype, shape) in held.items():
         files[min(done * count // total, count - 1)][name] = (dtype, shape)
         done += torch.Size(shape).numel() * dtype.itemsize
+
     index = {}
     for i, part in enumerate(files, 1):
         name = f"{stem}-{i:05d}-of-{count:05d}.safetensors"
@@ -136,14 +142,12 @@ def write_pickle(path: Path, held: dict) -> None:
     """
 
     def filled(entry):
+        if isinstance(entry, dict):
+            return {key: filled(inner) for key, inner in entry.items()}
         if isinstance(entry, tuple):
             dtype, shape = entry
             return torch.empty(shape, dtype=dtype)  # memory that nobody touches
-        return (
-            {key: filled(inner) for key, inner in entry.items()}
-            if isinstance(entry, dict)
-            else entry
-        )
+        return entry
 
     with torch.serialization.skip_data():
         torch.save(filled(held), path)
@@ -163,7 +167,7 @@ TURBO = "Wan2_2-TI2V-5B-Turbo_fp16.safetensors"
 TURBO_LORA = "Wan22_TI2V_5B_Turbo_lora_rank_64_fp16.safetensors"
 FASTWAN_LORA = "Wan2_2_5B_FastWanFullAttn_lora_rank_128_bf16.safetensors"
 
-# Bytes of files whose pages show them.
+# Lengths in bytes, of the files whose pages on the hub show them.
 PUBLISHED = {
     COMFY: 9_999_658_848,
     COMFY_VAE: 1_409_400_960,
@@ -205,7 +209,7 @@ def diffusers(folder: Path, dtype: torch.dtype, shards: int, pipeline: str) -> N
 
 
 def comfy(folder: Path) -> None:
-    """Comfy-Org/Wan_2.2_ComfyUI_Repackaged, the files of the 5B; Kijai's; LoRAs"""
+    """Comfy-Org/Wan_2.2_ComfyUI_Repackaged, the files of the 5B"""
     write_safetensors(folder / COMFY, shapes("dit", F16))
     write_safetensors(folder / COMFY_VAE, shapes("vae", F16))
     t5 = scaled(shapes("t5", F16, theirs=True), mark=0, scale=[])
@@ -226,7 +230,7 @@ def long_spiece() -> bytes:
 
 
 def kijai(folder: Path) -> None:
-    """Kijai/WanVideo_comfy and WanVideo_comfy_fp8_scaled, the files of the 5B"""
+    """Kijai/WanVideo_comfy and WanVideo_comfy_fp8_scaled, the files of the 5B, LoRAs among them"""
     write_safetensors(folder / KIJAI, scaled(shapes("dit", F32), mark=2, scale=[1]))
     write_safetensors(folder / KIJAI_VAE, shapes("vae", BF16))
     write_safetensors(folder / KIJAI_T5, plain(shapes("t5", BF16)), {"format": "pt"})
@@ -248,6 +252,7 @@ def turbo(folder: Path) -> None:
 
 
 def copy_tokenizer(folder: Path) -> None:
+    """The tests' SentencePiece model into a new folder."""
     folder.mkdir(parents=True)
     shutil.copy(SPIECE, folder)
 

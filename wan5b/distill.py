@@ -38,6 +38,7 @@ def rollout(
     Yields every finished chunk x0 [B, C, T_chunk, H, W]. The cache takes it in (one pass at sigma
     0, no grad) when the next one is asked for, so it must not be changed in place.
 
+    - generator: a WanDiT, or what is called like one (`guided`, `behind`); the same for all chunks.
     - noise [B, C, T, H, W] covers the generated frames, cut into chunks. It may lie on the CPU: a
       long video's is moved chunk by chunk.
     - context [B, L, D], or a list of one for every chunk; sigmas: the levels, falling, the last one

@@ -3,8 +3,13 @@ loop.
 
 Stages in the order that works for the 5B: teacher (fine-tuning, tiny models), ar, ode, then dmd or
 sid. A step is a function of a run and one micro-batch: it computes a loss, runs its backward and
-returns what is worth a look. `PHASES` names the steps of each stage, so a new loss is a new
-function and a row there.
+returns its metrics. `PHASES` names the steps of each stage, so a new loss is a new function and a
+row there.
+
+A metric is a detached scalar under a name that no other phase of the stage has. metrics.jsonl gets
+its mean over micro-batches and processes, so each of them has the same names in the same order. One
+that is not finite ends the run: what only some samples have is returned as two means, whose ratio
+is meant (`critic_step`).
 
 Every random number comes from (seed, phase, step, sample), so a run is the same on any number of
 processes.
@@ -271,7 +276,7 @@ def critic_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     loss = critic_loss(v, x0, noise)
     loss.backward()
 
-    # The loss at high levels is critic_high / critic_share_high.
+    # The loss at high levels is critic_high / critic_share_high: a micro-batch may have none.
     error = (v.detach().float() - (noise - x0)).square().mean((1, 2, 3, 4))
     high = (noised.sigma[:, -1] > 0.8).float()
     return {

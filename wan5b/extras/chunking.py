@@ -1,15 +1,20 @@
-"""In which chunks clips are made, what text each is shown, and where scene cuts are."""
+"""In which chunks clips are made, what text each is shown, and where scene cuts are.
+
+Lengths are in latent frames: T of them are 1 + 4 (T - 1) pixel frames.
+"""
 
 from wan5b.extras.recipes import Recipe
 from wan5b.kvcache import chunk_sizes
 from wan5b.media import latent_frames
 from wan5b.util import nearest
 
-FRAMES = 81  # of a clip, if neither given nor the recipe's
+FRAMES = 81  # pixel frames of a clip, if neither --frames nor the recipe says it
 
 
 def memory(window: int | None, sink: int, chunk: int) -> dict[str, int | None]:
-    """Window and sink, if they have room for a chunk."""
+    """Arguments of `generate` for the cache. ValueError unless the window, which includes the sink,
+    has room for a chunk.
+    """
     if window or sink:
         room = (window or 0) - chunk
         wrong = f"--window {window}: no room for --sink {sink} and a chunk of {chunk} frames"
@@ -27,22 +32,33 @@ def chunk_plan(
     inside: bool = False,
     default: int = FRAMES,
 ) -> list[int]:
-    """Latent frames of each chunk that is generated behind a prefix of so many.
+    """How many frames each chunk generates, behind a prefix of so many.
 
-    frames: pixel frames of the clip (None: the default, or what chunks fill next). first: size of
-    the first chunk, in whose place a prefix stands, if it is not that of all (0). inside: the
-    prefix is part of the first chunk.
+    - frames: pixel frames of the clip, prefix included (None: the default, or the next length above
+      it that chunks fill).
+    - size: of a chunk. first: of the first one, if it is not that of all (0); a prefix in front
+      takes its place.
+    - inside: the prefix is part of the first chunk, which then generates the rest of itself.
+
+    ValueError, with the nearest lengths, if chunks don't fill the clip.
     """
+    # Chunks of the common size begin at `start`: behind the prefix, or the odd first chunk.
     lead = first if inside or not prefix else 0
     start = lead if inside else prefix + lead
-    least = max(latent_frames(default), prefix + 1)
-    total = least + (start - least) % size if frames is None else latent_frames(frames)
+    if frames is None:
+        least = max(latent_frames(default), prefix + 1)
+        total = least + (start - least) % size
+    else:
+        total = latent_frames(frames)
     if total <= prefix or (total - start) % size:
         valid = nearest(frames, 4 * size, 4 * (lead or start + size) - 3)
         plan = f"{start} latent frames and chunks of {size}" if start else f"chunks of {size}"
-        raise ValueError(f"--frames {frames} is not {plan}; nearest: {valid}")
+        wrong = f"--frames {frames} is not {plan}; nearest: {valid}"
+        raise ValueError(f"{wrong} ({frames} are {total} latent frames, which chunks count)")
     if not inside:
         return chunk_sizes(total - prefix, size, lead)
+
+    # The first chunk holds the prefix, and must have a frame left to generate.
     sizes = chunk_sizes(total, size, lead)
     wrong = f"a first chunk of {sizes[0]} has no room behind {prefix} given frames; try --chunk 8"
     if sizes[0] <= prefix:
@@ -51,13 +67,19 @@ def chunk_plan(
 
 
 def starts(scenes: int, chunks: int) -> list[int]:
-    """The first chunk of each scene: equal shares, of which the first ones get the remainder."""
+    """The index of each scene's first chunk: equal shares, of which the first ones get the
+    remainder.
+    """
     share, rest = divmod(chunks, scenes)
     return [i * share + min(i, rest) for i in range(scenes)]
 
 
 def scene_texts(prompts: list[str], chunks: int, recipe: Recipe) -> list[str]:
-    """What each chunk is shown. A cut's first chunk has the recipe's words in front."""
+    """The text that each chunk is shown: its scene's prompt, behind the recipe's words for a cut in
+    the first chunk of a later scene.
+
+    chunks: how many there are. Prompts that have those words already get them once.
+    """
     shown = []
     begins = starts(len(prompts), chunks)
     for i, prompt in enumerate(prompts):
@@ -70,12 +92,14 @@ def scene_texts(prompts: list[str], chunks: int, recipe: Recipe) -> list[str]:
 
 
 def scene_cuts(scenes: int, prefix: int, chunks: list[int], recipe: Recipe) -> dict[int, int]:
-    """The chunks that open a scene by a cut -> RoPE positions left out there.
+    """The indices of chunks that open a scene by a cut -> RoPE positions left out there.
 
-    prefix: latent frames in front of the first chunk's own. ValueError if scenes don't fit.
+    prefix: frames in front of the first chunk's own. Empty where the recipe has no cuts: then the
+    text alone changes. ValueError if scenes don't fit.
     """
     if not recipe.causal:
-        raise ValueError("--shots needs chunks: in this mode the whole clip is made at once")
+        way_out = "leave it out for a clip each, or take --recipe longlive2 and its weights, say"
+        raise ValueError(f"--shots needs chunks: here the whole clip is made at once; {way_out}")
     if scenes > len(chunks):
         more = 4 * recipe.chunk * (scenes - len(chunks))
         frames = 4 * (prefix + sum(chunks)) - 3 + more

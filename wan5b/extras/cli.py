@@ -22,7 +22,7 @@ class Gathered(argparse.Action):
     before, a default or a recorded list, is replaced.
     """
 
-    gathered = None
+    gathered = None  # the list of this command line so far
 
     def __call__(self, parser, namespace, values, option_string=None):
         held = getattr(namespace, self.dest)

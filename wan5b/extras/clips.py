@@ -22,14 +22,16 @@ from wan5b.util import write_json, write_tensors
 
 
 class Clip(NamedTuple):
+    """One video to make."""
+
     prompts: list[str]  # one, or one for each of its scenes
     seed: int
     path: Path  # of the mp4; what else is written has its name and another suffix
-    texts: list[str] = ()  # what each chunk is shown
+    texts: list[str] = ()  # what each chunk is shown; `plan` fills it in
 
 
 def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Clip]:
-    """A clip for each entry of prompts and each seed.
+    """A clip for each entry of prompts, which holds the prompts of its scenes, and each seed.
 
     out: the mp4, the suffix of which may be left out, or a FOLDER/, in which it is sample.mp4.
     Several clips have the prompt's number and the seed in their names.
@@ -85,7 +87,7 @@ def make_record(options: dict, clip: Clip, frames: int, found: dict) -> dict:
     return {"settings": options | own} | found
 
 
-# An option of the command line stands in for these of a record.
+# An option of the command line -> those of a record that make no sense beside it.
 REPLACED = {
     "prompts": ("prompt",),
     "image": ("video", "prefix"),
@@ -99,7 +101,7 @@ REPLACED = {
 def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
     """The options in a record, each of which could stand on the parser's command line.
 
-    given: the options that do; those of the record which these stand in for have their defaults.
+    given: the options that do stand there. What is REPLACED by them has its default again.
     ValueError if the file is no record, or an option is missing, unknown, of another type or out of
     range.
     """
@@ -109,7 +111,9 @@ def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
         unknown = sorted(settings.keys() - recorded.keys())
         if unknown:
             raise ValueError(f"{', '.join(unknown)} in it is no option here")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read --settings {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error}") from error
 
     for name, others in REPLACED.items():
@@ -119,6 +123,7 @@ def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
 
 
 def options(parser: ArgumentParser) -> list[Action]:
+    """All that the command line takes, but for --help."""
     return [action for action in parser._actions if action.dest != "help"]
 
 
@@ -129,11 +134,14 @@ def _option(action: Action, settings: dict):
     value = settings[action.dest]
     if value is None and action.default is None:
         return None
+
+    # A list is to be one, which may be empty where that is the default. For a float a whole number
+    # will do.
     kind = bool if action.nargs == 0 else action.type or str
+    kinds = (float, int) if kind is float else (kind,)
     items = value if action.nargs == "+" else [value]
-    fits = isinstance(items, list) and all(type(item) in (kind, int) for item in items)
-    fits = fits and (len(items) > 0 or not action.default)
-    if not fits or (kind is not float and any(type(item) is not kind for item in items)):
+    fits = isinstance(items, list) and all(type(item) in kinds for item in items)
+    if not fits or (action.default and not items):
         raise ValueError(f"{action.dest} is {value!r}, not {kind.__name__}")
     if action.choices and value not in action.choices:
         raise ValueError(f"{action.dest} is {value!r}, not one of {', '.join(action.choices)}")
@@ -141,6 +149,7 @@ def _option(action: Action, settings: dict):
 
 
 def check_finite(flags: list[Tensor], path: Path) -> None:
+    """ValueError unless all flags are true, which say of chunks whether they are finite."""
     if not all(flags):
         raise ValueError(
             f"{path}: a chunk is not finite (damaged weights, or float16?); no picture"
@@ -162,13 +171,17 @@ def write(
     """Decode a clip into an mp4 while its latents [1, C, T, H, W] are made, piece by piece.
 
     Beside it the record as JSON, a sheet (PNG), the latents (safetensors). frames: how many pixel
-    frames there will be. Whatever ends it, Ctrl-C included, leaves what is finished, playable.
-    FileExistsError if another has written the mp4 meanwhile, unless `overwrite`: then all is beside
-    the *.partial.mp4.
+    frames there will be; a sheet needs it. Whatever ends it, Ctrl-C included, leaves what is
+    finished, playable.
+
+    ValueError for pixels that are not finite. FileExistsError if another has written the mp4
+    meanwhile, unless `overwrite`: then all is beside the *.partial.mp4.
     """
+    # What the writer is to know: the frames of the sheet, and the files that go with the mp4.
     keep = sheet_indices(frames) if sheet else set()
     beside = {".json": record, ".png": sheet, ".safetensors": save_latents}
     written = tuple(suffix for suffix, asked in beside.items() if asked)
+
     writer = VideoWriter(path, fps, keep, overwrite, written)
     state = vae.stream()
     kept = []

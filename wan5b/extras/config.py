@@ -23,7 +23,7 @@ def one_of(known, default):
 
 
 def within(low: float, high: float, default):
-    """A field with low <= value < high."""
+    """A field with low <= value < high: a number, not a list of them."""
     return field(default=default, metadata={"range": (low, high)})
 
 
@@ -38,7 +38,11 @@ def path():
 
 @dataclass(frozen=True)
 class Options:
-    """Checks every field against what it may be. ValueError with the name and the value."""
+    """Checks every field against what it may be. ValueError with the name and the value.
+
+    What is in a tuple has its type checked by `made`, nothing else: its range, or whether it is
+    finite, is for the owner to see to.
+    """
 
     def __post_init__(self):
         for option in fields(self):

@@ -35,7 +35,7 @@ from wan5b.weights import about, clean
 
 Layout = Literal["original", "diffusers", "comfy"]
 LAYOUTS = get_args(Layout)
-STEM = "diffusion_pytorch_model"
+STEM = "diffusion_pytorch_model"  # of the names that diffusers gives to files of weights
 PT = {"format": "pt"}  # without it transformers refuses a file
 
 # ------------------------------------------------------------------------------------------- models
@@ -50,18 +50,21 @@ class Model(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """When written."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which most of it is written."""
+        """In which most of its bytes are written."""
         sizes = {}
         for entry in self.entries.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
         return max(sizes, key=sizes.get)
 
     def theirs(self) -> dict[str, Entry]:
-        """The entries by the names of diffusers or transformers."""
+        """The entries by the names of diffusers or transformers, which depend on how many blocks a
+        stage of the VAE has.
+        """
         blocks = self.cfg.num_res_blocks if self.kind == "vae" else 2
         rename = layouts.names(self.kind, back=True, num_res_blocks=blocks)
         renamed = {rename(name): entry for name, entry in self.entries.items()}
@@ -131,6 +134,7 @@ def _original(folder: Path, release: Release, limit: int) -> None:
 
 
 def _diffusers(folder: Path, release: Release, limit: int) -> None:
+    """A folder for each model, as `WanPipeline.save_pretrained` makes them."""
     for part in ("transformer", "vae", "text_encoder"):
         (folder / part).mkdir()
     write_json(folder / "model_index.json", peers.model_index(release.scheduler))

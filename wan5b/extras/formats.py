@@ -100,6 +100,8 @@ def _open_files(file: Path, part: str) -> tuple[Source, dict[str, str]]:
     files = [file]
     if file.suffix == ".json":
         files = sorted(set(weights.shards(file).values()))
+        if not files:
+            raise ValueError(f"{file} is no index of shards; name the folder or the weights in it")
     for each in files:
         if each.suffix != ".safetensors":
             untrusted.check_zip(each)

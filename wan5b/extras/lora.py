@@ -7,6 +7,8 @@ ai-toolkit's, musubi's and Wan-Fun's files, with their differences of whole tens
 """
 
 import json
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +99,23 @@ class Module:
 
 
 # --------------------------------------------------------------------------------------------- read
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:STRENGTH, as command lines have it -> path and strength.
+
+    ValueError for a strength that is no number.
+    """
+    path, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return os.path.expanduser(text), 1.0
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"--lora {text}: {strength!r} is no strength; give FILE:0.8, say")
+    return os.path.expanduser(path), value
 
 
 def read_lora(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Deltas:

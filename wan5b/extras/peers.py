@@ -11,11 +11,12 @@ from wan5b.t5 import T5Config
 from wan5b.vae22 import VAEConfig
 
 DIFFUSERS = {"_diffusers_version": "0.42.1"}
-# What a release's config.json names. Upstream's class ignores other sizes there: text_dim is 4096.
-ORIGINAL = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers")
-ORIGINAL = (*ORIGINAL, "out_dim", "text_len")
+# Fields of DiTConfig that a release's config.json names. Upstream's class ignores any other there,
+# and takes 4096 for text_dim.
+ORIGINAL = ["dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers"]
+ORIGINAL += ["out_dim", "text_len"]
 
-# Beside sizes and required values.
+# What configs hold beside the sizes and the values that layouts.REQUIRED has.
 VAE = {"_class_name": "AutoencoderKLWan", **DIFFUSERS, "attn_scales": [], "dropout": 0.0}
 T5 = {
     "architectures": ["UMT5EncoderModel"],

@@ -1,12 +1,12 @@
 """What a run of sample.py comes to, and everything that can be wrong with it, before anything is
-loaded: options -> recipe -> chunks -> clips.
+loaded: options -> weights -> recipe -> first frames -> chunks -> clips.
 """
 
 import math
-import os
 import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from wan5b.extras.chunking import FRAMES, chunk_plan, memory, scene_cuts, scene_
 from wan5b.extras.clips import Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
+from wan5b.extras.lora import parse_lora
 from wan5b.extras.pictures import read_image, read_video
 from wan5b.extras.recipes import (
     MADE_FOR,
@@ -28,39 +29,39 @@ from wan5b.extras.recipes import (
     known,
     load,
     looks_like,
-    part_of,
     recognise,
+    sampled_part,
 )
 from wan5b.extras.sampling import MODES
 from wan5b.media import FPS, fit, latent_frames
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import about
 
-PREFIX = 9  # last frames of a video, if not given
+PREFIX = 9  # pixel frames that are taken from the end of --video, without --prefix
 
 
 class Job(NamedTuple):
-    """What `plan` has found out."""
+    """What `plan` has found out: all that sample.py needs to load networks and make clips."""
 
     cfg: DiTConfig
-    options: dict  # of load_dit
-    dtype: torch.dtype
+    options: dict  # keyword arguments of load_dit: loras, part
+    dtype: torch.dtype  # of the networks
     pixels: np.ndarray  # the first frames, uint8 [T, H, W, 3] as in their file; T may be 0
     size: tuple[int, int]  # height and width of the clips in pixels
-    frames: int  # of a clip, in pixels
+    frames: int  # pixel frames of a clip, the first ones included
     fps: int
     sampler: dict  # arguments of `generate` that all clips share
     clips: list[Clip]
-    found: dict  # for the record
+    found: dict  # what goes into each clip's record, beside its options
 
 
 class Weights(NamedTuple):
-    """What is known of the DiT."""
+    """What is known of the DiT before it is loaded."""
 
     cfg: DiTConfig
-    options: dict  # of load_dit
-    trained: dict  # what an export or a checkpoint says of its training
-    found: Found | None  # how the file says that it is sampled
+    options: dict  # keyword arguments of load_dit: loras, part
+    trained: dict  # what an export or a checkpoint says of its training; else empty
+    found: Found | None  # the recipe that the file itself calls for, if any
 
 
 def check(right, wrong: str) -> None:
@@ -75,12 +76,18 @@ def note(text: str) -> None:
 
 
 def plan(args: Namespace) -> Job:
-    """Whatever can be wrong with the options is found here, before anything is loaded."""
+    """What the options come to. Makes the folder of the outputs and prints what it has found.
+
+    Whatever can be wrong with the options or with the files that they name is found here, before
+    anything is loaded: ValueError.
+    """
+    # Which network, and which way to sample it.
     dtype = check_numbers(args)
     weights = look_at_weights(args)
     found = choose(args, weights)
     recipe = found.recipe
 
+    # What clips start with, and their size.
     text_only = f"{found.name} is for text only: leave --image and --video out"
     check(recipe.image != "none" or not (args.image or args.video), text_only)
     pixels = first_frames(args.image, args.video, args.prefix or PREFIX, recipe.fps)
@@ -88,23 +95,26 @@ def plan(args: Namespace) -> Job:
     if len(pixels):
         with about(args.image or args.video):
             fit(pixels[:1], *size)  # which says if too little of it would be left
+
+    # In which chunks they are made, with which texts, and where they go.
     prefix = latent_frames(len(pixels)) if len(pixels) else 0
     sampler = how_sampled(args, recipe, prefix)
     clips = make_clips(args, recipe, prefix, sampler)
     frames = 4 * (prefix + sum(sampler["chunks"])) - 3
 
+    # For the user.
     note_ignored(args, recipe)
     note_weights(args, weights, found)
-    shown = f"{size[0]}x{size[1]}; prefix {prefix}, chunks {sampler['chunks']}"
-    print(f"{len(clips)} x {frames} frames, {shown}")
+    clips_made = f"{len(clips)} x {frames} frames, {size[0]}x{size[1]}"
+    print(f"{clips_made}; {describe_chunks(prefix, sampler)}")
     print(f"{found.name} ({found.why}): {describe(recipe, sampler)}")
     record = for_record(found, weights, size, sampler)
-    made = (pixels, size, frames, recipe.fps, sampler, clips, record)
-    return Job(weights.cfg, weights.options, dtype, *made)
+    about_clips = (pixels, size, frames, recipe.fps, sampler, clips, record)
+    return Job(weights.cfg, weights.options, dtype, *about_clips)
 
 
 def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: dict) -> dict:
-    """What there is to know of a run beside its options."""
+    """What there is to know of a run beside its options, as JSON values."""
     recipe = {"name": found.name, "from": found.why}
     recipe |= {name: value for name, value in asdict(found.recipe).items() if name in SAMPLING}
     record = {"size": size, "sampler": sampler, "trained": weights.trained, "recipe": recipe}
@@ -115,8 +125,10 @@ def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: d
 
 
 def check_numbers(args: Namespace) -> torch.dtype:
-    """The dtype of the networks. ValueError for numbers that no mode can work with, and for names
-    that are empty, as unset variables are.
+    """The dtype of the networks.
+
+    ValueError for numbers that no mode can work with, and for names that are empty, as those are
+    that a shell makes of an unset variable.
     """
     names = ("release", "weights", "recipe", "prompts", "image", "video", "size", "settings", "out")
     for name in names:
@@ -139,21 +151,12 @@ def check_numbers(args: Namespace) -> torch.dtype:
     return dtype
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """FILE or FILE:STRENGTH -> path and strength. ValueError for a strength that is no number."""
-    path, colon, strength = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return os.path.expanduser(text), 1.0
-    try:
-        value = float(strength)
-    except ValueError:
-        value = math.nan
-    check(math.isfinite(value), f"--lora {text}: {strength!r} is no strength; give FILE:0.8, say")
-    return os.path.expanduser(path), value
-
-
 def first_frames(image: str | None, video: str | None, last: int, fps: int = FPS) -> np.ndarray:
-    """What clips start with, uint8 [T, H, W, 3]: an image, a video's last frames, or none."""
+    """What clips start with, uint8 [T, H, W, 3]: an image, a video's last frames, or none.
+
+    last: how many pixel frames of the video, which is read at so many fps. Where there are none, H
+    and W are still those of a clip by default. ValueError for both at once and for damaged files.
+    """
     check(not (image and video), "give --image or --video, not both")
     if image:
         return read_image(image)
@@ -166,7 +169,10 @@ def first_frames(image: str | None, video: str | None, last: int, fps: int = FPS
 
 
 def look_at_weights(args: Namespace) -> Weights:
-    """The DiT, unless random, is checked here. ValueError for whatever is wrong with it."""
+    """What the files say of the DiT: names, shapes and metadata are read, no weights yet.
+
+    ValueError for whatever is wrong with it or its LoRAs, and if no DiT is named.
+    """
     wrong = "name the release folder with --release, or try --random-weights --preset tiny"
     check(args.release or args.random_weights, wrong)
     if args.random_weights:
@@ -181,13 +187,16 @@ def look_at_weights(args: Namespace) -> Weights:
 def choose(args: Namespace, weights: Weights) -> Found:
     """How clips are made: as the weights say, unless the command line says another thing.
 
-    Completes weights.options.
+    Puts the part of the file that the recipe samples, if any, into weights.options.
     """
+    # --recipe, or what the file says; without --mode, its name is better than nothing.
     found = weights.found
     if args.recipe:
         found = Found(Path(args.recipe).stem, "--recipe", load(args.recipe))
     if not (found or args.mode or args.random_weights):
         found = by_name(Path(args.weights or args.release))
+
+    # --mode changes it, or stands alone.
     if found is None:
         mode = args.mode or "few"
         found = Found(mode, "--mode" if args.mode else "the default", Recipe())
@@ -196,10 +205,13 @@ def choose(args: Namespace, weights: Weights) -> Found:
         recipe = in_mode(found.recipe, MODES[args.mode])
         found = Found(found.name, f"{found.why}, --mode {args.mode}", recipe)
 
-    part = "" if args.random_weights else part_of(found.recipe, args.weights or args.release)
+    # Trainers' files may hold several networks. The sampled one is checked like the first.
+    source = args.weights or args.release
+    part = "" if args.random_weights else sampled_part(found.recipe, source)
     if part:
         weights.options["part"] = part
-        open_dit(args.weights or args.release, channels=VAEConfig.z_dim, **weights.options)
+        open_dit(source, channels=VAEConfig.z_dim, **weights.options)
+
     return found._replace(recipe=overridden(found.recipe, args))
 
 
@@ -210,7 +222,10 @@ def by_name(source: Path) -> Found | None:
 
 
 def overridden(recipe: Recipe, args: Namespace) -> Recipe:
-    """The recipe with the options that were given, as far as it has a use for them."""
+    """The recipe with the options that were given, as far as it has a use for them.
+
+    The others are named by `note_ignored`.
+    """
     names = ["shift"]
     if recipe.causal:
         names += ["chunk", "window", "sink"]
@@ -223,7 +238,7 @@ def overridden(recipe: Recipe, args: Namespace) -> Recipe:
 
 
 def describe(recipe: Recipe, sampler: dict) -> str:
-    """How clips are made, in half a line."""
+    """How clips are made, in half a line. sampler: as of `how_sampled`."""
     words = ["chunk by chunk" if recipe.causal else "the whole clip at once"]
     words.append(f"{len(sampler['sigmas']) - 1} steps of {recipe.solver}")
     words += [f"shift {recipe.shift:g}", f"guidance {recipe.guidance:g}"]
@@ -232,6 +247,25 @@ def describe(recipe: Recipe, sampler: dict) -> str:
         words.append(f"window {recipe.window}" if recipe.window else "no window")
         words.append(f"sink {recipe.sink}")
     return ", ".join(words)
+
+
+def describe_chunks(prefix: int, sampler: dict) -> str:
+    """What the latent frames of a clip are, like "22 latent frames (1 given, 7 chunks of 3)"."""
+    chunks = sampler["chunks"]
+    parts = [f"{prefix} given"] if prefix else []
+    if sampler["causal"]:
+        for size, same in groupby(chunks):
+            count = len(list(same))
+            parts.append(f"{count} {'chunk' if count == 1 else 'chunks'} of {size}")
+    elif prefix:
+        parts.append(f"{sum(chunks)} made")
+    shown = f"{prefix + sum(chunks)} latent frames"
+    if parts:
+        shown += f" ({', '.join(parts)})"
+    cuts = len(sampler.get("cuts") or {})
+    if cuts:
+        shown += f"; {cuts} scene {'cut' if cuts == 1 else 'cuts'}"
+    return shown
 
 
 def note_ignored(args: Namespace, recipe: Recipe) -> None:
@@ -259,18 +293,27 @@ def note_weights(args: Namespace, weights: Weights, found: Found) -> None:
     source = Path(args.weights or args.release)
     stage = weights.trained.get("stage")
     own = MADE_FOR.get(stage, "few")
-    causal = weights.found is not None and weights.found.recipe.causal
+    says_causal = weights.found is not None and weights.found.recipe.causal
+
+    # Nothing but the file's name to go by; or another way than the file's own.
     if not (weights.found or args.recipe or args.mode):
         taken = f"by its name for {found.name}" if found.name in known() else "for --mode few"
         text = f"{source} does not say how it is sampled: taken {taken}, which may be wrong"
-        note(f"{text}; --recipe knows {', '.join(known())}")
+        note(f"{text}; say it with --recipe: {', '.join(known())}")
     elif stage is not None:
-        renoises = MODES[own].solver == "renoise"
-        if (found.recipe.causal, found.recipe.solver == "renoise") != (MODES[own].causal, renoises):
+        few_steps = found.recipe.solver == "renoise"
+        own_few_steps = MODES[own].solver == "renoise"
+        if found.recipe.causal != MODES[own].causal or few_steps != own_few_steps:
             note(f"these weights are of stage {stage}, made for --mode {own}")
-    elif found.recipe.causal and not (causal or args.recipe):
+    elif found.recipe.causal and not (says_causal or args.recipe):
         note("no record of causal training in these weights: expect noise")
+    elif weights.found and args.recipe in known() and args.recipe != weights.found.name:
+        # A LoRA may have made them what the recipe is for.
+        said = f"{weights.found.name} ({weights.found.why})"
+        if not args.lora:
+            note(f"these weights call for {said}; --recipe {found.name} may give noise with them")
 
+    # What names alone tell: LongLive's two-step folders, and LoRAs that call for another recipe.
     if found.name == "longlive2" and source.parent.name.endswith("-S2") and not args.steps:
         note("by its folder's name this one is for two steps: --steps 2")
     for path, _ in weights.options["loras"]:
@@ -283,7 +326,10 @@ def note_weights(args: Namespace, weights: Weights, found: Found) -> None:
 
 
 def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
-    """Arguments of `generate`, behind a prefix of so many latent frames."""
+    """Arguments of `generate`, behind a prefix of so many latent frames.
+
+    args: of these only `frames` and `image` are looked at; the recipe has the others already.
+    """
     sampler = {"causal": recipe.causal, "solver": recipe.solver, "guidance": recipe.guidance}
     sampler["sigmas"] = recipe.sigmas(bool(prefix))
     frames = recipe.frames or FRAMES
@@ -291,17 +337,22 @@ def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
         chunks = chunk_plan(args.frames, prefix, 1, 0, default=frames)
         return sampler | {"chunks": [sum(chunks)]}
 
-    # What a video ends with is committed in front, wherever an image goes.
+    # A video's last frames are committed in front, even where an image goes inside the first chunk.
     inside = recipe.image == "inside" and bool(args.image)
     how = {"inside": inside, "default": frames}
     chunks = chunk_plan(args.frames, prefix, recipe.chunk, recipe.prefix, **how)
-    largest = max(prefix * inside + chunks[0], *chunks)
+    first = prefix + chunks[0] if inside else chunks[0]
+    largest = max(first, *chunks)
     sampler |= memory(recipe.window or None, recipe.sink, largest)
     return sampler | {"chunks": chunks, "prefix_inside": inside}
 
 
 def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> list[Clip]:
-    """The clips, with the text of each chunk; where --shots cuts goes into the sampler."""
+    """The clips, with the text that each chunk is shown. Puts the cuts of --shots into `sampler`.
+
+    ValueError without prompts, for scenes that don't fit, and if a file is in a clip's way.
+    """
+    # One clip for all prompts with --shots, else one for each.
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     check(prompts, "no prompt: give --prompt TEXT, or --prompts FILE with one a line")
     chunks = sampler["chunks"]
@@ -309,9 +360,12 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
         sampler["cuts"] = scene_cuts(len(prompts), prefix, chunks, recipe)
     scenes = [prompts] if args.shots else [[prompt] for prompt in prompts]
     clips = name_clips(scenes, args.seed, args.out)
+
+    # The names that they get must be free, and are never those of what is read.
     read = [args.image, args.video, args.prompts, args.weights, args.recipe]
     read += [parse_lora(text)[0] for text in args.lora]
     wanted = {"sheet": args.sheet, "latents": args.latents, "overwrite": args.overwrite}
     claim(clips, list(filter(None, read)), **wanted)
+
     shown = [scene_texts(clip.prompts, len(chunks), recipe) for clip in clips]
     return [clip._replace(texts=texts) for clip, texts in zip(clips, shown, strict=True)]

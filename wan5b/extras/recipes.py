@@ -1,8 +1,12 @@
 """How a checkpoint is sampled: recipes, and which of them a file calls for.
 
-A published checkpoint's is a TOML in configs/sample; our own exports say what they need in their
-metadata. `recognise` goes by what a file says of itself. Its name is good for a suggestion only
-(`looks_like`).
+A published checkpoint has its recipe in a TOML of configs/sample (`load`); an export of train.py
+has it in its metadata (`from_metadata`). Which of them a file calls for, `recognise` finds in what
+the file says of itself; its name is good for a suggestion only (`looks_like`).
+
+To add a field: put it into `Recipe` with the values that it may have, say in `check_whole` what it
+does not go with and in `in_mode` what becomes of it in another mode, and hand it to `generate` in
+plan.how_sampled. TOMLs, an export's metadata and a clip's record then have it by the same name.
 """
 
 import re
@@ -23,16 +27,19 @@ from wan5b.weights import about, read_pickle
 
 FOLDER = Path(__file__).parents[2] / "configs" / "sample"
 GUIDANCE = 5.0  # of the modes with guidance
-# The modes that a stage's weights are made for; all others are few-step models.
+# The mode that a stage of training makes its weights for; "few", for all that are not here.
 MADE_FOR = {"teacher": "bidirectional", "ar": "many"}
 
-# What files say of themselves -> the recipe.
-FORMATS = {  # checkpoint_format in a .pt
+# What files say of themselves -> the recipe: the entry "checkpoint_format" of a trainer's .pt, ...
+FORMATS = {
     "longlive_generator_merged_lora": "longlive2",
     "longlive_generator_merged_bf16": "longlive2",
 }
-PIPELINES = {"WanPipeline": "wan22", "WanDMDPipeline": "fastwan"}  # in a model_index.json
-# Names, without what separates their words, that files tend to have.
+# ... and the "_class_name" in the model_index.json of a diffusers pipeline.
+PIPELINES = {"WanPipeline": "wan22", "WanDMDPipeline": "fastwan"}
+
+# Patterns in the names that such files tend to have -> the recipe; the first that fits counts. They
+# are tried on names in lower case, of which letters and digits alone are left.
 LOOKS = {
     "longlive.*stage1": "longlive2-stage1",
     "longlive": "longlive2",
@@ -60,45 +67,50 @@ class Recipe(Options):
     shift: float = within(1e-6, 1e6, 5.0)
     guidance: float = within(-1e6, 1e6, 1.0)  # scale of CFG; at 1 there is none
 
-    # where causal, in latent frames
+    # Where causal, in latent frames.
     chunk: int = at_least(0, 0)
-    prefix: int = at_least(0, 0)  # the first chunk, in whose place an image stands, if not `chunk`
-    window: int = at_least(0, 0)
-    sink: int = at_least(0, 0)
+    prefix: int = at_least(0, 0)  # of the first chunk, if it has not `chunk`; images take its place
+    window: int = at_least(0, 0)  # that a chunk sees, itself included; 0: all
+    sink: int = at_least(0, 0)  # first ones, that stay in the window
 
     # An image is clean throughout: in front of what is generated, or inside the first chunk.
     image: str = one_of(("front", "inside", "none"), "front")
     cut_prefix: str = ""  # what a cut's prompt begins with, in its first chunk
     cut_gap: int = at_least(0, 0)  # RoPE positions that a scene cut leaves out
     part: str = ""  # the entry of a trainer's .pt that is sampled, where there is one
-    frames: int = at_least(0, 0)  # in pixels, unless --frames
+    frames: int = at_least(0, 0)  # pixel frames of a clip, where --frames is not given
     fps: int = within(1, 241, FPS)
 
     def sigmas(self, prefix: bool) -> list[float]:
-        """The levels, the last one 0; prefix: whether the clip starts with given frames."""
+        """The noise levels of a clip, sigma in [0, 1], the last one 0.
+
+        prefix: whether the clip starts with given frames.
+        """
         if self.levels:
             return few_step_sigmas(self.levels, self.shift)
-        return sampling_sigmas(prefix and self.image_steps or self.steps, self.shift)
+        steps = self.image_steps if prefix and self.image_steps else self.steps
+        return sampling_sigmas(steps, self.shift)
 
 
 class Found(NamedTuple):
-    """A recipe, and why this one."""
+    """The recipe that was chosen, and why this one."""
 
-    name: str
-    why: str
+    name: str  # in configs/sample, or a mode or a stage of training
+    why: str  # for the user: "its metadata", "--recipe" ...
     recipe: Recipe
 
 
-# The fields that an export's metadata may have, by the same names.
+# The fields that say how to sample; an export's metadata may have them, by the same names.
 SAMPLING = types(Recipe).keys() - {"title", "about", "source", "licence", "part"}
 
 
 def known() -> list[str]:
+    """The names of the recipes in configs/sample."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load(name: str) -> Recipe:
-    """A recipe of configs/sample by its name, or the TOML at a path.
+    """A recipe of configs/sample by its name, or any other TOML by its path.
 
     ValueError, naming file and field, for unknown fields, wrong types, what is out of range, and
     what does not go together.
@@ -109,6 +121,8 @@ def load(name: str) -> Recipe:
     elif path.suffix != ".toml":
         names = ", ".join(known())
         raise ValueError(f"--recipe {name}: not one of {names}, and no path to a .toml")
+    elif not path.exists():
+        raise ValueError(f"--recipe {name}: no such file; by name there are {', '.join(known())}")
     with reading(path, "not TOML"):
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     with about(path):
@@ -119,27 +133,29 @@ def load(name: str) -> Recipe:
 
 def check_whole(recipe: Recipe) -> None:
     """ValueError if fields contradict each other, or one is missing that the others need."""
-    causal = {"chunk", "prefix", "window", "sink", "cut_gap", "cut_prefix"}
     given = {name for name, value in asdict(recipe).items() if value}
+    of_chunks = given & {"chunk", "prefix", "window", "sink", "cut_gap", "cut_prefix"}
     renoises = recipe.solver == "renoise"
+    inside = recipe.image == "inside"
+    room = recipe.window - max(recipe.chunk, recipe.prefix)  # as chunking.memory has it for a run
+    cramped = (recipe.window or recipe.sink) and recipe.sink > room
+
     faults = {
-        "levels: renoise goes down levels, not steps": renoises and "levels" not in given,
-        "steps or levels: one of them": ("steps" in given) == ("levels" in given),
+        "renoise goes down levels: give them in place of steps": renoises and not recipe.levels,
+        "give either steps or levels": bool(recipe.steps) == bool(recipe.levels),
         "guidance must be 1 with renoise": renoises and recipe.guidance != 1,
-        "image_steps needs steps": "image_steps" in given and "steps" not in given,
-        "chunk is missing, for causal": recipe.causal and not recipe.chunk,
-        f"{', '.join(sorted(causal & given))} needs causal": not recipe.causal and causal & given,
-        'image "inside" needs chunks of 2 or more': recipe.image == "inside" and recipe.chunk < 2,
+        "image_steps needs steps": recipe.image_steps and not recipe.steps,
+        "causal needs chunk": recipe.causal and not recipe.chunk,
+        f"{', '.join(sorted(of_chunks))} needs causal": of_chunks and not recipe.causal,
+        'image "inside" needs chunks of 2 or more': inside and recipe.chunk < 2,
         "cut_prefix needs cut_gap": recipe.cut_prefix and not recipe.cut_gap,
+        f"window {recipe.window} has no room for sink {recipe.sink} and a chunk": cramped,
     }
-    # The room that a window has is as `plan` would find it.
-    room = recipe.window - max(recipe.chunk, recipe.prefix)
-    faults[f"window {recipe.window} has no room for sink {recipe.sink} and a chunk"] = (
-        "window" in given or "sink" in given
-    ) and recipe.sink > room
     for fault, there in faults.items():
         if there:
             raise ValueError(fault)
+
+    # These two say themselves what is wrong with their arguments.
     if recipe.levels:
         with about("levels"):
             few_step_sigmas(recipe.levels)
@@ -149,7 +165,10 @@ def check_whole(recipe: Recipe) -> None:
 
 
 def in_mode(recipe: Recipe, mode: Mode) -> Recipe:
-    """The recipe, made to work as a mode does; what it leaves open is as usual."""
+    """The recipe, made to work as a mode does. What the mode needs and the recipe lacks (levels,
+    steps, guidance, chunk) gets the default; what the mode has no use for goes.
+    """
+    # How noise becomes a picture: down a few levels, or in many steps with guidance.
     if mode.solver == "renoise":
         levels = recipe.levels or tuple(map(float, FEW_STEPS))
         changes = {"solver": "renoise", "levels": levels, "guidance": 1.0}
@@ -158,7 +177,9 @@ def in_mode(recipe: Recipe, mode: Mode) -> Recipe:
         changes = {"solver": mode.solver, "levels": (), "guidance": GUIDANCE}
         changes |= {"steps": 50, "image_steps": 40}
     else:
-        changes = {}  # it has guidance already
+        changes = {}  # it has many steps and guidance already
+
+    # How much at once: a chunk, or the whole clip, which knows no image inside a first chunk.
     changes["causal"] = mode.causal
     if mode.causal:
         changes["chunk"] = recipe.chunk or 3
@@ -176,8 +197,9 @@ def from_metadata(said: dict) -> Recipe | None:
     sampling. ValueError for values that a Recipe cannot have.
     """
     stage = said.get("stage")
+    # Exports may have the window among their training's settings alone.
     if "window" not in said and "window" in said.get("training", {}):
-        said = said | {"window": said["training"]["window"]}  # where earlier exports have it
+        said = said | {"window": said["training"]["window"]}
     values = {name: said[name] for name in SAMPLING if said.get(name) is not None}
     if stage is None and not values:
         return None
@@ -187,48 +209,62 @@ def from_metadata(said: dict) -> Recipe | None:
     for name, value in values.items():
         if kinds[name] is int and isinstance(value, float) and value.is_integer():
             values[name] = int(value)
+
+    # What does not concern this one: training writes a teacher's chunks too, and levels even where
+    # only later stages go down them.
     mode = MODES[MADE_FOR.get(stage, "few")]
-    recipe = in_mode(Recipe(), mode)
     causal = values.get("causal", mode.causal)
     solver = values.get("solver", mode.solver)
     if not causal:
         for name in ("chunk", "prefix", "window", "sink"):
-            values.pop(name, None)  # of training, which has them for a teacher's data too
+            values.pop(name, None)
     if solver == "renoise":
         values["steps"] = values["image_steps"] = 0
     elif values.get("steps") or "solver" not in values:
-        values["levels"] = []  # of the stages to come
-    levels = {"levels": list(recipe.levels)}
-    return made(Recipe, asdict(recipe) | levels | values)
+        values["levels"] = []
+
+    # The rest is as the stage's mode has it. `made` takes lists, as they come from files.
+    usual = asdict(in_mode(Recipe(), mode))
+    usual["levels"] = list(usual["levels"])
+    if not causal:
+        usual["chunk"] = 0
+    return made(Recipe, usual | values)
 
 
 # -------------------------------------------------------------------------------- what a file says
 
 
 def recognise(release: str | None, weights: str | None, metadata: dict) -> Found | None:
-    """What the weights (None: the release's) are, if they say so; else None.
+    """The recipe that the weights (None: the release's) call for, if they say so; else None.
 
     metadata: of the weights, if an export or a checkpoint of train.py; else empty. ValueError for
     damaged files.
     """
+    # An export, or a checkpoint folder.
     source = Path(weights or release)
     with about(source):
         own = from_metadata(metadata)
     if own:
-        return Found(metadata.get("stage", "an export"), "its metadata", own)
+        name = metadata.get("stage") or metadata.get("recipe") or "an export"
+        return Found(name, "its metadata", own)
     if is_checkpoint(source):
         return None
 
+    # A trainer's .pt.
     file = locate(source, "dit")
     form = str(entries(file).get("checkpoint_format"))
     if form in FORMATS:
         return _published(FORMATS[form], "checkpoint_format")
+
+    # The DiT of a diffusers pipeline.
     index = file.parent.with_name("model_index.json")
     if file.parent.name == "transformer" and index.is_file():
         pipeline = str(read_json(index).get("_class_name"))
         if pipeline in PIPELINES:
             return _published(PIPELINES[pipeline], "model_index.json")
         return None
+
+    # The original release, unless its files are named as --weights: then they may be anyone's.
     config = file.with_name("config.json")
     original = file.name.startswith("diffusion_pytorch_model") and config.is_file()
     if not weights and original and "dim" in read_json(config):
@@ -249,7 +285,7 @@ def entries(file: Path) -> dict[str, Any]:
     return read_pickle(file)
 
 
-def part_of(recipe: Recipe, source: str) -> str:
+def sampled_part(recipe: Recipe, source: str) -> str:
     """The recipe's part, if the weights are a .pt that holds one of this name; else ""."""
     if not recipe.part or is_checkpoint(Path(source)):
         return ""

@@ -36,7 +36,7 @@ MODES = {
 def generate(
     model: Callable,
     noise: Tensor,
-    context: Tensor,
+    context: Tensor | list[Tensor],
     sigmas: list[float],
     chunks: list[int],
     *,
@@ -51,47 +51,54 @@ def generate(
     cuts: dict[int, int] | None = None,
     new_cache: Callable = KVCache,
 ) -> Iterator[Tensor]:
-    """Latents of clips, piece by piece: the prefix first, if any, then every finished chunk.
+    """Latents [B, C, T, H, W] of clips, piece by piece: the prefix first, if any, then every chunk
+    as it is finished.
 
-    - noise, sigmas, chunks, prefix: as in `rollout`; not causal: all chunks are made at once.
-    - context [B, L, D] of the prompts, with guidance [2B, L, D], the unconditional rows behind; or
-      a list of one for every chunk, where causal.
+    - model: a WanDiT.
+    - noise, sigmas, chunks, prefix: as in `rollout`. Not causal: all chunks are made at once.
+    - context [B, L, D] of the prompts. Causal: or a list of one for every chunk, where chunks of
+      one text have the same tensor. It may have the unconditional rows behind, [2B, L, D]; with
+      guidance it must.
     - solver: one of flow.SOLVERS; seed: of the noise that "renoise" adds.
+    - guidance: scale of CFG, for all chunks; None or 1: there is none.
+    - window, sink: of the cache, in latent frames; prefix_inside, cuts: as in `rollout`. All four
+      only where causal.
     - new_cache: called as KVCache is; may return one that was used before.
-    - prefix_inside, cuts: as in `rollout`, where causal.
     """
     clean = 0
     if prefix is not None:
         yield prefix
         clean = prefix.shape[2]
 
-    # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work.
+    # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work. A
+    # text that comes again is the same tensor again, since the cache knows it by that.
     texts = context if isinstance(context, list) else [context]
     field = model
     if guidance in (None, 1):
-        # Of one text one tensor: the cache knows it again by that.
         conditional = {id(text): text[: len(noise)] for text in texts}
         texts = [conditional[id(text)] for text in texts]
     else:
         field = guided(model, guidance)
-    like = texts[0]
-    draws = rng(like.device, seed, "renoise")
+    first = texts[0]
+    draws = rng(first.device, seed, "renoise")
 
     def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=draws, device=like.device)
 
+    # The whole clip at once.
     if not causal:
         field = field if prefix is None else behind(field, prefix)
-        x = noise.to(like.device)
-        yield solve(partial(field, context=like), x, sigmas, solver, partial(fresh, 0))
+        x = noise.to(first.device)
+        yield solve(partial(field, context=first), x, sigmas, solver, partial(fresh, 0))
         return
 
+    # Chunk by chunk, over a cache for as many rows as the context has.
     total = clean + noise.shape[2]
     tokens = model.cfg.tokens_per_frame(*noise.shape[3:])
-    sizes = (len(like), min(window or total, total), tokens)
-    cache = new_cache(model.cfg, *sizes, window, sink, like.device, like.dtype)
+    sizes = (len(first), min(window or total, total), tokens)
+    cache = new_cache(model.cfg, *sizes, window, sink, first.device, first.dtype)
     cache.reset()
-    given = (field, noise, texts if isinstance(context, list) else like, sigmas, chunks, cache)
+    given = (field, noise, texts if isinstance(context, list) else first, sigmas, chunks, cache)
     options = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
-    # No more than there are: the last chunk need not be in the cache.
+    # No more than there are: asked for another, the rollout would commit the last one too.
     yield from islice(rollout(*given, solver=solver, **options), len(chunks))

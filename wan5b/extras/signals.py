@@ -1,16 +1,21 @@
-"""How Ctrl-C and SIGTERM end a script. It is there before torch, which takes seconds to load."""
+"""How Ctrl-C and SIGTERM end a script.
+
+Nothing here loads torch, which takes seconds: a script calls `while_loading` before that.
+"""
 
 import signal
 import sys
 
 
 def while_loading() -> None:
-    """From a script's first lines on, while modules load: Ctrl-C ends it without a word."""
+    """From a script's first lines on, while modules load: Ctrl-C ends it, without a traceback."""
     _interrupt(signal.SIG_DFL)
 
 
 def while_running() -> None:
-    """Both end a script as errors do, so what is finished is left whole."""
+    """Both end a script as errors do, so what is finished is left whole: Ctrl-C is a
+    KeyboardInterrupt, SIGTERM exits with 143.
+    """
     _interrupt(_stop)
     signal.signal(signal.SIGTERM, _stop)
 
@@ -22,6 +27,7 @@ def _interrupt(handler) -> None:
 
 
 def _stop(number: int, _) -> None:
+    """The handler of both signals."""
     # It may come in the midst of a library's clean-up, of which Python would print a traceback.
     sys.unraisablehook = lambda _: None
     if number == signal.SIGINT:

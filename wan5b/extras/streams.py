@@ -103,15 +103,20 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # What torch.save raises in the end follows the disk's own error.
+        # torch.save ends with a RuntimeError of its own, raised while the disk's is handled.
         first = error.__context__ if isinstance(error.__context__, OSError) else error
         cause = getattr(first, "strerror", None) or first_line(first)
         raise OSError(f"cannot write {path}: {cause}") from error
 
 
 def write_stream(path: Path, entries: Mapping[str, Entry], header: Mapping[str, str]) -> None:
-    """A file of safetensors, tensor by tensor. header: its metadata."""
-    # The widest first: then each lies at a multiple of its own width.
+    """A new file of safetensors, tensor by tensor. header: its metadata.
+
+    OSError, naming the file, if it is there already or the disk is full; ValueError, naming the
+    tensor, for weights that are not finite.
+    """
+    # The header comes first in the file. The widest dtypes lead: so each tensor lies at a multiple
+    # of its own width.
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
     described = {"__metadata__": dict(header)}
     end = 0
@@ -125,6 +130,7 @@ def write_stream(path: Path, entries: Mapping[str, Entry], header: Mapping[str, 
     text = json.dumps(described).encode()
     text += b" " * (-len(text) % 8)
 
+    # Then the bytes of one tensor after the other.
     with writing(path), path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in tqdm(order, path.name, disable=None):  # none where nobody looks
