@@ -114,6 +114,7 @@ class Release(NamedTuple):
     metadata: Mapping  # JSON values for the header of the DiT
     tokenizer: Mapping[str, bytes]  # its files by name, spiece.model among them
     scheduler: Mapping  # diffusers' scheduler_config.json
+    pipeline: str = "WanPipeline"  # the class of it that diffusers is to make
 
 
 def write_release(folder: Path, release: Release, layout: Layout, limit: int = SHARD) -> None:
@@ -133,7 +134,7 @@ def _original(folder: Path, release: Release, limit: int) -> None:
 def _diffusers(folder: Path, release: Release, limit: int) -> None:
     for part in ("transformer", "vae", "text_encoder"):
         (folder / part).mkdir()
-    write_json(folder / "model_index.json", peers.model_index(release.scheduler))
+    write_json(folder / "model_index.json", peers.model_index(release.scheduler, release.pipeline))
     write_json(folder / "scheduler" / "scheduler_config.json", release.scheduler)
     write_dit(folder / "transformer", release.dit, "diffusers", release.metadata, limit)
 

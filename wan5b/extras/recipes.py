@@ -208,23 +208,27 @@ def from_metadata(said: dict) -> Recipe | None:
 def recognise(release: str | None, weights: str | None, metadata: dict) -> Found | None:
     """What the weights (None: the release's) are, if they say so; else None.
 
-    metadata: of the weights, if an export or a checkpoint of train.py; else empty. ValueError for
-    damaged files.
+    metadata: of the weights, if an export, a checkpoint of train.py or written by tools/convert.py;
+    else empty. ValueError for damaged files.
     """
     source = Path(weights or release)
+    if metadata.get("recipe") in known():
+        return _published(metadata["recipe"], "its metadata")
     with about(source):
         own = from_metadata(metadata)
     if own:
         return Found(metadata.get("stage", "an export"), "its metadata", own)
-    if is_checkpoint(source):
+    # What LoRAs have made of the weights nothing else in the file says.
+    if is_checkpoint(source) or "loras" in metadata:
         return None
 
     file = locate(source, "dit")
     form = str(entries(file).get("checkpoint_format"))
     if form in FORMATS:
         return _published(FORMATS[form], "checkpoint_format")
-    index = file.parent.with_name("model_index.json")
-    if file.parent.name == "transformer" and index.is_file():
+    folder = file.absolute().parent
+    index = folder.parent / "model_index.json"
+    if folder.name == "transformer" and index.is_file():
         pipeline = str(read_json(index).get("_class_name"))
         if pipeline in PIPELINES:
             return _published(PIPELINES[pipeline], "model_index.json")

@@ -89,6 +89,7 @@ CONFIG = {  # of all three networks
 METADATA = {
     "config": NAMED,
     "stage": TEXT,
+    "recipe": TEXT,
     "step": whole(0, 2**53),
     "levels": each(NUMBER),
     "shift": Kind("a number from 1e-6", lambda value: NUMBER.fits(value) and value >= 1e-6),
