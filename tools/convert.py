@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{target}: the name of a file must end in .safetensors")
     opening = replacing(target) if single else new_folder(target)
     limit = int(args.shard_size * GB)
-    with opening as partial, weights.about(source):
+    with opening as partial:
         if release:
             exports.write_release(partial, release, args.layout, limit)
         else:

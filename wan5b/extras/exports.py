@@ -73,7 +73,7 @@ def write_pickle(path: Path, model: Model) -> None:
     """A state dict of torch.save, as upstream has its VAE and its text encoder."""
     state = {}
     for name, entry in model.entries.items():
-        with about(name):
+        with about(entry.label(name)):
             state[name] = entry.value().clone()  # mapped ones share one storage
     with writing(path), path.open("xb") as file:
         torch.save(state, file)  # of a path it would not say why it cannot write

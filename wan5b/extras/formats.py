@@ -15,7 +15,7 @@ What can't be run is refused by its name (refusals.py).
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -93,7 +93,8 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
         config = {}
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
-        return Source(path / CHECKPOINT, read_weights(path), facts | {"config": config})
+        held = _of(path, read_weights(path))
+        return Source(path / CHECKPOINT, held, facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
         return source
@@ -166,14 +167,22 @@ def _open_files(file: Path, part: str) -> tuple[Source, dict[str, str]]:
     else:
         source = Source(file, _read_part(file, part), {})
     untrusted.check_tensors(file, source.tensors, sum(each.stat().st_size for each in files))
-    for name, tensor in source.tensors.items():
-        tensor.file = file_of.get(name, file)  # which errors name
+    _of(file, source.tensors, file_of)
 
     header = {}
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
     return source, header
+
+
+def _of(
+    file: Path, tensors: dict[str, Tensor], file_of: Mapping[str, Path] | None = None
+) -> dict[str, Tensor]:
+    """The tensors, each with the `file` that errors name: its shard, if they come from several."""
+    for name, tensor in tensors.items():
+        tensor.file = (file_of or {}).get(name, file)
+    return tensors
 
 
 def _config_beside(file: Path, kind: Kind) -> dict:
