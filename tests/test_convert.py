@@ -22,6 +22,7 @@ import convert
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import formats, layouts, lora, recipes
 from wan5b.extras.exports import Model
+from wan5b.extras.recipes import recognise
 from wan5b.extras.scaled import Made
 from wan5b.extras.streams import GB, Entry, new_folder, split, write_stream
 from wan5b.t5 import T5Config
@@ -120,12 +121,6 @@ def test_the_recipe_goes_along(tmp_path, layout):
     assert (after.name, after.why) == ("fastwan", "its metadata")
     for name in recipes.SAMPLING:
         assert getattr(after.recipe, name) == getattr(before.recipe, name), name
-
-
-def test_no_recipe_goes_along_with_loras(tmp_path):
-    options = ["--lora", FORMATS / "lora" / "comfy_alpha.safetensors"]
-    made = run(FORMATS / "original", tmp_path / "made", "original", *options)
-    assert formats.read_metadata(made).keys() == {"loras"}
 
 
 def shard_tensors(folder):
@@ -260,6 +255,50 @@ def test_export_diffusers(tmp_path):
     assert formats.read_metadata(tmp_path / "transformer") == FACTS
     with pytest.raises(ValueError, match="transformer exists"):
         formats.export_diffusers(model, tmp_path / "transformer", FACTS)
+
+
+def test_how_it_is_sampled_survives(tmp_path, capsys):
+    """FastWan's pipeline through every layout, and diffusers' class for it; LongLive's .pt."""
+    fast = tmp_path / "fast"
+    shutil.copytree(FORMATS / "diffusers", fast)
+    index = read_json(fast / "model_index.json") | {"_class_name": "WanDMDPipeline"}
+    (fast / "model_index.json").write_text(json.dumps(index))
+    source = fast
+    for layout in ("original", "comfy", "diffusers"):
+        source = run(source, tmp_path / layout, layout)
+        for given in ((str(source), None), ("x", str(source))):
+            found = recognise(*given, formats.read_metadata(source))
+            assert (found.name, found.why) == ("fastwan", "its metadata")
+    assert read_json(source / "model_index.json")["_class_name"] == "WanDMDPipeline"
+    alone = run(fast / "transformer", tmp_path / "alone.safetensors", "comfy")
+    assert formats.read_metadata(alone) == {"recipe": "fastwan"}
+
+    longlive = run(GOLDEN / "longlive2" / "model_bf16.pt", tmp_path / "longlive", "original")
+    assert formats.read_metadata(longlive) == {"recipe": "longlive2"}
+
+    # What LoRAs make of it is for the user to say.
+    turbo = tmp_path / "Turbo_lora.safetensors"
+    shutil.copy(FORMATS / "lora" / "comfy_alpha.safetensors", turbo)
+    merged = run(FORMATS / "original", tmp_path / "merged", "original", "--lora", turbo)
+    assert "add --recipe turbo" in capsys.readouterr().err
+    said = formats.read_metadata(merged)
+    assert said == {"loras": [[turbo.name, 1.0]]}
+    assert recognise(str(merged), None, said) is None
+    options = ("--lora", turbo, "--recipe", "turbo")
+    merged = run(FORMATS / "original", tmp_path / "said", "original", *options)
+    assert formats.read_metadata(merged)["recipe"] == "turbo"
+
+
+def test_the_part_that_is_sampled(tmp_path):
+    """LongLive samples the generator where others sample its average."""
+    state = random_weights(WanDiT(DIT), 6).state_dict()
+    parts = {"generator": state, "generator_ema": {k: 2 * v for k, v in state.items()}}
+    torch.save(parts, tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": DIT.num_heads}))
+    own = run(tmp_path / "model.pt", tmp_path / "own", "original")
+    assert_same(own, parts["generator_ema"])
+    options = ("--recipe", "longlive2-stage1")
+    assert_same(run(tmp_path / "model.pt", tmp_path / "made", "original", *options), state)
 
 
 # ------------------------------------------------------------------------------------------- files

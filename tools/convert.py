@@ -27,9 +27,11 @@ has them. LoRAs are merged in float32 and rounded once. Weights that are not fin
 float16, end the call.
 
 What an export says of itself (levels, shift, chunk, stage ...) stays in the header of its DiT, in
-every layout, beside the names of merged LoRAs. So does the recipe of a published checkpoint that is
-known by what it says of itself, unless LoRAs are merged, which may be for another. This project
-reads it again; other programs skip it.
+every layout, beside the names of merged LoRAs. So does the recipe of sample.py that the source
+calls for (FastWan's by its pipeline's class, LongLive's by its checkpoint_format), which nothing
+else keeps; --recipe says it where the source does not, and where LoRAs make another one of it. Of a
+trainer's .pt the entry is converted that the recipe samples. This project reads the header again;
+other programs skip it.
 
 The host holds one tensor at a time, but for upstream's .pth files (the text encoder: 11 GB) and
 checkpoint folders of train.py, which are held whole. TARGET appears when all of it is on the disk;
@@ -40,7 +42,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -48,13 +49,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from wan5b import weights
-from wan5b.extras import exports, formats, layouts, peers
+from wan5b.extras import exports, formats, layouts, peers, recipes
 from wan5b.extras.cli import script
 from wan5b.extras.exports import Model, Release
 from wan5b.extras.formats import Loras
 from wan5b.extras.layouts import Kind
 from wan5b.extras.lora import merged, parse_lora
-from wan5b.extras.recipes import SAMPLING, known, recognise
 from wan5b.extras.refusals import refuse_sizes
 from wan5b.extras.scaled import Made
 from wan5b.extras.streams import GB, Entry, new_folder, written_dtype
@@ -72,6 +72,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--layout", required=True, choices=exports.LAYOUTS)
     text = "LoRAs to merge into the DiT, of any layout; FILE:0.8 for another strength"
     add("--lora", default=[], nargs="+", metavar="FILE[:STRENGTH]", help=text)
+    text = "how the result is sampled, if SOURCE does not say so or LoRAs change it"
+    add("--recipe", choices=recipes.known(), help=text)
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, help="of the DiT (default: each tensor's own)")
     add("--shard-size", type=float, default=10, metavar="GB", help="10^9 bytes; default 10")
@@ -93,8 +95,7 @@ def is_whole(source: Path) -> bool:
         return False
     found = []
     for kind in ("vae", "t5"):
-        files = [file for pattern in formats.FILES[kind] for file in source.glob(pattern)]
-        if files or (source / formats.PIPELINE[kind]).is_dir():
+        if formats.candidates(source, kind) or (source / formats.PIPELINE[kind]).is_dir():
             found.append(kind)
     if len(found) == 1:
         has, lacks = ("VAE", "text encoder") if found == ["vae"] else ("text encoder", "VAE")
@@ -116,9 +117,9 @@ def entries(
     return {name: Entry(tensor, asked or own[name]) for name, tensor in tensors.items()}
 
 
-def open_dit(source: Path, loras: Loras, dtype: str | None) -> Model:
+def open_dit(source: Path, loras: Loras, dtype: str | None, part: str = "") -> Model:
     """The DiT, strictly, as `formats.open_dit` does."""
-    opened = formats.open_layout(source, "dit")
+    opened = formats.open_layout(source, "dit", part=part)
     refuse_sizes(opened.file, opened.tensors)
     cfg = weights.check_dit(opened)
     tensors = merged(opened.tensors, loras)
@@ -159,21 +160,29 @@ def open_release(source: Path, dit: Model, metadata: Mapping) -> Release:
         scheduler = read_json(beside)
     vae = open_part(source, "vae")
     t5 = open_part(source, "t5")
-    return Release(dit, vae, t5, metadata, tokenizer_files(source), scheduler)
+    classes = {recipe: name for name, recipe in recipes.PIPELINES.items()}
+    pipeline = classes.get(metadata.get("recipe"), "WanPipeline")
+    return Release(dit, vae, t5, metadata, tokenizer_files(source), scheduler, pipeline)
 
 
-def recipe_of(source: Path, metadata: Mapping) -> dict:
-    """The recipe that a source without metadata calls for, if any, as metadata: what shows it, like
-    the class of a pipeline, is not the same in other layouts.
+def sampled_as(source: Path, named: str | None, loras: Loras, metadata: Mapping) -> str:
+    """The recipe that the result is sampled by, as far as it is known and published; else "".
+
+    named: by --recipe. metadata: of the source.
     """
-    found = recognise(str(source), None, metadata)
-    if found is None or found.name not in known():
-        return {}
-    values = {"recipe": found.name, "causal": found.recipe.causal}
-    for name, value in asdict(found.recipe).items():
-        if name in SAMPLING and value:
-            values[name] = value
-    return values
+    if named:
+        return named
+    # As sample.py takes it: a whole model as --release, else as --weights.
+    given = (str(source), None) if is_whole(source) else (None, str(source))
+    found = recipes.recognise(*given, dict(metadata))
+    name = found.name if found and found.name in recipes.known() else ""
+    for path in [*([] if found else [source]), *(path for path, _ in loras)]:
+        other = recipes.looks_like(path)
+        if other not in ("", "wan22", name):
+            say = f"if it makes these weights {other}, add --recipe {other}"
+            print(f"note: by its name {path} is {other}'s: {say}", file=sys.stderr)
+            return ""
+    return name
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -199,8 +208,12 @@ def main(argv: list[str] | None = None) -> None:
     loras = [parse_lora(text) for text in args.lora]
     dit = open_dit(source, loras, args.dtype)
     metadata = formats.read_metadata(source)
-    if not (loras or metadata):
-        metadata = recipe_of(source, metadata)
+    recipe = sampled_as(source, args.recipe, loras, metadata)
+    metadata.pop("recipe", None)
+    if recipe:
+        metadata["recipe"] = recipe
+        part = recipes.sampled_part(recipes.load(recipe), str(source))
+        dit = open_dit(source, loras, args.dtype, part) if part else dit
     if loras:
         metadata["loras"] = [[Path(path).name, strength] for path, strength in loras]
     release = open_release(source, dit, metadata) if is_whole(source) else None
@@ -213,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{target}: the name of a file must end in .safetensors")
     opening = replacing(target) if single else new_folder(target)
     limit = int(args.shard_size * GB)
-    with opening as partial, weights.about(source):
+    with opening as partial:
         if release:
             exports.write_release(partial, release, args.layout, limit)
         else:

@@ -285,12 +285,13 @@ def fill(
 ) -> None:
     """copy(parameter, tensor) for every name, which casts and moves on the way.
 
-    copy: `fsdp.copy_part`, say, which takes this process's shard of the tensor. file: for errors.
+    copy: `fsdp.copy_part`, say, which takes this process's shard of the tensor. file: for errors,
+    unless a tensor has a `file` of its own.
     """
     targets = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def copy_named(name: str) -> None:
-        with about(f"{file}: {name}"):
+        with about(f"{getattr(tensors[name], 'file', file)}: {name}"):
             copy(targets[name], tensors[name])
 
     # Page faults limit a copy. torch's own threads, which share one tensor, wait for each other in

@@ -76,7 +76,7 @@ def write_pickle(path: Path, model: Model) -> None:
     """A state dict of torch.save, as upstream has its VAE and its text encoder."""
     state = {}
     for name, entry in model.entries.items():
-        with about(name):
+        with about(entry.label(name)):
             state[name] = entry.value().clone()  # mapped ones share one storage
     with writing(path), path.open("xb") as file:
         torch.save(state, file)  # of a path it would not say why it cannot write
@@ -117,6 +117,7 @@ class Release(NamedTuple):
     metadata: Mapping  # JSON values for the header of the DiT
     tokenizer: Mapping[str, bytes]  # its files by name, spiece.model among them
     scheduler: Mapping  # diffusers' scheduler_config.json
+    pipeline: str = "WanPipeline"  # the class of it that diffusers is to make
 
 
 def write_release(folder: Path, release: Release, layout: Layout, limit: int = SHARD) -> None:
@@ -137,7 +138,7 @@ def _diffusers(folder: Path, release: Release, limit: int) -> None:
     """A folder for each model, as `WanPipeline.save_pretrained` makes them."""
     for part in ("transformer", "vae", "text_encoder"):
         (folder / part).mkdir()
-    write_json(folder / "model_index.json", peers.model_index(release.scheduler))
+    write_json(folder / "model_index.json", peers.model_index(release.scheduler, release.pipeline))
     write_json(folder / "scheduler" / "scheduler_config.json", release.scheduler)
     write_dit(folder / "transformer", release.dit, "diffusers", release.metadata, limit)
 

@@ -15,9 +15,10 @@ What can't be run is refused by its name (refusals.py).
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,37 @@ from wan5b.weights import Device, Source, build, read_pickle, state_dict
 
 Loras = Sequence[tuple[str | Path, float]]
 
-# The part of a diffusers pipeline that holds each model, and the files that it may hold.
+# The part of a diffusers pipeline that holds each model, and what only its config.json has.
 PIPELINE = {"dit": "transformer", "vae": "vae", "t5": "text_encoder"}
-DIFFUSERS = {
-    "dit": weights.DIT_FILES,
-    "vae": ("diffusion_pytorch_model*.safetensors",),
-    "t5": ("model*.safetensors.index.json", "model*.safetensors"),
+CONFIGS = {"dit": "num_attention_heads", "vae": "base_dim", "t5": "d_model"}
+
+
+def _saved(stem: str, *endings: str) -> tuple[str, ...]:
+    """How diffusers and transformers name weights: whole before in shards without their index, and
+    plain ones before a variant's, as model.fp16.safetensors and model.safetensors.index.fp16.json.
+    """
+    names = []
+    for ending in endings:
+        names += [f"{stem}.{ending}.index.json", f"{stem}.{ending}"]
+        names += [f"{stem}*.{ending}.index*.json", f"{stem}*.{ending}"]
+    return tuple(names)
+
+
+SAVED = {
+    "dit": _saved("diffusion_pytorch_model", "safetensors", "bin"),
+    "vae": _saved("diffusion_pytorch_model", "safetensors", "bin"),
+    "t5": (*_saved("model", "safetensors"), *_saved("pytorch_model", "bin")),
 }
-# Files of a release folder, others' names behind upstream's.
+# Names in a release folder, in any case: others' behind upstream's.
 FILES = {
-    "dit": (*weights.DIT_FILES, "*[tT][iI]2[vV]*5[bB]*.safetensors"),
-    "vae": (*weights.VAE_FILES, "*[vV][aA][eE]*.safetensors"),
-    "t5": (*weights.T5_FILES, "*[uU][mM][tT]5*.safetensors"),
+    "dit": (*SAVED["dit"], "*ti2v*5b*.safetensors"),
+    "vae": ("wan2.2_vae.pth", "*vae.pth", "*vae.safetensors", "*vae*.safetensors"),
+    "t5": ("models_t5*.pth", "models_t5*.safetensors", "*umt5*.safetensors", "*umt5*.pth"),
 }
+STAGE = re.compile(
+    r"encoder\.downsamples\.(?P<stage>\d+)\.downsamples\.(?P<block>\d+)\."
+    r"(?P<layer>residual\.2|time_conv)\.weight"
+)
 CHECKPOINT = ".metadata"  # the index that torch.distributed.checkpoint writes into its folder
 # Where trainers keep the weights that they mean to be used, the most wanted first.
 PARTS = (
@@ -74,7 +93,8 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
         config = {}
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
-        return Source(path / CHECKPOINT, read_weights(path), facts | {"config": config})
+        held = _of(path, read_weights(path))
+        return Source(path / CHECKPOINT, held, facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
         return source
@@ -85,21 +105,56 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
 
 
 def locate(path: Path, kind: Kind) -> Path:
-    """The file that holds a model of this kind: the path itself, or in a folder or a pipeline."""
+    """The file that holds a model of this kind: the path itself, or in a folder or a pipeline.
+
+    ValueError if there is none, or it is not clear which.
+    """
+    if not path.is_dir():
+        return weights.locate(path)
     inside = path / PIPELINE[kind]
-    if inside.is_dir():
-        return weights.locate(inside, *DIFFUSERS[kind])
-    if kind != "dit" and path.name == PIPELINE[kind]:
-        return weights.locate(path, *DIFFUSERS[kind])
-    return weights.locate(path, *FILES[kind])
+    folder = inside if inside.is_dir() else path
+    files = candidates(path, kind)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:3])
+        way_out = "name one, leave one there or add their index"
+        raise ValueError(f"{folder} holds {len(files)} that it could be ({names}): {way_out}")
+    if not files:
+        names = ", ".join(FILES[kind])
+        raise ValueError(f"{folder} holds no weights ({names}); download them, or name their file")
+    return files[0]
+
+
+def candidates(path: Path, kind: Kind) -> list[Path]:
+    """The files in a folder that a model of this kind could be in: one, if that is clear."""
+    inside = path / PIPELINE[kind]
+    folder = inside if inside.is_dir() else path
+    names = FILES[kind]
+    if inside.is_dir() or path.name == PIPELINE[kind] or _has_config(path, kind):
+        names = (*SAVED[kind], *names)
+    # What begins with a dot is not meant: macOS puts a ._x beside an x.
+    files = sorted(file for file in folder.glob("[!.]*") if file.is_file())
+    for name in names:
+        found = [file for file in files if fnmatch(file.name.lower(), name)]
+        models = [file for file in found if "lora" not in file.name.lower()]
+        if found:
+            return models or found
+    return []
+
+
+def _has_config(folder: Path, kind: Kind) -> bool:
+    """Whether a folder of any name holds a part of a pipeline of this kind."""
+    config = folder / "config.json"
+    return config.is_file() and CONFIGS[kind] in read_json(config)
 
 
 def _open_files(file: Path, part: str) -> tuple[Source, dict[str, str]]:
     """The tensors by the file's own names, and the header of a safetensors file."""
     refuse_file(file)
     files = [file]
+    file_of = {}
     if file.suffix == ".json":
-        files = sorted(set(weights.shards(file).values()))
+        file_of = weights.shards(file)
+        files = sorted(set(file_of.values()))
         if not files:
             raise ValueError(f"{file} is no index of shards; name the folder or the weights in it")
     for each in files:
@@ -112,12 +167,22 @@ def _open_files(file: Path, part: str) -> tuple[Source, dict[str, str]]:
     else:
         source = Source(file, _read_part(file, part), {})
     untrusted.check_tensors(file, source.tensors, sum(each.stat().st_size for each in files))
+    _of(file, source.tensors, file_of)
 
     header = {}
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
     return source, header
+
+
+def _of(
+    file: Path, tensors: dict[str, Tensor], file_of: Mapping[str, Path] | None = None
+) -> dict[str, Tensor]:
+    """The tensors, each with the `file` that errors name: its shard, if they come from several."""
+    for name, tensor in tensors.items():
+        tensor.file = (file_of or {}).get(name, file)
+    return tensors
 
 
 def _config_beside(file: Path, kind: Kind) -> dict:
@@ -216,7 +281,30 @@ def load_vae(
 
 def vae_config(source: Source) -> VAEConfig:
     """Sizes of a VAE that `open_layout` opened."""
-    return replace(weights.vae_config(source), **source.metadata["config"])
+    cfg = weights.vae_config(source)
+    return replace(cfg, **_stages(source.tensors, cfg.dim) | source.metadata["config"])
+
+
+def _stages(tensors: dict[str, Tensor], dim: int) -> dict:
+    """What the stages of a VAE's encoder show of its config, if they are as stages should be."""
+    widths = {}
+    blocks = set()
+    temporal = set()
+    for name, tensor in tensors.items():
+        match = STAGE.fullmatch(name)
+        if match and match["layer"] == "time_conv":
+            temporal.add(int(match["stage"]))
+        elif match:
+            widths[int(match["stage"])] = len(tensor)
+            blocks.add(int(match["block"]))
+    stages = range(len(widths))
+    if not dim or widths.keys() != set(stages) or len(stages) < 2:
+        return {}
+    return {
+        "dim_mult": tuple(widths[i] // dim for i in stages),
+        "num_res_blocks": len(blocks),
+        "temperal_downsample": tuple(i in temporal for i in stages[:-1]),
+    }
 
 
 def load_t5(
@@ -236,10 +324,15 @@ def t5_config(source: Source) -> T5Config:
 
 
 def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
-    """The tokenizer of a release or pipeline folder, or the one in ComfyUI's text encoder."""
+    """The tokenizer of a release or pipeline folder, or the one in ComfyUI's text encoder.
+
+    path: such a folder, that of the tokenizer itself, or a file.
+    """
     path = Path(path)
     usual = weights.tokenizer_path(path)
     pipeline = path / "tokenizer"
+    if path.name == "spiece.model" or (path / "spiece.model").exists():
+        return Tokenizer(path / "spiece.model" if path.is_dir() else path, length)
     if usual.exists():
         return Tokenizer(usual, length)
     if (pipeline / "spiece.model").exists():

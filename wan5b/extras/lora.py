@@ -21,7 +21,7 @@ from torch import Tensor
 from wan5b.extras import untrusted
 from wan5b.extras.layouts import names
 from wan5b.extras.scaled import Made, float_rows
-from wan5b.util import read_json, reading
+from wan5b.util import finite, read_json, reading
 from wan5b.weights import clean, locate, open_tensors, read_pickle, state_dict
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors")
@@ -45,11 +45,12 @@ ROLES = {
     r"\.diff_m": "diff_m",
 }
 KEY = re.compile("(?P<module>.*?)(" + "|".join(f"(?:{role})" for role in ROLES) + ")")
-FRONT = {"base_model", "transformer", "unet"}  # words in front, beside those of `weights.clean`
+# Words in front, beside those of `weights.clean`.
+FRONT = {"base_model", "transformer", "unet", "generator", "pipe", "dit"}
 FOREIGN = re.compile(
     r".*\.(attn[12]|ffn\.net)\..*|condition_embedder\..*|proj_out|.*scale_shift_table"
 )
-UNDERSCORES = re.compile("lora_unet__?")  # musubi, kohya; Wan-Fun
+UNDERSCORES = re.compile("lora_(unet|transformer)__?")  # musubi, kohya; Wan-Fun
 
 REFUSED = {
     r"lycoris_.*|.*[._](hada|lokr|oft|boft|glora)_.*|.*\.w_norm|.*\.lora_mid\..*": (
@@ -71,13 +72,16 @@ class Delta(NamedTuple):
     scale: float
     up: Tensor  # [out, rank, ...], or the parameter's shape
     down: Tensor | None = None  # [rank, in, ...]
+    source: str = ""  # file and key, for errors
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of it before scaling, float32; [rows, in] if it has factors."""
-        up = self.up[start:stop].float()
-        if self.down is None:
-            return up
-        return up.flatten(1) @ self.down.float().flatten(1)
+        change = self.up[start:stop].float()
+        if self.down is not None:
+            change = change.flatten(1) @ self.down.float().flatten(1)
+        if not finite(change):
+            raise ValueError(f"{self.source}: NaN or infinity in the LoRA; download it again")
+        return change
 
     @property
     def shape(self) -> list[int]:
@@ -138,11 +142,14 @@ def read_lora(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Deltas:
     unknown = []
     for module in modules.values():
         scale = _scale(module, config)
+        if not math.isfinite(scale):
+            raise ValueError(f"{file}: {module.name} has the scale {scale}; download it again")
         for parameter, delta, key in _deltas_of(file, module, scale, find):
             if parameter is None:
                 unknown.append(key)
             else:
                 _check_shape(file, parameter, delta, shapes)
+                delta = delta._replace(source=f"{file}: {key}")
                 deltas.setdefault(parameter, []).append(delta)
     if unknown:
         which = f"{len(unknown)} keys without a place in this model ({', '.join(unknown[:3])})"
@@ -237,6 +244,8 @@ class _Finder:
                 if name is not None:
                     module = name.removesuffix(".weight")
                     self.dotted[module.replace(".", "_")] = module
+                    owner = module.removesuffix(".modulation")  # of a .diff_m
+                    self.dotted[owner.replace(".", "_")] = owner
         # One name that only diffusers has decides for all: blocks.0.norm2 is another norm there.
         self.foreign = any(FOREIGN.fullmatch(self._dots(name)) for name in modules)
 
@@ -248,7 +257,7 @@ class _Finder:
         return self.dotted.get(flat, name)
 
     def __call__(self, module: str, ending: str) -> str | None:
-        """ending: .weight, .bias, or nothing for a modulation, which is no module of its own."""
+        """ending: .weight, .bias, .modulation, or nothing for a modulation itself."""
         name = self._dots(module) + ending
         if self.foreign:
             name = self.rename(name)
@@ -300,7 +309,7 @@ def _deltas_of(file: Path, module: Module, scale: float, find: _Finder):
     if "diff_b" in tensors:
         yield find(module.name, ".bias"), Delta(1.0, tensors["diff_b"]), keys["diff_b"]
     if "diff_m" in tensors:
-        parameter = find(module.name, "") or find(f"{module.name}.modulation", "")
+        parameter = find(module.name, "") or find(module.name, ".modulation")
         yield parameter, Delta(1.0, tensors["diff_m"]), keys["diff_m"]
 
 
@@ -339,7 +348,7 @@ def merge(tensor: Tensor | Made, deltas: Sequence[Delta], strength: float = 1.0)
             found.add_(change, alpha=strength * delta.scale)
         return found
 
-    return Made(tensor.shape, rows)
+    return Made(tensor.shape, rows, tensor)
 
 
 def merged(

@@ -116,7 +116,7 @@ def t5_config(cfg: T5Config) -> dict:
     return T5 | required | sizes
 
 
-def model_index(scheduler: Mapping) -> dict:
-    """Of diffusers' WanPipeline. scheduler: its config."""
+def model_index(scheduler: Mapping, pipeline: str) -> dict:
+    """Of diffusers' pipeline of that class. scheduler: its config."""
     name = scheduler.get("_class_name", SCHEDULER["_class_name"])
-    return MODEL_INDEX | {"scheduler": ["diffusers", name]}
+    return MODEL_INDEX | {"_class_name": pipeline, "scheduler": ["diffusers", name]}

@@ -237,17 +237,19 @@ def from_metadata(said: dict) -> Recipe | None:
 def recognise(release: str | None, weights: str | None, metadata: dict) -> Found | None:
     """The recipe that the weights (None: the release's) call for, if they say so; else None.
 
-    metadata: of the weights, if an export or a checkpoint of train.py; else empty. ValueError for
-    damaged files.
+    metadata: of the weights, if an export, a checkpoint of train.py or written by tools/convert.py;
+    else empty. ValueError for damaged files.
     """
     # An export, or a checkpoint folder.
     source = Path(weights or release)
+    if metadata.get("recipe") in known():
+        return _published(metadata["recipe"], "its metadata")
     with about(source):
         own = from_metadata(metadata)
     if own:
-        name = metadata.get("stage") or metadata.get("recipe") or "an export"
-        return Found(name, "its metadata", own)
-    if is_checkpoint(source):
+        return Found(metadata.get("stage") or "an export", "its metadata", own)
+    # What LoRAs have made of the weights nothing else in the file says.
+    if is_checkpoint(source) or "loras" in metadata:
         return None
 
     # A trainer's .pt.
@@ -257,8 +259,9 @@ def recognise(release: str | None, weights: str | None, metadata: dict) -> Found
         return _published(FORMATS[form], "checkpoint_format")
 
     # The DiT of a diffusers pipeline.
-    index = file.parent.with_name("model_index.json")
-    if file.parent.name == "transformer" and index.is_file():
+    folder = file.absolute().parent
+    index = folder.parent / "model_index.json"
+    if folder.name == "transformer" and index.is_file():
         pipeline = str(read_json(index).get("_class_name"))
         if pipeline in PIPELINES:
             return _published(PIPELINES[pipeline], "model_index.json")

@@ -26,13 +26,16 @@ class Made:
     """Stands where a mapped tensor would, in float32: `parameter.copy_(made)` makes and copies it.
 
     shape: the whole tensor's, at least one axis. rows(start, stop): those rows of it, float32.
+    like: what it is made from, whose `file` it has if there is one.
     made[start:stop] is a part of it, not made yet either.
     """
 
-    def __init__(self, shape: torch.Size, rows: Callable[[int, int], Tensor]):
+    def __init__(self, shape: torch.Size, rows: Callable[[int, int], Tensor], like=None):
         self.shape = shape
         self.dtype = torch.float32
         self.rows = rows
+        if hasattr(like, "file"):
+            self.file = like.file  # which errors name
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -95,7 +98,7 @@ def _scaled(weight: Tensor, scale: Tensor) -> Made:
         factor = factor.reshape(-1, *[1] * (weight.ndim - 1))
         return float_rows(weight, start, stop).mul_(factor)
 
-    return Made(weight.shape, rows)
+    return Made(weight.shape, rows, weight)
 
 
 def _check_formats(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
@@ -147,4 +150,10 @@ def unscaled(
             way_out = "take the fp16, bf16 or fp8_scaled file of the same model"
             raise ValueError(f"{file}: {sizes} is no scaled float8; {way_out}")
         found[name] = _scaled(weight, scale)
+
+    # Among scaled weights one without a scale has lost it.
+    lone = [key for key, tensor in found.items() if scales and tensor.dtype.itemsize == 1]
+    lone = [key for key in lone if key.endswith(".weight")]
+    if lone:
+        raise ValueError(f"{file} has no scale for {lone[0]} (incomplete?); download it again")
     return found

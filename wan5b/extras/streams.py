@@ -44,6 +44,11 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         return self.tensor.shape.numel() * self.dtype.itemsize
 
+    def label(self, name: str) -> str:
+        """What errors call it: also the file that it comes from, if that is known."""
+        file = getattr(self.tensor, "file", None)
+        return f"{file}: {name}" if file else name
+
     def value(self) -> Tensor:
         """It in its dtype on the CPU. ValueError for NaN, infinity, float8 without its scale."""
         if isinstance(self.tensor, Tensor) and self.tensor.dtype == self.dtype:
@@ -134,7 +139,7 @@ def write_stream(path: Path, entries: Mapping[str, Entry], header: Mapping[str, 
     with writing(path), path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in tqdm(order, path.name, disable=None):  # none where nobody looks
-            with about(name):
+            with about(entries[name].label(name)):
                 value = entries[name].value()
             file.write(value.reshape(-1).view(torch.uint8).numpy())
 
