@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
     """What is wrong with a command line is a ValueError, like everything that a user got wrong."""
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ValueError(f"{message}; see --help")
 
 
 def parse(argv: list[str] | None, usage: str) -> argparse.Namespace:
