@@ -280,9 +280,14 @@ def load_vae(
 
 
 def vae_config(source: Source) -> VAEConfig:
-    """Sizes of a VAE that `open_layout` opened."""
+    """Sizes of a VAE that `open_layout` opened. ValueError for another VAE than Wan2.2's."""
     cfg = weights.vae_config(source)
-    return replace(cfg, **_stages(source.tensors, cfg.dim) | source.metadata["config"])
+    cfg = replace(cfg, **_stages(source.tensors, cfg.dim) | source.metadata["config"])
+    usual = cfg.strides == VAEConfig().strides and len(cfg.temperal_downsample) == 3
+    if not usual or cfg.temperal_downsample[0]:
+        stages = f"stages of {cfg.dim_mult}, {cfg.temperal_downsample} in time"
+        raise ValueError(f"{source.file} is no VAE of Wan2.2 (4x16x16): {stages}")
+    return cfg
 
 
 def _stages(tensors: dict[str, Tensor], dim: int) -> dict:
