@@ -119,7 +119,7 @@ def locate(path: Path, kind: Kind) -> Path:
         way_out = "name one, leave one there or add their index"
         raise ValueError(f"{folder} holds {len(files)} that it could be ({names}): {way_out}")
     if not files:
-        names = ", ".join(FILES[kind])
+        names = ", ".join(name for name in FILES[kind] if "*" in name and "index" not in name)
         raise ValueError(f"{folder} holds no weights ({names}); download them, or name their file")
     return files[0]
 
