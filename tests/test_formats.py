@@ -7,13 +7,15 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from release import DIT, make_release, random_weights
+from release import DIT, SPIECE, T5, make_release, random_weights, write_dit
 from safetensors.torch import save_file
 
 from wan5b import weights
 from wan5b.dit import WanDiT
-from wan5b.extras import formats
+from wan5b.extras import formats, layouts, peers
 from wan5b.extras.codec import LinearCodec
+from wan5b.t5 import T5Encoder
+from wan5b.vae22 import VAE22, VAEConfig
 
 FACTS = {"stage": "dmd", "step": 7, "levels": [1.0, 0.0], "shift": 5.0}
 
@@ -126,3 +128,134 @@ def test_linear_codec_in_the_place_of_the_vae(tmp_path):
     says = r"2 misshapen \(basis \[8, 1, 4, 16, 16\], not \[16, 1, 4, 16, 16\]"
     with pytest.raises(ValueError, match=says):
         formats.load_vae(tmp_path)
+
+
+# ------------------------------------------------------------------------ names of others' files
+
+STEM = "diffusion_pytorch_model"
+# Where diffusers and transformers keep weights: the files, of which the last is an index of shards.
+SAVES = [
+    ("dit", [f"{STEM}.fp16.safetensors"]),
+    ("dit", [f"{STEM}.bin"]),
+    (
+        "dit",
+        [f"{STEM}.fp16-{i}-of-2.safetensors" for i in (1, 2)],
+        f"{STEM}.safetensors.index.fp16",
+    ),
+    (
+        "dit",
+        [f"{STEM}-{i}-of-2.bf16.safetensors" for i in (1, 2)],
+        f"{STEM}.safetensors.index.bf16",
+    ),
+    ("dit", [f"{STEM}-{i}-of-2.bin" for i in (1, 2)], f"{STEM}.bin.index"),
+    ("vae", [f"{STEM}.bin"]),
+    ("vae", [f"{STEM}-{i}-of-2.safetensors" for i in (1, 2)], f"{STEM}.safetensors.index"),
+    ("t5", ["pytorch_model.bin"]),
+    ("t5", [f"pytorch_model-{i}-of-2.bin" for i in (1, 2)], "pytorch_model.bin.index"),
+    ("t5", [f"model.fp16-{i}-of-2.safetensors" for i in (1, 2)], "model.safetensors.index.fp16"),
+]
+MODELS = {
+    "dit": (WanDiT, DIT, layouts.diffusers_config),
+    "vae": (VAE22, VAEConfig(dim=2, dec_dim=3), peers.vae_config),
+    "t5": (T5Encoder, T5, peers.t5_config),
+}
+
+
+def save(path, tensors):
+    torch.save(tensors, path) if path.suffix in (".bin", ".pth") else save_file(tensors, path)
+
+
+@pytest.mark.parametrize(("kind", "files", "index"), [(*case, "")[:3] for case in SAVES])
+def test_variants_pickles_and_shards_of_diffusers(kind, files, index, tmp_path):
+    """In a pipeline, in the part's own folder, and in one of any other name."""
+    build, cfg, config = MODELS[kind]
+    state = random_weights(build(cfg), 3).state_dict()
+    back = layouts.names(kind, back=True)
+    theirs = {back(name): tensor for name, tensor in state.items()}
+    part = tmp_path / "pipeline" / formats.PIPELINE[kind]
+    part.mkdir(parents=True)
+    (part / "config.json").write_text(json.dumps(config(cfg)))
+    shard_of = {name: files[i % len(files)] for i, name in enumerate(sorted(theirs))}
+    for file in files:
+        save(part / file, {k: tensor for k, tensor in theirs.items() if shard_of[k] == file})
+    if index:
+        (part / f"{index}.json").write_text(json.dumps({"weight_map": shard_of}))
+    shutil.copytree(part, tmp_path / "other")
+    load = getattr(formats, f"load_{kind}")
+    for folder in (part.parent, part, tmp_path / "other"):
+        assert_holds(load(folder, dtype=torch.float32), state)
+
+
+def test_the_plain_file_goes_before_a_variant(tmp_path, state):
+    write_dit(tmp_path, single=True, weights=state)
+    save_file(
+        {key: value * 2 for key, value in state.items()}, tmp_path / f"{STEM}.fp16.safetensors"
+    )
+    (tmp_path / "ti2v_5B_lora.safetensors").touch()
+    assert_holds(formats.load_dit(tmp_path), state)
+    save_file(state, tmp_path / f"{STEM}.bf16.safetensors")
+    (tmp_path / f"{STEM}.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds 2 that it could be .*fp16.*name one"):
+        formats.load_dit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("vae", "wan2.2_vae.pth"),
+        ("vae", "Wan2.2_Vae.safetensors"),
+        ("t5", "MODELS_T5_UMT5-XXL-ENC-BF16.PTH"),
+        ("t5", "umt5-xxl-enc-bf16.pth"),
+    ],
+)
+def test_names_in_any_case_beside_the_release_s_dit(kind, name, tmp_path, state):
+    build, cfg, _ = MODELS[kind]
+    held = random_weights(build(cfg), 3).state_dict()
+    write_dit(tmp_path, weights=state)
+    (torch.save if name.lower().endswith(".pth") else save_file)(held, tmp_path / name)
+    assert_holds(getattr(formats, f"load_{kind}")(tmp_path, dtype=torch.float32), held)
+    assert_holds(formats.load_dit(tmp_path), state)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        VAEConfig(dim=2, dec_dim=4, num_res_blocks=1),
+        VAEConfig(dim=2, dec_dim=2, num_res_blocks=3, dim_mult=(1, 2, 3, 4)),
+    ],
+)
+def test_a_vae_s_stages_are_in_its_shapes(cfg, tmp_path):
+    held = random_weights(VAE22(cfg), 3).state_dict()
+    torch.save(held, tmp_path / "Wan2.2_VAE.pth")
+    vae = formats.load_vae(tmp_path)
+    assert vae.cfg == cfg
+    assert_holds(vae, held)
+
+    # Time halved in the first stage, and a stage too many: other networks.
+    time = held[f"encoder.downsamples.1.downsamples.{cfg.num_res_blocks}.time_conv.weight"]
+    last = held["encoder.downsamples.3.downsamples.0.residual.2.weight"]
+    for name, tensor in (("0.downsamples.9.time_conv", time), ("4.downsamples.0.residual.2", last)):
+        other = held | {f"encoder.downsamples.{name}.weight": tensor}
+        torch.save(other, tmp_path / "Wan2.2_VAE.pth")
+        with pytest.raises(ValueError, match=r"Wan2.2_VAE.pth is no VAE of Wan2.2 \(4x16x16\)"):
+            formats.load_vae(tmp_path)
+
+
+def test_the_tokenizer_s_folder_and_file(tmp_path):
+    shutil.copy(SPIECE, tmp_path)
+    usual = formats.load_tokenizer(tmp_path)(["a red circle"])[0]
+    assert formats.load_tokenizer(tmp_path / "spiece.model")(["a red circle"])[0].equal(usual)
+
+
+def test_errors_name_the_shard(tmp_path, state, monkeypatch):
+    damaged = {key: value.clone() for key, value in state.items()}
+    damaged["blocks.1.ffn.0.bias"][2] = torch.nan
+    write_dit(tmp_path, weights=damaged)
+    index = json.loads((tmp_path / f"{STEM}.safetensors.index.json").read_text())
+    shard = index["weight_map"]["blocks.1.ffn.0.bias"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^{shard}: blocks.1.ffn.0.bias: NaN"):
+        formats.load_dit(".")
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match=r"index.json names no shards"):
+        formats.load_dit(".")

@@ -169,6 +169,7 @@ def test_what_is_no_scaled_float8():
         ({"a.scale_weight": scale}, {}, "but no a.weight"),
         ({"a.weight": FP8, "a.scale_weight": torch.ones(2, 2)}, {}, "no scaled float8"),
         ({"a.weight": FP8.view(torch.uint8)}, {}, "quantised .*uint8"),
+        ({"a.weight": FP8, "a.weight_scale": scale, "b.weight": FP8}, {}, "no scale for b.weight"),
     ):
         text = {"_quantization_metadata": json.dumps({"layers": header})}
         with pytest.raises(ValueError, match=message):

@@ -148,6 +148,35 @@ def test_differences_of_all_kinds(tmp_path, shapes):
     assert scales(read(tmp_path, shapes, tensors)) == {name: [1.0] for name in ends.values()}
 
 
+@pytest.mark.parametrize("front", ["generator.", "pipe.dit.", "base_model.model.model.", "unet."])
+def test_words_in_front(front, tmp_path, shapes):
+    tensors = {f"{front}{Q}.lora_A.default.weight": DOWN, f"{front}{Q}.lora_B.default.weight": UP}
+    assert scales(read(tmp_path, shapes, tensors)) == {f"{Q}.weight": [1.0]}
+
+
+@pytest.mark.parametrize("front", ["lora_unet_", "lora_transformer_"])
+def test_differences_behind_underscores(front, tmp_path, shapes):
+    ends = {
+        "blocks_1.diff_m": "blocks.1.modulation",
+        "blocks_0_modulation.diff": "blocks.0.modulation",
+        "head.diff_m": "head.modulation",
+        "blocks_1_self_attn_norm_q.diff": "blocks.1.self_attn.norm_q.weight",
+        "blocks_1_norm3.diff_b": "blocks.1.norm3.bias",
+    }
+    tensors = {front + key: torch.ones(*shapes[name]) for key, name in ends.items()}
+    assert scales(read(tmp_path, shapes, tensors)) == {name: [1.0] for name in ends.values()}
+
+
+@pytest.mark.parametrize("key", [f"{Q}.lora_up.weight", f"{Q}.diff_b", f"{Q}.alpha"])
+def test_numbers_that_are_none_are_the_lora_s_fault(key, tmp_path, source, shapes):
+    tensors = pair(Q) | {f"{Q}.diff_b": torch.zeros(48), f"{Q}.alpha": torch.ones(1)}
+    tensors[key] = torch.full_like(tensors[key], torch.nan)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: .*(NaN|nan)"):
+        fill(WanDiT(check_dit(source)), lora.merged(source.tensors, [(path, 1.0)]))
+
+
 def test_a_convolution_has_factors_too(tmp_path, shapes):
     down = randn(2, 48, 1, 2, 2, seed=3)
     up = randn(48, 2, 1, 1, 1, seed=4)

@@ -134,13 +134,20 @@ def test_a_video_goes_in_front(planned, monkeypatch):
 # ------------------------------------------------------------------------------------- recognition
 
 
-def test_what_files_say(release, tmp_path):
+def test_what_files_say(release, tmp_path, monkeypatch):
     """And why."""
     found = recognise(str(release), str(LONGLIVE), {})
     assert found[:2] == ("longlive2", "checkpoint_format")
     assert found.recipe == load("longlive2")
     assert recognise(str(release), None, {})[:2] == ("wan22", "the release itself")
     assert recognise("x", str(release), {}) is None  # its layout does not say whose weights
+
+    # A file in the working folder has no folder in its name.
+    monkeypatch.chdir(tmp_path)
+    save_file({"a": torch.zeros(1)}, "own.safetensors")
+    assert recognise("x", "own.safetensors", {}) is None
+    said = {"recipe": "turbo", "stage": "dmd"}  # as tools/convert.py says it
+    assert recognise("x", "own.safetensors", said)[:2] == ("turbo", "its metadata")
 
     pipeline = tmp_path / "pipeline"
     shutil.copytree(DIFFUSERS, pipeline)

@@ -119,7 +119,7 @@ def locate(path: Path, kind: Kind) -> Path:
         way_out = "name one, leave one there or add their index"
         raise ValueError(f"{folder} holds {len(files)} that it could be ({names}): {way_out}")
     if not files:
-        names = ", ".join(FILES[kind])
+        names = ", ".join(name for name in FILES[kind] if "*" in name and "index" not in name)
         raise ValueError(f"{folder} holds no weights ({names}); download them, or name their file")
     return files[0]
 
@@ -280,9 +280,14 @@ def load_vae(
 
 
 def vae_config(source: Source) -> VAEConfig:
-    """Sizes of a VAE that `open_layout` opened."""
+    """Sizes of a VAE that `open_layout` opened. ValueError for another VAE than Wan2.2's."""
     cfg = weights.vae_config(source)
-    return replace(cfg, **_stages(source.tensors, cfg.dim) | source.metadata["config"])
+    cfg = replace(cfg, **_stages(source.tensors, cfg.dim) | source.metadata["config"])
+    usual = cfg.strides == VAEConfig().strides and len(cfg.temperal_downsample) == 3
+    if not usual or cfg.temperal_downsample[0]:
+        stages = f"stages of {cfg.dim_mult}, {cfg.temperal_downsample} in time"
+        raise ValueError(f"{source.file} is no VAE of Wan2.2 (4x16x16): {stages}")
+    return cfg
 
 
 def _stages(tensors: dict[str, Tensor], dim: int) -> dict:
