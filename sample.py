@@ -79,13 +79,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan5b import fuse, media
+from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
 from wan5b.extras.cli import script
 from wan5b.extras.clips import Clip, make_record, write
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
 from wan5b.extras.sampling import generate
 from wan5b.kvcache import KVCache
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     # The VAE encodes the prefix in float32, since bfloat16 spoils an image, and decodes in dtype.
     prefix = None
     if len(job.pixels):
-        prefix = vae.encode(media.fit(job.pixels, *job.size)[None].to(args.device))
+        prefix = vae.encode(fit(job.pixels, *job.size)[None].to(args.device))
     vae = vae.to(job.dtype)
 
     # The DiT, made faster if asked for.

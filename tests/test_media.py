@@ -12,7 +12,7 @@ from odd_files import indices, numbered, picture
 from PIL import Image
 
 from wan5b import media
-from wan5b.extras import clips, mp4
+from wan5b.extras import clips, framing, mp4
 from wan5b.extras.pictures import read_video
 
 
@@ -36,7 +36,7 @@ def test_latent_frames():
 
 def test_fit_and_to_frames_are_inverse():
     frames = np.random.default_rng(0).integers(0, 256, (3, 32, 64, 3), dtype=np.uint8)
-    pixels = media.fit(frames, 32, 64)
+    pixels = framing.fit(frames, 32, 64)
     assert pixels.shape == (3, 3, 32, 64)
     assert pixels.dtype == torch.float32
     assert (pixels.min(), pixels.max()) == (-1, 1)
@@ -59,7 +59,7 @@ def test_fit_and_to_frames_are_inverse():
 def test_fit_covers_and_crops_in_the_middle(shape, size, box):
     image = picture(*shape)
     expected = np.asarray(image.resize(size, Image.Resampling.LANCZOS).crop(box))
-    frames = media.to_frames(media.fit(np.asarray(image)[None], 64, 96))
+    frames = media.to_frames(framing.fit(np.asarray(image)[None], 64, 96))
     assert np.array_equal(frames[0].numpy(), expected)
 
 
@@ -67,8 +67,8 @@ def test_a_picture_of_which_nothing_would_be_seen():
     """Covering the size would take 15 GB."""
     says = "of 1x10000 pixels 704x1280 would show below 1%; crop them first"
     with pytest.raises(ValueError, match=says):
-        media.fit(np.zeros((1, 1, 10000, 3), np.uint8), 704, 1280)
-    assert media.fit(np.zeros((1, 1, 50, 3), np.uint8), 32, 32).shape == (3, 1, 32, 32)
+        framing.fit(np.zeros((1, 1, 10000, 3), np.uint8), 704, 1280)
+    assert framing.fit(np.zeros((1, 1, 50, 3), np.uint8), 32, 32).shape == (3, 1, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------- videos

@@ -29,7 +29,7 @@ import sample
 from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import clips as extras_clips
-from wan5b.extras import files, fp8, mp4, pictures, plan, random_weights, sampling
+from wan5b.extras import files, fp8, framing, mp4, pictures, plan, random_weights, sampling
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.util import rng
@@ -251,7 +251,7 @@ def test_image_to_video(run, tmp_path, vae):
     clips = [run("--image", image, "--frames", 13, out=image.stem) for image in images]
     for clip, image in zip(clips, images, strict=True):
         assert clip.record["chunks"] == [3]
-        first = vae.encode(media.fit(pictures.read_image(image), *SIZE)[None])
+        first = vae.encode(framing.fit(pictures.read_image(image), *SIZE)[None])
         assert torch.equal(clip.latents[:, :, :1], first)
     assert (
         rel(clips[0].latents[:, :, 1:], clips[1].latents[:, :, 1:]) > 1e-5
@@ -281,7 +281,7 @@ def test_video_goes_on(run, tmp_path, vae):
     made = run("--video", tmp_path / "given.mp4", "--prefix", 5, "--frames", 17)
     assert made.record["chunks"] == [3]
     given = iio.imread(tmp_path / "given.mp4", plugin="pyav")[-5:]
-    assert torch.equal(made.latents[:, :, :2], vae.encode(media.fit(given, *SIZE)[None]))
+    assert torch.equal(made.latents[:, :, :2], vae.encode(framing.fit(given, *SIZE)[None]))
     assert np.abs(made.latents[:, :, 2:].numpy()).max() > 0
     # Of another rate, the frames that lie 1 / 24 s apart.
     odd_files.write_video(tmp_path / "fast.mp4", odd_files.numbered(40), rate=60)
@@ -307,7 +307,7 @@ def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
     image = save_picture(tmp_path / "a.png")
     made = run(*options, "--frames", 13, "--image", image, out="image")
     assert torch.equal(
-        made.latents[:, :, :1], vae.encode(media.fit(pictures.read_image(image), *SIZE)[None])
+        made.latents[:, :, :1], vae.encode(framing.fit(pictures.read_image(image), *SIZE)[None])
     )
     assert made.latents.isfinite().all()
     assert made.record["chunks"] == [3]
@@ -336,7 +336,7 @@ def test_few_steps_over_the_whole_clip(run, tmp_path, vae):
     image = save_picture(tmp_path / "a.png")
     made = run("--mode", "few-bidirectional", "--frames", 17, "--image", image, out="image")
     assert made.record["chunks"] == [4]
-    first = vae.encode(media.fit(pictures.read_image(image), *SIZE)[None])
+    first = vae.encode(framing.fit(pictures.read_image(image), *SIZE)[None])
     assert torch.equal(made.latents[:, :, :1], first)
     assert made.latents.isfinite().all()
 
@@ -424,7 +424,7 @@ def test_given_frames_are_clean_at_every_step(run, tmp_path, vae, monkeypatch):
         "--image",
         image,
     )
-    clean = vae.encode(media.fit(pictures.read_image(image), *SIZE)[None])
+    clean = vae.encode(framing.fit(pictures.read_image(image), *SIZE)[None])
     assert len(seen) == 3
     for (x, level), sigma in zip(seen, sampling_sigmas(3), strict=False):
         assert torch.equal(x[:, :, :1], torch.cat([clean, clean]))

@@ -211,9 +211,6 @@ def _check_channels(path: Path, found: int, needed: int) -> None:
 def check_dit(source: Source, channels: int = 0) -> DiTConfig:
     """The sizes of a DiT, none of whose tensors is missing or too many. Errors: see `open_dit`."""
     file, tensors, metadata = source
-    if any("condition_embedder." in key or "attn1.to_q" in key for key in tensors):
-        way_out = "extras/formats.py reads that"
-        raise ValueError(f"{file} has the diffusers layout, not upstream's; {way_out}")
     named = metadata.get("config")
     beside = file.with_name("config.json")
     if not named and beside.exists():
@@ -382,13 +379,3 @@ def save_dit(
     value = value or state.get
     tensors = {clean(name): value(name).to("cpu", dtype) for name in state}
     write_tensors(path, tensors, header)
-
-
-def read_metadata(path: str | Path) -> dict:
-    """What `save_dit` was given as metadata; of other files, and of folders, nothing."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return {}
-    _, metadata = _read_safetensors(path)
-    metadata.pop("config", None)
-    return metadata

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from wan5b.media import resize
+from wan5b.extras.framing import resize
 from wan5b.t5 import Tokenizer, clean_prompt
 from wan5b.util import nearest, replacing
 

@@ -361,7 +361,12 @@ def read_metadata(path: str | Path) -> dict:
     out. ValueError for values of other types.
     """
     path = Path(path)
-    known = read_facts(path) if is_checkpoint(path) else weights.read_metadata(_headed(path))
+    known = {}
+    file = _headed(path)
+    if is_checkpoint(path):
+        known = read_facts(path)
+    elif file.suffix == ".safetensors":
+        known = weights.open_tensors(file).metadata
     said = untrusted.metadata(path, known)
     return {key: value for key, value in said.items() if key not in ("config", "optimizer_steps")}
 

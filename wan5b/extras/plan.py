@@ -18,6 +18,7 @@ from wan5b.extras.chunking import FRAMES, chunk_plan, memory, scene_cuts, scene_
 from wan5b.extras.clips import Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
+from wan5b.extras.framing import fit
 from wan5b.extras.lora import parse_lora
 from wan5b.extras.pictures import read_image, read_video
 from wan5b.extras.recipes import (
@@ -33,7 +34,7 @@ from wan5b.extras.recipes import (
     sampled_part,
 )
 from wan5b.extras.sampling import MODES
-from wan5b.media import FPS, fit, latent_frames
+from wan5b.media import FPS, latent_frames
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import about
 

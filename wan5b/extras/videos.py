@@ -22,7 +22,7 @@ from av.video.reformatter import Colorspace
 from PIL import Image
 
 from wan5b.extras import colour
-from wan5b.media import resize
+from wan5b.extras.framing import resize
 
 # Only what holds its pictures itself: no playlists, which name other files and addresses, and no
 # texts, which FFmpeg would draw.
