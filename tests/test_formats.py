@@ -257,5 +257,5 @@ def test_errors_name_the_shard(tmp_path, state, monkeypatch):
     with pytest.raises(ValueError, match=rf"^{shard}: blocks.1.ffn.0.bias: NaN"):
         formats.load_dit(".")
     (tmp_path / f"{STEM}.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ValueError, match=r"index.json names no shards"):
+    with pytest.raises(ValueError, match=r"index.json is no index of shards"):
         formats.load_dit(".")
