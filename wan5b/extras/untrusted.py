@@ -13,6 +13,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from mmap import ACCESS_READ, mmap
 from pathlib import Path, PurePath
 from reprlib import repr as short
@@ -152,8 +153,14 @@ class Storages(pickle._Unpickler):
 
 def check_zip(path: Path) -> None:
     """Whether a file of torch.save holds its tensors as they are mapped: whole, stored, apart, and
-    as they were written.
+    as they were written. A file that stays as it is is read through once.
     """
+    found = path.stat() if path.is_file() else None
+    _check_zip(path, found and (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache
+def _check_zip(path: Path, state: tuple[int, int, int] | None) -> None:
     with reading(path, "no zip of a state dict"), zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) < len(archive.infolist()):
