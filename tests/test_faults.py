@@ -346,3 +346,15 @@ def test_stopped_while_modules_load(tmp_path, script, number):
     ended = subprocess.run(command, capture_output=True, env=environment, timeout=20)
     assert ended.returncode == -number
     assert ended.stderr == b""
+
+
+# ----------------------------------------------------------------------------------- the campaign
+
+
+@pytest.mark.slow
+def test_a_short_campaign(tmp_path):
+    """Every format's whole file is read, and nothing comes of damage but what is promised."""
+    command = [sys.executable, "tools/faults", "--files", "60", "--kills", "10", "--seed", "1"]
+    done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 1: 70 in" in done.stdout

@@ -27,7 +27,6 @@ import train
 from wan5b import fsdp
 from wan5b.data import Data, Store, TextStore
 from wan5b.extras import formats, log, pictures
-from wan5b.extras.clips import read_settings
 from wan5b.extras.files import read_prompts
 from wan5b.weights import save_dit
 
@@ -232,11 +231,7 @@ def video(name: str) -> Callable:
 
 
 def settings(folder: Path):
-    parser = sample.Parser()
-    parser.add_argument("--seed", type=int, default=[0], nargs="+")
-    return read_settings(folder / "clip.json", parser), vars(
-        sample.parse(["--settings", str(folder / "clip.json")])
-    )
+    return vars(sample.parse(["--settings", str(folder / "clip.json")]))
 
 
 # --------------------------------------------------------------------------------------------- list
