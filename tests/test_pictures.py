@@ -763,6 +763,20 @@ def test_last_frames_are_all_that_is_kept(tmp_path, monkeypatch):
     assert peak < 60 * frames[0].nbytes
 
 
+def test_two_last_frames_of_one_time(tmp_path, monkeypatch):
+    """As a damaged transport stream may have them: the video ends with the last one."""
+    times = [(0, 1), (2, 3), (4, 4), (4, 6)]  # in 1/48 s
+
+    def damaged(path):
+        for i, (start, until) in enumerate(times):
+            yield Shown(Fraction(start, 48), Fraction(until, 48), np.full((8, 8, 3), i, np.uint8))
+
+    (tmp_path / "v.ts").touch()
+    monkeypatch.setattr(pictures, "video_frames", damaged)
+    frames = read_video(tmp_path / "v.ts", last=3, fps=24)
+    assert frames[:, 0, 0, 0].tolist() == [1, 3, 3]
+
+
 # -------------------------------------------------------------------------------- folders of images
 
 

@@ -151,7 +151,8 @@ def _last_at_rate(shown: Iterator[Shown], fps: float, count: int) -> list[np.nda
     for k in reversed(range(count)):
         time = end - k * interval
         if time >= -interval / 2:
-            taken.append(next(frame for frame in kept if time < frame.until))
+            # Of damaged videos two frames may have one time, and the end be no frame's.
+            taken.append(next((frame for frame in kept if time < frame.until), kept[-1]))
     return [frame.picture for frame in taken]
 
 
