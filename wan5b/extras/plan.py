@@ -5,6 +5,7 @@ loaded: options -> weights -> recipe -> first frames -> chunks -> clips.
 import math
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -80,8 +81,13 @@ def plan(args: Namespace) -> Job:
     """What the options come to. Makes the folder of the outputs and prints what it has found.
 
     Whatever can be wrong with the options or with the files that they name is found here, before
-    anything is loaded: ValueError.
+    anything is loaded: ValueError, which names the record that options may come from.
     """
+    with about(args.settings) if args.settings else nullcontext():
+        return _plan(args)
+
+
+def _plan(args: Namespace) -> Job:
     # Which network, and which way to sample it.
     dtype = check_numbers(args)
     weights = look_at_weights(args)
