@@ -1,6 +1,7 @@
 """A script's main() in this process, and what it has written."""
 
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def run(name: str, options: list[str], folder: Path) -> dict:
             raise
     finally:
         sys.argv = argv
+        # A signal that comes from now on does not come to the script.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     found = {}
     for path in sorted(folder.rglob("*")):
