@@ -170,14 +170,17 @@ def copy_part(parameter: Tensor, full: Tensor) -> None:
 
 
 def cause_of(error: BaseException) -> str:
-    """What went wrong, on one line; of a CheckpointException, what a process failed at."""
+    """What went wrong, on one line; of a CheckpointException, what a process failed at.
+
+    Raises Ctrl-C again, if that is behind it.
+    """
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     first = error
     while first.__context__ and isinstance(first, Exception):
         first = first.__context__
     if not isinstance(first, Exception):
-        raise first  # Ctrl-C, which torch wraps too
+        raise first  # torch wraps it like an error
     return f"{type(error).__name__}: {first_line(error)}"
 
 
