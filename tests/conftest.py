@@ -1,13 +1,15 @@
-"""Fixtures of the tests of training."""
+"""Fixtures: of the tests of training, and a release to change."""
 
 import dataclasses
 import json
 import runpy
+import shutil
 import signal
 import sys
 
 import pytest
 import torch
+from release import make_release
 from training import DIT, ROOT, config, finish, make_data
 
 import train
@@ -26,6 +28,18 @@ def quick_and_clean(monkeypatch):
     yield
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory):
+    """A tiny release, for all to read."""
+    return make_release(tmp_path_factory.mktemp("pristine") / "release")
+
+
+@pytest.fixture
+def release(pristine, tmp_path):
+    """A copy of it, for one test to change."""
+    return shutil.copytree(pristine, tmp_path / "release")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from odd_files import write_video
 from PIL import Image
-from release import make_release
 from safetensors.torch import load_file, save_file
 
 import prepare
@@ -22,16 +21,6 @@ OTHERS = "00000.safetensors is of another run: what videos or weights hold"
 
 def run(*arguments):
     prepare.main([str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    return make_release(tmp_path_factory.mktemp("again") / "release")
-
-
-@pytest.fixture
-def release(pristine, tmp_path):
-    return shutil.copytree(pristine, tmp_path / "release")
 
 
 def movie(path, levels):

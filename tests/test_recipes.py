@@ -366,7 +366,7 @@ def test_a_lora_makes_another_model(planned, tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
-def test_the_part_that_its_makers_sample(planned, tmp_path, release):
+def test_the_part_that_its_makers_sample(planned, tmp_path, release, capsys):
     """Of LongLive's trainer the generator, of others the average."""
     state = load_dit(release).state_dict()
     parts = {
@@ -379,6 +379,7 @@ def test_the_part_that_its_makers_sample(planned, tmp_path, release):
     assert "part" not in planned("--weights", path, "--recipe", "turbo").options
     torch.save({"ema": parts["generator"]}, path)
     assert "part" not in planned("--weights", path, "--recipe", "longlive2").options
+    assert "has no part generator, which the recipe samples; it has ema" in capsys.readouterr().err
     torch.save({"generator": {"x": torch.ones(1)}, "generator_ema": parts["generator"]}, path)
     with pytest.raises(ValueError, match="model.pt .* keys that don't fit"):
         planned("--weights", path, "--recipe", "longlive2")

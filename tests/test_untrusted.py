@@ -14,7 +14,6 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from release import make_release
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,16 +24,6 @@ from wan5b.optim import AdamW
 from wan5b.weights import save_dit
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory):
-    return make_release(tmp_path_factory.mktemp("untrusted") / "release")
-
-
-@pytest.fixture
-def release(pristine, tmp_path):
-    return shutil.copytree(pristine, tmp_path / "release")
 
 
 def refused(call, *args, **options) -> str:

@@ -10,6 +10,7 @@ plan.how_sampled. TOMLs, an export's metadata and a clip's record then have it b
 """
 
 import re
+import sys
 import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -289,10 +290,20 @@ def entries(file: Path) -> dict[str, Any]:
 
 
 def sampled_part(recipe: Recipe, source: str) -> str:
-    """The recipe's part, if the weights are a .pt that holds one of this name; else ""."""
+    """The recipe's part, if the weights are a .pt that holds one of this name; else "".
+
+    A .pt with parts of other names alone is noted: which of them is sampled is a guess then.
+    """
     if not recipe.part or is_checkpoint(Path(source)):
         return ""
-    return recipe.part if recipe.part in entries(locate(Path(source), "dit")) else ""
+    held = entries(locate(Path(source), "dit"))
+    if recipe.part in held:
+        return recipe.part
+    parts = [str(name) for name, entry in held.items() if isinstance(entry, dict)]
+    if parts:
+        lacks = f"{source} has no part {recipe.part}, which the recipe samples"
+        print(f"note: {lacks}; it has {', '.join(parts)[:200]}", file=sys.stderr)
+    return ""
 
 
 def looks_like(path: str | Path) -> str:
