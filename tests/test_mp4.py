@@ -219,7 +219,7 @@ def test_going_on_makes_the_same_file(tmp_path, width):
     with open(copies[27], "ab") as file:
         file.write(b"\0\0\1\0moof\0\0")  # half a box
     for i, (boundary, copy) in enumerate(copies.items()):
-        for source in (tmp_path / "a.mp4", Path(copy), Path(copies[60])):
+        for source in (tmp_path / "a.mp4", Path(copies[60] if boundary == 1 else copy)):
             before = source.read_bytes()
             write(tmp_path / "b.mp4", frames, sizes[i + 1 :], after=(source, boundary))
             assert (tmp_path / "b.mp4").read_bytes() == expected
@@ -309,10 +309,33 @@ def test_files_that_are_no_video_of_ours(tmp_path):
         stream.width = stream.height = 64
         file.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
         file.mux(stream.encode())
-    for name, says in {"a.txt": "cannot go on from", "b.mp4": "no H.264", "c": "No such"}.items():
+    for name, says in {
+        "a.txt": "cannot go on from",
+        "b.mp4": "no mp4 of H.264",
+        "c": "No such",
+    }.items():
         with pytest.raises(ValueError, match=says):
             mp4.VideoWriter(tmp_path / "x.mp4", after=(tmp_path / name, 1))
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.mp4"]
+
+
+@pytest.mark.parametrize("format", ["mp4", "h264"])
+def test_videos_of_other_programs(tmp_path, format):
+    """The same encoder, but with a gap, and as a bare stream without times."""
+    with av.open(str(tmp_path / "a"), "w", format=format) as file:
+        stream = file.add_stream("libx264", 24)
+        stream.width = stream.height = 64
+        stream.codec_context.options = {"x264-params": "mbtree=0"}
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
+        for i in (0, 1, 2, 5, 6):
+            frame = av.VideoFrame(64, 64, "yuv420p")
+            frame.pts = i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    with pytest.raises(ValueError, match="cannot go on from .*a"):
+        mp4.VideoWriter(tmp_path / "x.mp4", after=(tmp_path / "a", 5))
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_another_size(tmp_path):
@@ -356,7 +379,7 @@ def test_killed_at_any_moment(tmp_path):
 
 
 CHILD = """
-import sys, torch
+import sys, time
 from wan5b.extras import mp4
 sys.path.insert(0, "tests")
 from test_mp4 import moving
@@ -364,6 +387,7 @@ frames = moving(400)
 writer = mp4.VideoWriter(sys.argv[1])
 for at in range(0, 400, 8):
     writer.add(frames[at : at + 8], lambda at=at: print(at, flush=True))
+time.sleep(60)
 """
 
 

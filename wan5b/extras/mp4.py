@@ -206,9 +206,9 @@ class VideoWriter:
                 self.size = (codec.height, codec.width)
                 self.encoder = self._start_encoder(*self.size)
                 for gop in remux.read_gops(source, frames, self.fps):
+                    remux.check_headers(source, self.encoder)
                     self.kept += remux.decode_frames(gop, source, self.keep)
                     self._mux(gop)
-                remux.check_headers(source, self.encoder)
             self.count = frames
         except BaseException:
             self.file.close()

@@ -31,8 +31,9 @@ def source(path: str | Path) -> Iterator[InputContainer]:
             f"cannot go on from {path}: {error.strerror or error}; {OTHERWISE}"
         ) from error
     with file:
-        if not file.streams.video or file.streams.video[0].codec.name != "h264":
-            raise ValueError(f"cannot go on from {path}: it has no H.264 video; {OTHERWISE}")
+        codecs = [stream.codec.name for stream in file.streams.video]
+        if "mp4" not in file.format.name or codecs != ["h264"]:
+            raise ValueError(f"cannot go on from {path}: it is no mp4 of H.264; {OTHERWISE}")
         yield file
 
 
@@ -40,12 +41,14 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
     """The packets of a video's first frames, in the order of the file, a keyframe and what needs
     it at a time. They are as an encoder gives them: pts count frames, start codes divide units.
 
-    ValueError if it has another rate or fewer frames, or if what follows them is no keyframe.
+    ValueError if it has another rate or fewer frames, if what follows them is no keyframe, or if
+    frames are missing.
     """
     gop = []
     count = 0
     for packet in _whole_packets(file):
         if packet.is_keyframe and gop:
+            _check_complete(gop, count, file)
             yield gop
             gop = []
         if count == frames:
@@ -68,6 +71,7 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
             "go on where one was asked for"
         )
     if gop:
+        _check_complete(gop, count, file)
         yield gop
 
 
@@ -92,11 +96,20 @@ def _count_frames(packet: av.Packet, file: InputContainer, fps: int) -> None:
             f"cannot go on from {file.name}, which has {float(rate):g} frames a second, "
             f"not {fps}; {OTHERWISE}"
         )
-    frame = packet.pts * packet.time_base * fps
-    assert frame.denominator == 1, (file.name, packet)
+    frame = (packet.pts if packet.pts is not None else -1) * packet.time_base * fps
     packet.time_base = Fraction(1, fps)
-    packet.pts = int(frame)
+    packet.pts = int(frame) if frame.denominator == 1 else -1
     packet.duration = 1
+
+
+def _check_complete(gop: list[av.Packet], count: int, file: InputContainer) -> None:
+    """ValueError unless they are all frames up to `count`, each once, that the GOP can have."""
+    numbers = sorted(packet.pts for packet in gop)
+    if numbers != list(range(count - len(gop), count)):
+        raise ValueError(
+            f"cannot go on from {file.name}, whose frames do not follow each other at an even "
+            f"pace; {OTHERWISE}"
+        )
 
 
 def _put_start_codes(packet: av.Packet, file: InputContainer) -> None:
