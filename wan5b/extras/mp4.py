@@ -66,6 +66,7 @@ class VideoWriter:
         self.replaces = overwrite or self.path.exists()
         self.beside = beside
         self.fps = fps
+        self.tick = Fraction(1, fps)  # of packets: a frame
         self.size = None  # (height, width)
         self.count = 0  # of frames encoded, or copied
         self.muxed = 0  # of frames that the encoder has given back, too
@@ -95,6 +96,7 @@ class VideoWriter:
         it raises ends the clip like an error of the encoder. ValueError for another size.
         """
         size = tuple(frames.shape[1:3])
+        assert not any(side % 2 for side in size), size  # of a colour there is one for 2x2 pixels
         self.size = self.size or size
         if size != self.size:
             height, width = self.size
@@ -147,7 +149,7 @@ class VideoWriter:
         encoder.height = height
         encoder.width = width
         encoder.framerate = self.fps
-        encoder.time_base = Fraction(1, self.fps)
+        encoder.time_base = self.tick
         encoder.flags |= Flags.global_header
 
         # Players take what doesn't say its colours for one thing or another: it is BT.709 (code 1
@@ -176,7 +178,7 @@ class VideoWriter:
             number = self.muxed
             is_keyframe = packet.is_keyframe
             packet.stream = self.stream
-            packet.time_base = Fraction(1, self.fps)
+            packet.time_base = self.tick
             packet.dts = number - REORDERED
             assert packet.dts <= packet.pts, packet
             self.file.mux(packet)

@@ -44,6 +44,7 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
     ValueError if it has another rate or fewer frames, if what follows them is no keyframe, or if
     frames are missing.
     """
+    tick = Fraction(1, fps)
     gop = []
     count = 0
     for packet in _whole_packets(file):
@@ -53,7 +54,7 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
             gop = []
         if count == frames:
             break
-        _count_frames(packet, file, fps)
+        _count_frames(packet, file, tick)
         _put_start_codes(packet, file)
         gop.append(packet)
         count += 1
@@ -88,17 +89,21 @@ def _whole_packets(file: InputContainer) -> Iterator[av.Packet]:
         yield packet
 
 
-def _count_frames(packet: av.Packet, file: InputContainer, fps: int) -> None:
-    """pts, in ticks of the file, into the number of the frame. ValueError for another rate."""
-    rate = 1 / (packet.duration * packet.time_base) if packet.duration else 0
-    if rate != fps:
+def _count_frames(packet: av.Packet, file: InputContainer, tick: Fraction) -> None:
+    """pts and time_base from those of the file to frames. ValueError for another rate.
+
+    tick: how long a frame is, in seconds.
+    """
+    length = tick / packet.time_base  # in ticks of the file
+    if packet.duration != length:
+        rate = 1 / (packet.duration * packet.time_base) if packet.duration else 0
         raise ValueError(
             f"cannot go on from {file.name}, which has {float(rate):g} frames a second, "
-            f"not {fps}; {OTHERWISE}"
+            f"not {float(1 / tick):g}; {OTHERWISE}"
         )
-    frame = (packet.pts if packet.pts is not None else -1) * packet.time_base * fps
-    packet.time_base = Fraction(1, fps)
-    packet.pts = int(frame) if frame.denominator == 1 else -1
+    number, rest = divmod(packet.pts, length.numerator)
+    packet.pts = -1 if rest else number
+    packet.time_base = tick
     packet.duration = 1
 
 
