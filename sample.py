@@ -166,12 +166,12 @@ def main(args: argparse.Namespace) -> None:
         record = make_record(vars(args), clip, job.frames, job.found) | {"weights": known_by}
         about = (record, contexts(clip, rows), job.cfg.num_layers, job.sampler)
         begun.append(begin(clip.path, *about, args.state_every if job.keeps_state else 0))
+    size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
     if job.state:
-        begun[0].take_up(job.state)
+        begun[0].take_up(job.state, size)
 
     # The clips. All share one cache, and with it its CUDA graphs.
     new_cache = functools.cache(KVCache)
-    size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
 
     def latents(clip: Clip, progress: Progress) -> Iterator[Tensor]:
         """Piece by piece, made as they are asked for."""

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from wan5b.extras.past import Commit, Past
-from wan5b.util import finite, read_json, reading, rng, write_tensors
+from wan5b.util import finite, first_line, read_json, reading, rng, write_tensors
 from wan5b.vae22 import Stream
 
 STATE = ".state.safetensors"  # the suffix, in place of the clip's .mp4
@@ -149,12 +149,17 @@ class KeptProgress(Progress):
 
     # ------------------------------------------------------------------------------------ going on
 
-    def take_up(self, state: State) -> None:
-        """Go on where another process left the clip.
+    def take_up(self, state: State, size: tuple[int, int, int]) -> None:
+        """Go on where another process left the clip. size: (C, H, W) of its latents.
 
-        ValueError if its mp4 is not there, or other weights made it.
+        ValueError if its mp4 is not there, if other weights made it, or if it is of another clip.
         """
         about = state.about
+        shapes = [(tensor.shape[:2], tensor.shape[3:]) for tensor in (state.latents, state.tail)]
+        wanted = ((1, size[0]), size[1:])
+        of_chunks = [about["chunks"], *(chunk for _, _, chunk in about["commits"])]
+        if any(shape != wanted for shape in shapes) or max(of_chunks) >= len(self.contexts):
+            raise ValueError(f"{self.path} is not of a clip of this length and size")
         if about["weights"] != self.record["weights"]:
             raise ValueError(f"{self.path}: other weights made the clip so far; name those")
         place = self.contexts[0].device
@@ -163,7 +168,13 @@ class KeptProgress(Progress):
             self.past.commits.append(Commit(start, part.to(place), self.contexts[chunk], chunk))
             self.past.frames = start + frames
         self.past.chunks = about["chunks"]
-        self.draws.set_state(state.draws)
+        try:
+            self.draws.set_state(state.draws)
+        except (RuntimeError, TypeError) as error:
+            cause = first_line(error)
+            raise ValueError(
+                f"{self.path}: it is damaged, or of another device ({cause})"
+            ) from error
         self.tail = list(state.tail.split(about["tail"], 2))
         self.pictures = about["pictures"]
 
