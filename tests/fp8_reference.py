@@ -4,7 +4,6 @@ roundings that the kernels make.
 It takes the place of that file, under the same names.
 """
 
-import torch
 import torch.nn.functional as F
 
 

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# A tile of the convolution: pixels, and at most so many output and input channels at a time. With
-# these Hopper's shared memory holds four stages and half a tile of results.
+# A tile of the convolution: pixels, and at most so many output and input channels at a time. Beside
+# half a tile of results Hopper's shared memory holds four stages, or three and half a residual.
 PIXELS, OUT, IN = 128, 256, 128
-WARPS, STAGES = 8, 4
-NORM_VALUES = 4096  # that a program of the norm works on
+WARPS, STAGES, STAGES_WITH_RESIDUAL = 8, 4, 3
+NORM_VALUES = 2048  # that a program of the norm works on
 
 
 # -------------------------------------------------------------------------------------------- norm
@@ -49,10 +49,10 @@ def norm_silu_kernel(
     # Where the rows lie: b, t, h, w of row = ((b * T + t) * H + h) * (W + 1) + w.
     w = row % (W + 1)
     h = row // (W + 1) % H
-    frame = (row // ((W + 1) * H)).to(tl.int64)
-    b = frame // T
-    t = frame % T
-    start = b * x_b + t * x_t + h * x_h + w * x_w
+    frame = row // ((W + 1) * H)
+    b = (frame // T).to(tl.int64)
+    t = (frame % T).to(tl.int64)
+    start = b * x_b + t * x_t + (h * x_h + w * x_w)
 
     inside = (row < rows) & (w < W)  # the column behind the frame becomes zeros
     valid = column < C
@@ -64,7 +64,7 @@ def norm_silu_kernel(
     x = x * tl.rsqrt(square + 1e-24)[:, None] * gamma[None, :]
     x = x * tl.sigmoid(x) * scale
 
-    place = b * out_b + (t * H + h) * (W + 1) * C + w * C
+    place = b * out_b + ((t * H + h) * (W + 1) + w) * C
     mask = (row < rows)[:, None] & valid[None, :]
     tl.store(out_ptr + place[:, None] + column[None, :], x.to(tl.float8e4nv), mask=mask)
 
@@ -82,7 +82,8 @@ def norm_silu(out: Tensor, x: Tensor, gamma: Tensor, scale: float) -> None:
     rows = B * T * H * (W + 1)
     grid = (triton.cdiv(rows, rows_each),)
     sizes = (scale, rows, T, H, W, *x.stride()[:4], out.stride(0))
-    norm_silu_kernel[grid](x, gamma, out, *sizes, C, columns, rows_each, num_warps=4)
+    with torch.cuda.device(x.device):
+        norm_silu_kernel[grid](x, gamma, out, *sizes, C, columns, rows_each, num_warps=2)
 
 
 # ------------------------------------------------------------------------------------- convolution
@@ -117,7 +118,8 @@ def convolve_kernel(
     half: tl.constexpr = BN // 2
     line = W + 1
     tiles = tl.cdiv(H * line, BM)
-    for tile in tl.range(tl.program_id(0), frames * tiles * columns, PROGRAMS):
+    # Flattened, the next tile's inputs are on their way while this one's results are written.
+    for tile in tl.range(tl.program_id(0), frames * tiles * columns, PROGRAMS, flatten=True):
         n = tile % columns * BN
         m = tile // columns % tiles * BM
         frame = tile // columns // tiles
@@ -182,26 +184,11 @@ def convolve(
         assert residual.stride(4) == 1
         strides = residual.stride()[:4]
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    convolve_kernel[(programs,)](
-        x_tiles,
-        weight_tiles,
-        y_tiles,
-        scale,
-        bias,
-        bias if residual is None else residual,
-        B * T,
-        T,
-        H,
-        line - 1,
-        *strides,
-        C,
-        N,
-        residual is not None,
-        programs,
-        PIXELS,
-        channels_out,
-        channels_in,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
+    tensors = (x_tiles, weight_tiles, y_tiles, scale, bias, bias if residual is None else residual)
+    sizes = (B * T, T, H, line - 1, *strides, C, N, residual is not None, programs)
+    tile = (PIXELS, channels_out, channels_in)
+    stages = STAGES if residual is None else STAGES_WITH_RESIDUAL
+    with torch.cuda.device(x.device):
+        grid = (programs,)
+        convolve_kernel[grid](*tensors, *sizes, *tile, num_warps=WARPS, num_stages=stages)
     return y[:, :, :, :-1]
