@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # half a tile of results Hopper's shared memory holds four stages, or three and half a residual.
 PIXELS, OUT, IN = 128, 256, 128
 WARPS, STAGES, STAGES_WITH_RESIDUAL = 8, 4, 3
-NORM_VALUES = 2048  # that a program of the norm works on
+NORM_VALUES = 4096  # that a program of the norm works on
 
 
 # -------------------------------------------------------------------------------------------- norm
@@ -83,7 +83,7 @@ def norm_silu(out: Tensor, x: Tensor, gamma: Tensor, scale: float) -> None:
     grid = (triton.cdiv(rows, rows_each),)
     sizes = (scale, rows, T, H, W, *x.stride()[:4], out.stride(0))
     with torch.cuda.device(x.device):
-        norm_silu_kernel[grid](x, gamma, out, *sizes, C, columns, rows_each, num_warps=2)
+        norm_silu_kernel[grid](x, gamma, out, *sizes, C, columns, rows_each, num_warps=4)
 
 
 # ------------------------------------------------------------------------------------- convolution
