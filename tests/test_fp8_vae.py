@@ -270,7 +270,8 @@ def test_decoder_on_the_gpu(kernels):
     print(errors)
     assert errors[1] < 0.15
 
-    # The whole differs by as little as the convolutions of other libraries do, times float8's.
+    # The bfloat16 parts are rounded otherwise for another number of frames, and float8 makes more of
+    # that, so the whole decoder is only held to its error.
     for sizes in ([1] * 5, [2, 3]):
         assert rel(decode_in(quantized, latent, sizes), video) < 0.15
     block = quantized.decoder["upsamples"][2].upsamples[1]
