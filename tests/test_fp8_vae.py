@@ -270,7 +270,7 @@ def test_decoder_on_the_gpu(kernels):
     print(errors)
     assert errors[1] < 0.15
 
-    # The bfloat16 parts are rounded otherwise for another number of frames, and float8 makes more of
+    # The bfloat16 parts are rounded otherwise for other numbers of frames, and float8 makes more of
     # that, so the whole decoder is only held to its error.
     for sizes in ([1] * 5, [2, 3]):
         assert rel(decode_in(quantized, latent, sizes), video) < 0.15
