@@ -202,9 +202,10 @@ def test_seams():
 def test_variants():
     """CUDA graphs are around a compiled network, and gone when it is no longer one."""
     model = WanDiT(PRESETS["tiny"])
+    vae = random_vae("tiny", "cpu")
     with compiling():
-        for variant, recorded in (("eager", False), ("compiled", True)):
-            with bench.running_as(variant, model):
+        for variant, recorded in (("eager", False), ("compiled", True), ("compiled fp8", True)):
+            with bench.running_as(variant, model, vae):
                 assert ("compute" in vars(model)) == recorded
             assert "compute" not in vars(model)
 

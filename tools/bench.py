@@ -4,6 +4,7 @@
     python tools/bench.py --geometry 480x832
     python tools/bench.py --chunk 8 --window 32 --sink 8 --frames 125
     python tools/bench.py --variants compiled --long 1437  # one minute: window 21, sink 3
+    python tools/bench.py --variants "compiled fp8" "compiled fp8 vae"  # the decoder in float8 too
     python tools/bench.py --recipe longlive2 turbo         # as bench_recipes.py
 
 At four levels; one table at the end. Bounds are arithmetic over ceilings measured in the same call:
@@ -37,7 +38,8 @@ from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import graphs
 from wan5b.extras.budget import GIB, forward_flop
 from wan5b.extras.cli import script
-from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.fp8 import Fp8Linear, quantize_blocks
+from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
@@ -45,7 +47,8 @@ from wan5b.media import to_frames
 from wan5b.vae22 import VAE22, Stream
 
 PRESET = "ti2v-5B"
-VARIANTS = ("eager", "compiled", "compiled fp8")  # float8 last: it replaces the weights
+# float8 last: it replaces the weights
+VARIANTS = ("eager", "compiled", "compiled fp8", "compiled fp8 vae")
 SIGMAS = few_step_sigmas()
 DECODED = 6  # latent frames on which the VAE's error is measured
 HEADER = f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'chunk':>17}{'GiB':>8}"
@@ -60,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--chunk", type=int, default=3, help="latent frames generated together")
     add("--window", type=int, help="latent frames that a chunk sees (default: all)")
     add("--sink", type=int, default=0, help="first latent frames that stay in the window")
-    add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    add("--variants", nargs="+", default=list(VARIANTS[:3]), choices=VARIANTS)
     add("--repeats", type=int, default=3, help="clips of which the median is taken")
     text = "then a long video, window 21, sink 3, last variant"
     add("--long", type=int, metavar="FRAMES", help=text)
@@ -232,12 +235,14 @@ class Sampler:
 
 
 @contextmanager
-def running_as(variant: str, model: WanDiT) -> Iterator[None]:
-    """Inside, the networks run as the variant says. The model stays in float8 if it says so."""
+def running_as(variant: str, model: WanDiT, vae: VAE22) -> Iterator[None]:
+    """Inside, the networks run as the variant says. What it has in float8 stays so."""
     compiled = variant != "eager"
     fuse.enable(compiled)
-    if "fp8" in variant:
+    if "fp8" in variant and not isinstance(model.blocks[0].ffn[0], Fp8Linear):
         quantize_blocks(model)
+    if "vae" in variant:
+        quantize_decoder(vae)
     if compiled:
         graphs.record(model)
     yield
@@ -440,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = []
     variants = [variant for variant in VARIANTS if variant in args.variants]
     for variant in variants:
-        with running_as(variant, sampler.model):
+        with running_as(variant, sampler.model, sampler.vae):
             lines += bench.measure(variant)
             if args.long and variant == variants[-1]:
                 lines.append(long_video(sampler, clip, args.long, args.chunk))
