@@ -74,6 +74,9 @@
 --dtype NAME         bfloat16 (default on a GPU) or float32 (default on the CPU)
 --compile            fuse small operations: a minute at the start, 1.3x faster after
 --fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
+--fp8-vae            convolutions of the VAE's decoder likewise
+--vae-device NAME    where the VAE works, if not on --device: on a second GPU it decodes a chunk
+                     while the next one is made
 --low-memory         for 24 GB: text on the CPU, decoding when the DiT is gone
 """
 
@@ -93,10 +96,11 @@ from tqdm import tqdm
 from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
 from wan5b.extras.cli import script
-from wan5b.extras.clips import Clip, contexts, make_record, write
+from wan5b.extras.clips import Clip, contexts, make_record, rows_of, write
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
 from wan5b.extras.resume import Progress, begin, fingerprint
@@ -125,21 +129,24 @@ def main(args: argparse.Namespace) -> None:
 
     # Text first: the encoder is gone before the DiT comes.
     negative = NEGATIVE_PROMPT if args.negative is None else args.negative
+    decoder = args.vae_device or args.device
     texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts), negative]
     if args.random_weights:
         context = random_weights.random_context(texts, job.cfg.text_len, job.cfg.text_dim)
-        vae = random_weights.random_vae(args.preset, args.device)
+        vae = random_weights.random_vae(args.preset, decoder)
     else:
         place = "cpu" if args.low_memory else args.device
         context = embed(texts, args.release, job.cfg.text_len, place)
         torch.cuda.empty_cache()
-        vae = load_vae(args.release, args.device, torch.float32)
+        vae = load_vae(args.release, decoder, torch.float32)
 
     # The VAE encodes the prefix in float32, since bfloat16 spoils an image, and decodes in dtype.
     prefix = None
     if len(job.pixels):
-        prefix = vae.encode(fit(job.pixels, *job.size)[None].to(args.device))
+        prefix = vae.encode(fit(job.pixels, *job.size)[None].to(decoder)).to(args.device)
     vae = vae.to(job.dtype)
+    if args.fp8_vae:
+        quantize_decoder(vae)
 
     # The DiT, made faster if asked for.
     if args.random_weights:
@@ -154,13 +161,8 @@ def main(args: argparse.Namespace) -> None:
     if args.compile and args.device != "cpu":
         graphs.record(model)
 
-    # The context of each text, with guidance the negative one behind it.
-    rows = {}
-    for index, text in enumerate(texts):
-        both = [index, -1] if job.sampler["guidance"] != 1 else [index]
-        rows[text] = context[both].to(args.device, job.dtype)
-
     # How far each clip is: nowhere, but for --resume.
+    rows = rows_of(texts, context.to(args.device, job.dtype), job.sampler["guidance"])
     begun = []
     for clip in job.clips:
         record = make_record(vars(args), clip, job.frames, job.found) | {"weights": known_by}
@@ -192,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
     for clip, progress, chunks in zip(job.clips, begun, made, strict=True):
         files = {"record": progress.record, "sheet": args.sheet, "save_latents": args.latents}
         files |= {"overwrite": args.overwrite, "fps": job.fps, "progress": progress}
-        write(vae, (x.to(args.device) for x in chunks), clip.path, frames=job.frames, **files)
+        write(vae, (x.to(decoder) for x in chunks), clip.path, frames=job.frames, **files)
 
 
 if __name__ == "__main__":

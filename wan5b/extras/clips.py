@@ -160,10 +160,20 @@ def check_finite(flags: list[Tensor], path: Path) -> None:
         )
 
 
+def rows_of(texts: list[str], context: Tensor, guidance: float) -> dict[str, Tensor]:
+    """text -> its context [1, L, D], or, with guidance, [2, L, D], the last text's behind it.
+
+    context [B, L, D]: of the texts, the negative one last.
+    """
+    if guidance == 1:
+        return {text: context[[index]] for index, text in enumerate(texts)}
+    return {text: context[[index, -1]] for index, text in enumerate(texts)}
+
+
 def contexts(clip: Clip, rows: dict[str, Tensor]) -> list[Tensor]:
     """What each chunk is shown. Of one text one tensor, by which a cache knows it again.
 
-    rows: text -> its context [1, L, D], with guidance the negative one behind.
+    rows: as of `rows_of`.
     """
     shown = [rows[text] for text in clip.texts]
     for chunk, (before, share) in clip.blends.items():

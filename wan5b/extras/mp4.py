@@ -107,7 +107,9 @@ class VideoWriter:
         # A copy from a GPU goes to pinned memory and is under way when this returns: the thread
         # waits for its event.
         host = frames.to("cpu", non_blocking=True, copy=True)
-        ready = torch.cuda.current_stream().record_event() if frames.is_cuda else None
+        ready = None
+        if frames.is_cuda:
+            ready = torch.cuda.current_stream(frames.device).record_event()
         self.pending.result()
         self.pending = self.thread.submit(self._encode, host, ready, whole)
 

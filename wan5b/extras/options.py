@@ -33,7 +33,7 @@ def parse(argv: list[str] | None, usage: str) -> argparse.Namespace:
         add(f"--{name}")
     for name in ("random-weights", "shots", "recache", "sheet", "latents", "report", "overwrite"):
         add(f"--{name}", action="store_true")
-    for name in ("compile", "fp8", "low-memory"):
+    for name in ("compile", "fp8", "fp8-vae", "low-memory"):
         add(f"--{name}", action="store_true")
     for name in ("frames", "chunk", "window", "sink", "prefix", "steps", "interpolate"):
         add(f"--{name}", type=int)
@@ -51,6 +51,7 @@ def parse(argv: list[str] | None, usage: str) -> argparse.Namespace:
     add("--mode", choices=list(MODES))
     add("--solver", choices=["unipc", "euler"])
     add("--device", default=DEVICES[0], choices=DEVICES)
+    add("--vae-device", choices=DEVICES)
     add("--dtype", choices=["bfloat16", "float32"])
 
     args = parser.parse_args(argv)

@@ -176,6 +176,9 @@ def check_numbers(args: Namespace) -> torch.dtype:
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     wrong = f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {args.device}"
     check(not args.fp8 or (dtype == torch.bfloat16 and args.device != "cpu"), wrong)
+    place = args.vae_device or args.device
+    wrong = f"--fp8-vae needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {place}"
+    check(not args.fp8_vae or (dtype == torch.bfloat16 and place != "cpu"), wrong)
     return dtype
 
 
