@@ -22,8 +22,9 @@ DRIFTS = ("luma", "spread", "saturation", "sharpness", "motion")
 OPENING = 12  # frames that similarity looks back to, where the chunk is not known
 POINTS = 1200  # of a series in the report, at most
 
-# Percent of the shorter side a second: seven pixels of 704. A still picture under strong grain,
-# encoded, has up to half of it, and a picture that pans so slowly is across after 100 seconds.
+# Percent of the shorter side a second: seven pixels of 704; a picture that pans like that is across
+# after 100 seconds. A still picture of 704x1280 under grain of 4 levels measures 0.5, of 8 levels
+# 0.9, one of 256x448 twice as much: there strong grain hides that nothing moves.
 STILL = 1.0
 
 # Of two pictures that have nothing in common `jump` is 1; a dissolve over n frames has about
@@ -105,7 +106,7 @@ def describe(
     returns = find_returns(series.similarity, series.jump, opening)
     moved = series.motion[np.isfinite(series.motion)]
     found = {
-        "video": Path(path).name,
+        "video": printable(Path(path).name),
         "size": list(series.size),
         "frames": frames,
         "fps": number(fps),
@@ -137,11 +138,11 @@ def drift(values: np.ndarray) -> dict[str, float | None]:
     """The mean over the first 15% of the frames, over the last 15%, and the second less the first.
 
     As FramePack's start-end contrast (Zhang and Agrawala 2025, arXiv 2504.12626), but with its
-    sign. It is a change, not yet a fault: a scene may get dark. None where there is no number, and
-    of a single frame.
+    sign. It is a change, not yet a fault: a scene may get dark. None with fewer than two
+    numbers.
     """
     there = values[np.isfinite(values)]
-    if len(values) < 2 or not len(there):
+    if len(there) < 2:
         return {"start": None, "end": None, "change": None}
     count = min(ends(len(values)), len(there))
     start = there[:count].mean()
@@ -169,9 +170,9 @@ def around(values: np.ndarray, reach: int, gap: int = 0) -> np.ndarray:
 def find_cuts(jump: np.ndarray) -> list[int]:
     """The frames that show another scene than the one before: hard cuts.
 
-    Where `jump` is CUT or more, and OUTSTANDING times the median of three frames to both sides: the
-    rule of PySceneDetect's AdaptiveDetector, on another distance. A dissolve is none, nor is a
-    change of brightness alone; one odd frame makes two cuts, to it and from it.
+    Where `jump` is CUT or more, and OUTSTANDING times the median of three frames to both sides, as
+    PySceneDetect's AdaptiveDetector goes by what is around. A dissolve is none, nor is a change of
+    brightness alone; one odd frame makes two cuts, to it and from it.
     """
     limit = np.maximum(OUTSTANDING * around(jump, 3), CUT)
     return np.flatnonzero(jump >= limit).tolist()  # NaN compares false
@@ -217,7 +218,9 @@ def find_pulse(series: Series, chunk: int | None, breaks: list[int]) -> dict:
     """What repeats with every chunk, which is 4 pixel frames for each of its latent frames; or, if
     the chunk is not known, with the period that is strongest. See `pulse.pulse`.
 
-    - period: in frames; None if the clip has fewer than 6 chunks, or nothing was found.
+    - period: in frames; None if nothing was found. known: whether it is the chunk's.
+    - tested: false if the clip is too short, which has fewer than 6 of the period, or, of the
+      shortest that is looked for.
     - of: for each series its strength, amplitude, unit and mean cycle. `visible` says whether it
       passes the limits.
 
@@ -243,7 +246,8 @@ def find_pulse(series: Series, chunk: int | None, breaks: list[int]) -> dict:
     found = {name: pulse(row, period) for name, row in rows.items()} if period else {}
     found = {name: item for name, item in found.items() if item}
     of = {name: _as_json(name, item) for name, item in found.items()}
-    return {"period": period if of else None, "known": bool(chunk), "of": of}
+    tested = len(series.luma) > CYCLES * (period or GROUP + 1)
+    return {"period": period, "known": bool(chunk), "tested": tested, "of": of}
 
 
 def _as_json(name: str, item: Pulse) -> dict:
@@ -263,6 +267,11 @@ def number(value: float | None) -> float | None:
     return float(f"{value:.4g}")
 
 
+def printable(name: str) -> str:
+    """A file's name, in which a terminal or a plot may find no commands and no broken bytes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
+
+
 def findings(found: dict) -> list[str]:
     """In words, what passes a limit."""
     words = []
@@ -279,6 +288,8 @@ def findings(found: dict) -> list[str]:
         ]
         what = "PULSE with the chunks" if beat["known"] else "repeats"
         words.append(f"{what} every {beat['period']} frames: {', '.join(sizes)}")
+    elif not beat["tested"]:
+        words.append("too short to tell a pulse")
 
     if found["cuts"]:
         words.append(f"{count(len(found['cuts']), 'cut')} at {listed(found['cuts'])}")
@@ -308,9 +319,11 @@ def table(reports: list[dict]) -> str:
         for name in SHOWN:
             cells.append(_changed(name, found["drift"][name]))
         moves = found["motion"]
-        cells.append("-" if moves is None else f"{moves:.3g} %/s" if moves >= STILL else "STATIC")
-        sizes = [item["amplitude"] for item in found["pulse"]["of"].values() if item["visible"]]
-        cells.append(f"{found['pulse']['period']} frames" if sizes else "none")
+        if moves is None:
+            cells.append("-")
+        else:
+            cells.append(f"{moves:.1f}%/s" if moves >= STILL else "STATIC")
+        cells.append(_pulse_cell(found["pulse"]))
         cells += [str(len(found["cuts"])), str(len(found["returns"]))]
         rows.append(cells)
 
@@ -323,9 +336,15 @@ def table(reports: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _pulse_cell(beat: dict) -> str:
+    if any(item["visible"] for item in beat["of"].values()):
+        return f"{beat['period']} frames"
+    return "none" if beat["tested"] else "-"
+
+
 def _changed(name: str, ends: dict) -> str:
     """Levels as a difference, all else in percent of the start."""
-    if ends["change"] is None:
+    if ends["change"] is None or (name == "motion" and ends["start"] < STILL):
         return "-"
     if name in ("luma", "spread"):
         return f"{ends['change']:+.1f}"

@@ -1,8 +1,9 @@
-"""The picture of a report: what was measured over time, and the mean cycle of the chunks.
+"""The picture of a report: what was measured over time, and the mean cycle of a chunk.
 
 Needs matplotlib, which is imported only here.
 """
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,11 @@ INK = "#333333"
 BLUE = "#2a6f97"
 RED = "#c1121f"
 GREY = "#8d99ae"
+LEGEND = (
+    "black: means of the first and last 15%    shade: luma's spread over the picture    "
+    "dotted: below it a picture is still    dashed: a cut    "
+    "red: back to the start, or a visible pulse"
+)
 PANELS = {
     "luma": "luma, levels",
     "saturation": "saturation",
@@ -41,7 +47,8 @@ def write(path: str | Path, found: dict, overwrite: bool = False) -> None:
     style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"axes.edgecolor": GREY, "axes.labelcolor": INK, "xtick.color": INK}
     style |= {"ytick.color": INK, "text.color": INK, "axes.titlesize": 8}
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names in scripts that the font does not have
         figure = draw(found)
         with replacing(path) as partial:
             figure.savefig(partial, dpi=120, format="png")
@@ -59,6 +66,7 @@ def draw(found: dict):
     for panel, name in zip(panels, PANELS, strict=True):
         _row(panel, found, name)
     panels[-1].set_xlabel("frame")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_xlim(0, max(found["frames"] - 1, 1))
     _marks(panels, found)
 
@@ -70,14 +78,18 @@ def draw(found: dict):
         else:
             panel.axis("off")
     if cycles:
-        columns[len(UNITS) - 1].set_xlabel(f"frame of the {beat['period']}")
-        columns[len(UNITS) - 1].tick_params(labelbottom=True)
+        lowest = columns[len(UNITS) - 1]
+        lowest.set_xlabel(f"frame of the {beat['period']}")
+        lowest.xaxis.get_major_locator().set_params(integer=True)
+        lowest.tick_params(labelbottom=True)
         title = "mean cycle of a chunk" if beat["known"] else "mean cycle of the strongest period"
         right.suptitle(title, fontsize=8)
     else:
-        columns[0].text(0, 0.9, _why_no_cycle(found), va="top", transform=columns[0].transAxes)
+        why = "no period stands out" if beat["tested"] else "too short for a pulse"
+        columns[0].text(0, 0.9, why, va="top", transform=columns[0].transAxes)
 
     figure.suptitle(_title(found), x=0.01, ha="left", fontsize=10)
+    figure.supxlabel(LEGEND, x=0.01, ha="left", fontsize=7.5, color=GREY)
     return figure
 
 
@@ -86,12 +98,8 @@ def _title(found: dict) -> str:
     facts = f"{found['video']}   {found['frames']} frames of {height}x{width}"
     if found["fps"]:
         facts += f" at {found['fps']:g} a second"
-    words = "\n".join(found["findings"]) or "no cuts, no pulse, no return to the start; it moves"
+    words = "\n".join(found["findings"]) or "nothing found"
     return f"{facts}\n{words}".replace("$", r"\$")  # which would begin a formula
-
-
-def _why_no_cycle(found: dict) -> str:
-    return "too short for a pulse" if found["chunk"] else "no period stands out"
 
 
 def _row(panel, found: dict, name: str) -> None:
@@ -116,8 +124,7 @@ def _row(panel, found: dict, name: str) -> None:
     if name == "motion":
         panel.axhline(STILL, color=GREY, linewidth=0.7, linestyle=":")
     if name != "luma":
-        panel.set_ylim(bottom=0)
-        panel.margins(y=0.15)
+        panel.set_ylim(0, 1.15 * panel.get_ylim()[1])
 
     ends = found["drift"][name]
     if ends["change"] is None:
