@@ -25,8 +25,9 @@ BLOCK = 8  # reduced pixels at a side of the squares in which motion is measured
 FASTEST = 0.05  # the share of the squares that counts
 FAINT = 8.0  # levels: a contrast below is taken for none where pictures are compared
 FLAT = 3.0  # levels a pixel: a slope below is taken for this where motion is measured
+GROUP = 4  # frames that come from one latent frame
 AHEAD = 4  # frames that threads look at while the one before is compared
-NAMES = ("luma", "spread", "saturation", "sharpness", "change", "jump", "motion", "similarity")
+NAMES = ("luma", "spread", "saturation", "sharpness", "change", "jump", "leap", "motion")
 
 
 class Series(NamedTuple):
@@ -41,7 +42,7 @@ class Series(NamedTuple):
       the video's size. NaN where the spread is below 1 level.
     - change: the mean absolute difference of luma to the frame before, in levels. VBench's temporal
       flickering is 1 - change / 255, at full size (Huang et al. 2023, arXiv 2311.17982).
-    - jump: `unlikeness` to the frame before.
+    - jump: `unlikeness` to the frame before. leap: to the frame a latent's four frames before.
     - motion: see `speed`; in percent of the shorter side a second.
     - similarity: 1 - the smallest `unlikeness` to one of the first frames: 1 is the same picture, 0
       one that has nothing to do with it.
@@ -55,6 +56,7 @@ class Series(NamedTuple):
     sharpness: np.ndarray
     change: np.ndarray
     jump: np.ndarray
+    leap: np.ndarray
     motion: np.ndarray
     similarity: np.ndarray
 
@@ -76,10 +78,11 @@ def measure(shown: Iterable[Shown], first: int) -> Series:
 
     first: how many frames `similarity` looks back to. ValueError if there are no frames.
     """
-    rows = {name: array("d") for name in NAMES}
+    rows = {name: array("d") for name in (*NAMES, "similarity")}
     opening = []  # the first frames
-    # From the newest frame that is LAG old, or the first, to the one before.
-    lately = deque(maxlen=512)
+    # From the newest frame that is LAG old, or the first, to the one before; not all where there are
+    # more than 128, since the times of a damaged file may stand still.
+    lately = deque(maxlen=128)
     start = Fraction(0)
     size = None
     for looked in _look_ahead(shown):
@@ -90,9 +93,9 @@ def measure(shown: Iterable[Shown], first: int) -> Series:
         if len(opening) < first:
             opening.append(small)
         values = looked.values | _beside(lately, small)
-        values["similarity"] = 1 - min(unlikeness(other, small) for other in opening)
-        for name in NAMES:
-            rows[name].append(values[name])
+        values["similarity"] = 1 - float(unlikeness(opening, small).min())
+        for name, row in rows.items():
+            row.append(values[name])
         lately.append(small)
     if size is None:
         raise ValueError("there are no frames in it")
@@ -141,10 +144,12 @@ def _look(frame: Shown) -> Looked:
 
 def _beside(lately: deque[Small], small: Small) -> dict[str, float]:
     """What is measured of a frame beside those before it. Drops what is too old for later ones."""
-    values = dict.fromkeys(("change", "jump", "motion"), np.nan)
+    values = dict.fromkeys(("change", "jump", "leap", "motion"), np.nan)
     if lately:
         values["change"] = float(np.abs(small.luma - lately[-1].luma).mean())
-        values["jump"] = unlikeness(lately[-1], small)
+        values["jump"] = float(unlikeness([lately[-1]], small)[0])
+        if len(lately) >= GROUP:
+            values["leap"] = float(unlikeness([lately[-GROUP]], small)[0])
         while len(lately) > 1 and lately[1].start <= small.start - LAG:
             lately.popleft()
         if lately[0].start <= small.start - LAG:
@@ -160,9 +165,11 @@ def reduced(image: Image.Image, start: Fraction) -> Small:
     luma = rgb @ np.array(LUMA[:3], np.float32)
     slope = np.hypot(*(_slope(luma, axis) for axis in (0, 1)))
 
-    largest = rgb.max(2)
+    red, green, blue = np.ascontiguousarray(rgb.transpose(2, 0, 1))
+    largest = np.maximum(np.maximum(red, green), blue)
+    smallest = np.minimum(np.minimum(red, green), blue)
     shine = float(largest.sum())
-    saturation = float((largest - rgb.min(2)).sum()) / shine if shine else 0.0
+    saturation = float((largest - smallest).sum()) / shine if shine else 0.0
 
     centred = (rgb - rgb.mean()).ravel()
     variance = float(centred @ centred) / len(centred)
@@ -185,28 +192,31 @@ def sharpness(luma: np.ndarray, spread: float) -> float:
     return float(np.sqrt(flat @ flat / len(flat)) / spread)
 
 
-def unlikeness(a: Small, b: Small) -> float:
-    """How far two pictures differ in what they show: 0 not at all, about 1 if they have nothing in
-    common, 2 if one is the other's negative.
+def unlikeness(others: list[Small], small: Small) -> np.ndarray:
+    """How far each of some pictures differs from this one in what it shows: 0 not at all, about 1
+    if they have nothing in common, 2 if one is the other's negative.
 
     The variance of their difference over the sum of their variances, all channels and pixels taken
     together. So a change of brightness alone is none. Contrasts below FAINT count little: black is
     not unlike nearly black.
     """
-    difference = b.centred - a.centred
-    between = float(difference @ difference) / len(difference)
-    return between / (a.variance + b.variance + FAINT**2)
+    values = []
+    for other in others:
+        shared = float(other.centred @ small.centred) / len(small.centred)
+        total = other.variance + small.variance
+        values.append(max(total - 2 * shared, 0) / (total + FAINT**2))
+    return np.array(values)
 
 
 def speed(a: Small, b: Small) -> float:
-    """How fast the fastest parts of a picture move, in percent of its shorter side a second; about
-    right for small steps, too little for those beyond the size of what is seen.
+    """How fast the fastest parts of a picture move, in percent of its shorter side a second; right
+    for small steps, too little for those beyond the size of what is seen.
 
-    In each square, the mean change of luma over the mean slope of luma: a picture that shifts by d
-    pixels changes by d times its slope along that way, 2 / pi of its steepness on average. What
-    brightness and contrast of the whole picture do is taken out first. Of the squares the fastest
-    5% count, as in VBench's dynamic degree, which has optical flow in this place. NaN if no time
-    has passed.
+    In each square, the mean change of luma over its mean slope: a picture that shifts by d pixels
+    changes by d times its slope along the way. What brightness and contrast of the whole picture do
+    is taken out first. Of the squares the fastest 5% count, in which edges stand across the way;
+    they do in VBench's dynamic degree, too, which has optical flow in this place. Motion that comes
+    round after exactly LAG is not seen. NaN if no time has passed.
     """
     elapsed = float(b.start - a.start)
     if elapsed <= 0:
@@ -220,7 +230,7 @@ def speed(a: Small, b: Small) -> float:
 
     ratio = _squares(change) / np.maximum(_squares((a.slope + b.slope) / 2), FLAT)
     count = max(round(FASTEST * ratio.size), 1)
-    pixels = np.pi / 2 * np.partition(ratio, -count, axis=None)[-count:].mean()
+    pixels = np.partition(ratio, -count, axis=None)[-count:].mean()
     return float(pixels) * a.pixel / elapsed
 
 

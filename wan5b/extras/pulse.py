@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wan5b.extras.measures import GROUP
+
 CYCLES = 6  # of a period that a clip must have, for its lines to have anything beside them
-GROUP = 4  # frames that come from one latent frame
 RESOLUTION = 0.01  # changes from frame to frame below are taken for rounding
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wan5b.extras.measures import Series, measure
+from wan5b.extras.measures import GROUP, Series, measure
 from wan5b.extras.pictures import video_frames
-from wan5b.extras.pulse import CYCLES, GROUP, Pulse, pulse, steps, strongest
+from wan5b.extras.pulse import CYCLES, Pulse, pulse, steps, strongest
 from wan5b.util import read_json, write_json
 
 SHARE = 0.15  # of the frames, at both ends, that drift compares
@@ -23,8 +23,8 @@ OPENING = 12  # frames that similarity looks back to, where the chunk is not kno
 POINTS = 1200  # of a series in the report, at most
 
 # Percent of the shorter side a second: seven pixels of 704; a picture that pans like that is across
-# after 100 seconds. A still picture of 704x1280 under grain of 4 levels measures 0.5, of 8 levels
-# 0.9, one of 256x448 twice as much: there strong grain hides that nothing moves.
+# after 100 seconds. A still picture of 704x1280 under grain of 4 levels measures 0.3, of 8 levels
+# 0.6, one of 256x448 0.8 and 1.4: in small ones strong grain hides that nothing moves.
 STILL = 1.0
 
 # Of two pictures that have nothing in common `jump` is 1; a dissolve over n frames has about
@@ -103,7 +103,7 @@ def describe(
     frames = len(series.luma)
     fps = (frames - 1) / series.seconds if series.seconds else None
     cuts = find_cuts(series.jump)
-    returns = find_returns(series.similarity, series.jump, opening)
+    returns = find_returns(series, opening)
     moved = series.motion[np.isfinite(series.motion)]
     found = {
         "video": printable(Path(path).name),
@@ -178,7 +178,7 @@ def find_cuts(jump: np.ndarray) -> list[int]:
     return np.flatnonzero(jump >= limit).tolist()  # NaN compares false
 
 
-def find_returns(similarity: np.ndarray, jump: np.ndarray, opening: int) -> list[dict]:
+def find_returns(series: Series, opening: int) -> list[dict]:
     """Where the picture suddenly goes back to the first frames: "sink-collapse" of models whose
     cache keeps the first frames; in published ones around latent frames 132 and 201 (LoL, Cui et
     al. 2026, arXiv 2601.16914).
@@ -186,20 +186,23 @@ def find_returns(similarity: np.ndarray, jump: np.ndarray, opening: int) -> list
     - frame: the first one that is back; latent: the latent frame that it comes from.
     - before, after: similarity over eight frames ahead of it, and behind it.
 
-    A rise counts if it is RISE at least, RETURN of the way to 1, and if the picture jumps there:
-    motion that comes round again does not.
+    A rise counts if it is RISE at least, RETURN of the way to 1, and if the picture itself jumps
+    there, within a latent's frames: motion that comes round again does not.
     """
-    outstanding = jump >= OUTSTANDING / 2 * around(jump, 12, gap=GROUP)
+    similarity = series.similarity
+    jumps = series.jump >= OUTSTANDING / 2 * around(series.jump, 12, gap=GROUP)
+    leaps = series.leap >= OUTSTANDING / 2 * around(series.leap, 12, gap=2 * GROUP)
+    for i in range(1, GROUP):
+        leaps[:-i] |= leaps[i:]  # a leap ends up to three frames after the rise
     rises = []
     for frame in range(opening + 8, len(similarity) - 1):
         rise = similarity[frame] - similarity[frame - 1]
-        if rise < RISE / GROUP or not outstanding[frame]:
+        if rise < RISE / GROUP or not (jumps[frame] or leaps[frame]):
             continue
         # A latent's frames may share the jump.
         before = float(np.median(similarity[max(frame - 8, 0) : frame]))
-        after = float(np.median(similarity[frame + GROUP - 1 : frame + GROUP + 7]))
-        if not math.isfinite(after):
-            after = float(similarity[-1])
+        behind = similarity[frame + GROUP - 1 : frame + GROUP + 7]
+        after = float(np.median(behind if len(behind) else similarity[-1:]))
         if after - before >= max(RISE, RETURN * (1 - before)):
             rises.append((float(rise), frame, before, after))
 
