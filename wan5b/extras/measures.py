@@ -8,7 +8,7 @@ Legend: H, W the picture's size, h, w the reduced one's. Levels are 0 .. 255, as
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import NamedTuple
@@ -80,8 +80,8 @@ def measure(shown: Iterable[Shown], first: int) -> Series:
     """
     rows = {name: array("d") for name in (*NAMES, "similarity")}
     opening = []  # the first frames
-    # From the newest frame that is LAG old, or the first, to the one before; not all where there are
-    # more than 128, since the times of a damaged file may stand still.
+    # From the newest frame that is LAG old, or the first, to the one before; 128 of them at most,
+    # since the times of a damaged file may stand still.
     lately = deque(maxlen=128)
     start = Fraction(0)
     size = None
@@ -100,11 +100,12 @@ def measure(shown: Iterable[Shown], first: int) -> Series:
     if size is None:
         raise ValueError("there are no frames in it")
 
-    # A video that is shorter than LAG has one pair, the first frame and the last.
+    # A video that is shorter than LAG has one number for motion, at its end.
     series = {name: np.array(row) for name, row in rows.items()}
-    if np.isnan(series["motion"]).all() and len(lately) > 1:
-        series["motion"][-1] = speed(lately[0], lately[-1])
-    return Series(size, float(lately[-1].start - start), **series)
+    last = lately.pop()
+    if np.isnan(series["motion"]).all() and lately:
+        series["motion"][-1] = speed(lately, last)
+    return Series(size, float(last.start - start), **series)
 
 
 class Looked(NamedTuple):
@@ -153,7 +154,7 @@ def _beside(lately: deque[Small], small: Small) -> dict[str, float]:
         while len(lately) > 1 and lately[1].start <= small.start - LAG:
             lately.popleft()
         if lately[0].start <= small.start - LAG:
-            values["motion"] = speed(lately[0], small)
+            values["motion"] = speed(lately, small)
     return values
 
 
@@ -208,20 +209,39 @@ def unlikeness(others: list[Small], small: Small) -> np.ndarray:
     return np.array(values)
 
 
-def speed(a: Small, b: Small) -> float:
-    """How fast the fastest parts of a picture move, in percent of its shorter side a second; right
-    for small steps, too little for those beyond the size of what is seen.
+def speed(lately: Sequence[Small], small: Small) -> float:
+    """How fast the fastest parts of a picture move, in percent of its shorter side a second; too
+    little for what moves by more than its own size from frame to frame.
+
+    The greatest of: the shift since the oldest frame over the time between, which is right for what
+    is slow; and how much farther it is to an older frame than to a newer one, over the time between
+    those, for what has shifted beyond its size since then. Grain alone is as far from all frames.
+    The frames are the one before, that of GROUP frames ago and the oldest. NaN if no time has
+    passed.
+    """
+    others = [lately[-1], lately[0]]
+    if len(lately) > GROUP:
+        others.insert(1, lately[-GROUP])
+    ages = [float(small.start - other.start) for other in others]
+    if not 0 < ages[0] <= ages[-1]:
+        return np.nan
+    shifts = [shift(other, small) for other in others]
+    speeds = [shifts[-1] / ages[-1]]
+    for i in range(1, len(others)):
+        if ages[i] > ages[i - 1]:
+            speeds.append((shifts[i] - shifts[i - 1]) / (ages[i] - ages[i - 1]))
+    return max(speeds)
+
+
+def shift(a: Small, b: Small) -> float:
+    """How far the fastest parts have moved from one picture to the other, in percent of the shorter
+    side; right for less than the size of what is seen, which it does not surpass.
 
     In each square, the mean change of luma over its mean slope: a picture that shifts by d pixels
     changes by d times its slope along the way. What brightness and contrast of the whole picture do
     is taken out first. Of the squares the fastest 5% count, in which edges stand across the way;
-    they do in VBench's dynamic degree, too, which has optical flow in this place. Motion that comes
-    round after exactly LAG is not seen. NaN if no time has passed.
+    they do in VBench's dynamic degree, too, which has optical flow in this place.
     """
-    elapsed = float(b.start - a.start)
-    if elapsed <= 0:
-        return np.nan
-
     # The second picture as far as it is not the first one, brighter or of more contrast.
     x = a.luma - a.luma.mean()
     y = b.luma - b.luma.mean()
@@ -230,8 +250,7 @@ def speed(a: Small, b: Small) -> float:
 
     ratio = _squares(change) / np.maximum(_squares((a.slope + b.slope) / 2), FLAT)
     count = max(round(FASTEST * ratio.size), 1)
-    pixels = np.partition(ratio, -count, axis=None)[-count:].mean()
-    return float(pixels) * a.pixel / elapsed
+    return float(np.partition(ratio, -count, axis=None)[-count:].mean()) * a.pixel
 
 
 def _squares(x: np.ndarray) -> np.ndarray:
