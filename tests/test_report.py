@@ -24,7 +24,7 @@ def visible(found):
 # ----------------------------------------------------------------------------------- without faults
 
 
-@pytest.mark.parametrize("chunk", [3, 8, None])
+@pytest.mark.parametrize("chunk", [3, None])
 def test_a_clean_moving_clip_has_no_findings(clean, chunk):
     found = described(clean, chunk)
     assert found["findings"] == []
@@ -160,8 +160,7 @@ def test_a_clip_that_freezes():
 # ------------------------------------------------------------------------------------------- pulse
 
 
-@pytest.mark.parametrize("size", [1.5, 4])
-@pytest.mark.parametrize("speed", [2, 8])
+@pytest.mark.parametrize(("size", "speed"), [(1.5, 2), (4, 8)])
 def test_a_pulse_of_luma_under_strong_motion(size, speed):
     found = described(journey(speed=speed) + size * sawtooth())
     assert found["pulse"]["period"] == 12
@@ -174,7 +173,7 @@ def test_a_pulse_of_luma_under_strong_motion(size, speed):
     assert int(np.argmin(np.diff([*cycle, cycle[0]]))) == 8
 
 
-@pytest.mark.parametrize(("chunk", "period"), [(1, 4), (2, 8), (8, 32)])
+@pytest.mark.parametrize(("chunk", "period"), [(1, 4), (8, 32)])
 def test_chunks_of_other_sizes(chunk, period):
     found = described(journey() + 3 * sawtooth(period=period), chunk)
     assert visible(found)["luma"] == pytest.approx(3, rel=0.15)
@@ -204,7 +203,7 @@ def test_an_unknown_period_is_found(clean):
     assert found["findings"][0].startswith("repeats every 16 frames: luma by ")
 
 
-@pytest.mark.parametrize("period", [10, 11, 12.7, 13, 14])
+@pytest.mark.parametrize("period", [11, 12.7, 14])
 def test_motion_with_a_period_beside_the_chunks(period):
     """Brightness and position swing strongly, in waves that no chunk makes."""
     land = landscape()
@@ -295,8 +294,7 @@ def test_one_odd_frame_is_two_cuts(clean):
     assert described(odd)["cuts"] == [77, 78]
 
 
-@pytest.mark.parametrize("over", [1, 4])
-@pytest.mark.parametrize("at", [60, 150])
+@pytest.mark.parametrize(("at", "over"), [(60, 4), (150, 1)])
 def test_a_return_to_the_start(at, over):
     """At once, or blended over the frames of a latent; and then it goes on from there."""
     clip = softened(softened(journey(speed=1.5)))

@@ -163,10 +163,10 @@ def reduced(image: Image.Image, start: Fraction) -> Small:
     side = min(image.size)
     factor = max(side // SIDE, 1)
     rgb = np.asarray(image.reduce(factor), np.float32)  # [h, w, 3]
-    luma = rgb @ np.array(LUMA[:3], np.float32)
+    red, green, blue = np.ascontiguousarray(rgb.transpose(2, 0, 1))
+    luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     slope = np.hypot(*(_slope(luma, axis) for axis in (0, 1)))
 
-    red, green, blue = np.ascontiguousarray(rgb.transpose(2, 0, 1))
     largest = np.maximum(np.maximum(red, green), blue)
     smallest = np.minimum(np.minimum(red, green), blue)
     shine = float(largest.sum())
