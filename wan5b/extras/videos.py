@@ -127,16 +127,17 @@ def _decoded(
         decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
     decoder.thread_type = "AUTO"
 
+    # AVI knows times of decoding only; pictures are shown in their order.
+    is_avi = file.format.name == "avi"
     decoding_times = deque()  # of the packets whose frames are to come
     for packet in file.demux():
         reach.add(packet)
         if packet.stream.index != stream.index:
             continue
-        if packet.size:
+        if packet.size and is_avi:
             decoding_times.append(packet.dts)
         for frame in decoder.decode(packet):
-            # AVI knows times of decoding only; pictures are shown in their order.
-            if file.format.name == "avi" and decoding_times:
+            if decoding_times:
                 frame.pts = decoding_times.popleft()
             reach.frames = max(reach.frames, _end(frame))
             yield frame
