@@ -97,30 +97,22 @@ from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
 from wan5b.extras.cli import script
 from wan5b.extras.clips import Clip, contexts, make_record, rows_of, write
-from wan5b.extras.files import note_cut
-from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
+from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
+from wan5b.extras.report_plot import leave_beside
 from wan5b.extras.resume import Progress, begin, fingerprint
 from wan5b.extras.sampling import draw_noise, generate
+from wan5b.extras.texts import embed
 from wan5b.kvcache import KVCache
-from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
+from wan5b.t5 import NEGATIVE_PROMPT
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of a command line; they are explained above. ValueError for what is wrong."""
     return options.parse(argv, usage=__doc__)
-
-
-def embed(texts: list[str], release: str, length: int, device: str) -> Tensor:
-    """Context of the texts, [B, length, D] on the CPU. The encoder is gone afterwards."""
-    tokenizer = load_tokenizer(release, length)
-    note_cut(tokenizer, texts)
-    encoder = load_t5(release, device, torch.bfloat16)
-    # One by one: memory does not grow, and no text's bits depend on its company.
-    return torch.cat([encode_prompts(encoder, tokenizer, [text]).cpu() for text in texts])
 
 
 @torch.no_grad()
@@ -195,6 +187,8 @@ def main(args: argparse.Namespace) -> None:
         files = {"record": progress.record, "sheet": args.sheet, "save_latents": args.latents}
         files |= {"overwrite": args.overwrite, "fps": job.fps, "progress": progress}
         write(vae, (x.to(decoder) for x in chunks), clip.path, frames=job.frames, **files)
+        if args.report:
+            leave_beside(clip.path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import sample
 from wan5b import fuse, media
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import clips as extras_clips
-from wan5b.extras import files, fp8, framing, mp4, pictures, plan, random_weights, sampling
+from wan5b.extras import files, fp8, framing, mp4, pictures, plan, random_weights, sampling, texts
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.util import rng
@@ -104,8 +104,9 @@ def forbidden(*_, **__):
 
 @pytest.fixture
 def no_networks(monkeypatch):
-    for name in ("load_t5", "load_vae", "load_dit"):
+    for name in ("load_vae", "load_dit"):
         monkeypatch.setattr(sample, name, forbidden)
+    monkeypatch.setattr(texts, "load_t5", forbidden)
     for name in ("random_vae", "random_dit"):
         monkeypatch.setattr(random_weights, name, forbidden)
 
@@ -211,7 +212,7 @@ def test_order_of_memory(run, monkeypatch, low_memory):
     """The text encoder is gone when the DiT comes; with --low-memory the DiT is gone when decoding
     begins.
     """
-    load_t5, load_dit, decode, alive = sample.load_t5, sample.load_dit, VAE22.decode_chunk, {}
+    load_t5, load_dit, decode, alive = texts.load_t5, sample.load_dit, VAE22.decode_chunk, {}
 
     def kept(name, load):
         def call(*args, **kwargs):
@@ -225,7 +226,7 @@ def test_order_of_memory(run, monkeypatch, low_memory):
 
         return call
 
-    monkeypatch.setattr(sample, "load_t5", kept("t5", load_t5))
+    monkeypatch.setattr(texts, "load_t5", kept("t5", load_t5))
     monkeypatch.setattr(sample, "load_dit", kept("dit", load_dit))
     monkeypatch.setattr(VAE22, "decode_chunk", kept("decode", decode))
     run("--frames", 9, *["--low-memory"] * low_memory)
@@ -392,8 +393,8 @@ def test_bidirectional_one_step_is_one_call_of_the_network(run, release):
     the network.
     """
     made = run("--mode", "bidirectional", "--steps", 1, "--guidance", 1, "--frames", 5, "--seed", 3)
-    prompts = sample.encode_prompts(
-        sample.load_t5(release), sample.load_tokenizer(release), ["a red ball"]
+    prompts = texts.encode_prompts(
+        texts.load_t5(release), texts.load_tokenizer(release), ["a red ball"]
     )
     (noise,), sigma = sampling.draw_noise(3, [2], (48, 2, 4)), sampling_sigmas(1)[0]
     with torch.no_grad():

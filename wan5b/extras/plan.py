@@ -378,11 +378,12 @@ def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
     first = prefix + chunks[0] if inside else chunks[0]
     largest = max(first, *chunks)
     sampler |= memory(recipe.window or None, recipe.sink, largest, recipe.sink_rope)
-    return sampler | {"chunks": chunks, "prefix_inside": inside, "recache": args.recache}
+    return sampler | {"chunks": chunks, "prefix_inside": inside}
 
 
 def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> list[Clip]:
-    """The clips, with the text that each chunk is shown. Puts the cuts of --shots into `sampler`.
+    """The clips, with the text that each chunk is shown. Puts what there is to changes of the
+    prompt into `sampler`.
 
     ValueError without prompts, for scenes that don't fit, and if a file is in a clip's way.
     """
@@ -390,7 +391,7 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     check(prompts, "no prompt: give --prompt TEXT, or --prompts FILE with one a line")
     chunks = sampler["chunks"]
-    sampler["cuts"] = {}
+    sampler |= {"cuts": {}, "recache": args.recache}
     begins = [0]
     if args.shots:
         check(not args.at, "--shots are of equal lengths: leave --at out, or --shots")
@@ -409,7 +410,8 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
     # The names that they get must be free, and are never those of what is read.
     read = [args.image, args.video, args.prompts, args.weights, args.recipe]
     read += [parse_lora(text)[0] for text in args.lora]
-    suffixes = {".png": args.sheet, ".safetensors": args.latents, ".report.json": args.report}
+    suffixes = {".png": args.sheet, ".safetensors": args.latents}
+    suffixes |= {".report.json": args.report, ".report.png": args.report}
     asked = [suffix for suffix, wanted in suffixes.items() if wanted]
     claim(clips, list(filter(None, read)), asked, overwrite=args.overwrite, resume=args.resume)
 

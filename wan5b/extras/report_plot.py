@@ -7,8 +7,8 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-from wan5b.extras.report import STILL, UNITS, check_free
-from wan5b.util import replacing
+from wan5b.extras.report import STILL, UNITS, beside, check_free, line, report
+from wan5b.util import replacing, write_json
 
 INK = "#333333"
 BLUE = "#2a6f97"
@@ -162,3 +162,12 @@ def _cycle(panel, item: dict, name: str, period: int) -> None:
     panel.set_ylim(-reach, reach)
     panel.set_ylabel(f"{name}, {item['unit']}")
     panel.axhline(0, color=GREY, linewidth=0.5)
+
+
+def leave_beside(video: Path) -> None:
+    """A clip's report and, with matplotlib, its plot, in place of older ones; a line for people."""
+    found = report(video)
+    write_json(beside(video), found)
+    if available():
+        write(beside(video).with_suffix(".png"), found, overwrite=True)
+    print(line(found))
