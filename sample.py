@@ -88,7 +88,7 @@ from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
-from wan5b.extras.sampling import generate
+from wan5b.extras.sampling import draw_noise, generate
 from wan5b.kvcache import KVCache
 from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
 
@@ -142,16 +142,17 @@ def main(args: argparse.Namespace) -> None:
         graphs.record(model)
 
     # The clips. All share one cache, and with it its CUDA graphs.
-    shape = (1, job.cfg.in_dim, sum(job.sampler["chunks"]), job.size[0] // 16, job.size[1] // 16)
+    size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
     new_cache = functools.cache(KVCache)
 
     def latents(clip: Clip) -> Iterator[Tensor]:
         """Piece by piece, made as they are asked for."""
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(clip.seed))
+        noise = draw_noise(clip.seed, job.sampler["chunks"], size)
         # For each chunk its text; of one text one tensor, which the cache knows again by that.
         rows = {}
         for text in clip.texts:
-            rows[text] = context[[texts.index(text), -1]].to(args.device, job.dtype)
+            both = [texts.index(text), -1] if job.sampler["guidance"] != 1 else [texts.index(text)]
+            rows[text] = context[both].to(args.device, job.dtype)
         shown = [rows[text] for text in clip.texts]
         own = {"prefix": prefix, "seed": clip.seed, "new_cache": new_cache}
         return generate(model, noise, shown, **job.sampler, **own)

@@ -73,14 +73,10 @@ def run(release, tensors, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "embed", embed)
     monkeypatch.setattr(VAE22, "decode_chunk", pixels)
 
-    draw = torch.randn
-
     def call(noise, image, *options, out="a"):
-        def randn(*shape, **how):
-            if "generator" not in how:
-                return draw(*shape, **how)  # a network is built
-            assert shape[0] == noise.shape
-            return noise
+        def draw_noise(seed, chunks, size):
+            assert (sum(chunks), *size) == (noise.shape[2], noise.shape[1], *noise.shape[3:])
+            return iter(noise.split(chunks, 2))
 
         height, width = noise.shape[3:]
         base = ["--release", release, "--weights", FOLDER / "model_bf16.pt", "--device", "cpu"]
@@ -90,9 +86,8 @@ def run(release, tensors, tmp_path, monkeypatch):
             base += ["--image", release / "image.png"]
             monkeypatch.setattr(VAE22, "encode", lambda *_: image)
         args = sample.parse([str(option) for option in (*base, *options)])
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "randn", randn)
-            sample.main(args)
+        monkeypatch.setattr(sample, "draw_noise", draw_noise)
+        sample.main(args)
         latents = load_file(tmp_path / f"{out}.safetensors")["latents"]
         record = json.loads((tmp_path / f"{out}.json").read_text())
         return SimpleNamespace(latents=latents, record=record)
@@ -173,8 +168,9 @@ def test_as_its_makers_sample_it(run, tensors, name, monkeypatch):
     shown = []
 
     def spy(field, noise, context, *args, **how):
-        shown.extend(context)
-        return rollout(field, noise, context, *args, **how)
+        texts = list(context)
+        shown.extend(texts)
+        return rollout(field, noise, texts, *args, **how)
 
     monkeypatch.setattr(sampling, "rollout", spy)
     frames, prompts, behind, texts, cuts = COMMANDS[name]

@@ -5,8 +5,9 @@ A generator is anything called as model(x, sigma, context, cache=...) -> v (`rep
 chunks=...).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from wan5b.kvcache import KVCache, chunk_sizes
 
 def rollout(
     generator: Callable,
-    noise: Tensor,
-    context: Tensor | list[Tensor],
+    noise: Tensor | Iterable[Tensor],
+    context: Tensor | Iterable[Tensor],
     sigmas: list[float],
     chunks: list[int],
     cache: KVCache,
@@ -39,10 +40,12 @@ def rollout(
     0, no grad) when the next one is asked for, so it must not be changed in place.
 
     - generator: a WanDiT, or what is called like one (`guided`, `behind`); the same for all chunks.
-    - noise [B, C, T, H, W] covers the generated frames, cut into chunks. It may lie on the CPU: a
-      long video's is moved chunk by chunk.
-    - context [B, L, D], or a list of one for every chunk; sigmas: the levels, falling, the last one
-      0.
+    - noise [B, C, T, H, W] covers the generated frames, cut into chunks. It may lie on the CPU,
+      from which it is moved chunk by chunk. Or an iterable of every chunk's, drawn when the chunk
+      begins; without an end there is no end to the video.
+    - context [B, L, D], or one for every chunk: a list, or an iterable that is asked when the chunk
+      begins, the cache being of the chunks before. sigmas: the levels, falling, the last one 0.
+    - chunks: frames of each; with an iterable noise, at least the sizes that occur.
     - exit_step: index of the level whose x0 is the result (None: the last). Grad, where enabled,
       flows through that level's forward alone; none crosses chunks, since committed keys carry
       none.
@@ -55,7 +58,9 @@ def rollout(
     - solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising.
     - trace: a list that takes the input of every chunk's exit level, for `replay`.
     """
-    assert sum(chunks) == noise.shape[2], f"chunks {chunks}, noise of {noise.shape[2]} frames"
+    if isinstance(noise, Tensor):
+        assert sum(chunks) == noise.shape[2], f"chunks {chunks}, noise of {noise.shape[2]} frames"
+        noise = noise.split(chunks, dim=2)
     last = len(sigmas) - 2
     exit_step = last if exit_step is None else exit_step
     assert 0 <= exit_step <= last, f"exit_step {exit_step} of levels {sigmas}"
@@ -64,19 +69,20 @@ def rollout(
         # What `replay` can run again: a prefix in front, one text, an exit level.
         assert renoises, f"nothing to replay of solver {solver}"
         assert not prefix_inside, "a replay takes its prefix in front"
-        assert not isinstance(context, list), "a replay takes one text"
-    texts = context if isinstance(context, list) else [context] * len(chunks)
-    assert len(texts) == len(chunks), f"{len(texts)} contexts for {len(chunks)} chunks"
+        assert isinstance(context, Tensor), "a replay takes one text"
+    if isinstance(context, list):
+        assert len(context) == len(chunks), f"{len(context)} contexts for {len(chunks)} chunks"
+    texts = repeat(context) if isinstance(context, Tensor) else iter(context)
+    text = next(texts)
 
-    # A prefix in front is committed in chunks too, of which the first may be smaller: 7 frames in
-    # chunks of 3 are 1, 3, 3.
     inside = prefix if prefix_inside else None
     if prefix is not None and prefix.shape[2] and not prefix_inside:
-        sizes = chunk_sizes(prefix.shape[2], max(chunks), prefix.shape[2] % max(chunks))
-        for part in prefix.split(sizes, dim=2):
-            _commit(generator, part, texts[0], cache)
+        for part in split_prefix(prefix, chunks):
+            commit(generator, part, text, cache)
 
-    for index, (x, text) in enumerate(zip(noise.split(chunks, dim=2), texts, strict=True)):
+    for index, x in enumerate(noise):
+        if index:
+            text = next(texts)
         x = x.to(text.device)
         if cuts and index in cuts:
             cache.cut(x.shape[2], cuts[index])
@@ -97,7 +103,7 @@ def rollout(
         if inside is not None:
             x0 = torch.cat([inside, x0], 2)
             inside = None
-        _commit(generator, x0, text, cache)
+        commit(generator, x0, text, cache)
 
 
 def replay(
@@ -120,8 +126,17 @@ def _velocity(generator: Callable, context: Tensor, cache: KVCache, x: Tensor, s
     return generator(x, sigma, context, cache=cache)
 
 
+def split_prefix(prefix: Tensor, chunks: list[int]) -> tuple[Tensor, ...]:
+    """The parts in which a prefix in front of the first chunk is committed: chunks too, of which
+    the first may be smaller. 7 frames in front of chunks of 3 are 1, 3, 3.
+    """
+    sizes = chunk_sizes(prefix.shape[2], max(chunks), prefix.shape[2] % max(chunks))
+    return prefix.split(sizes, dim=2)
+
+
 @torch.no_grad()
-def _commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache) -> None:
+def commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache) -> None:
+    """Take finished frames x0 [B, C, T, H, W] into the cache, under a text: the clean pass."""
     cache.use_text(context)
     generator(x0.detach(), 0.0, context, cache=cache)
     cache.commit(x0.shape[2])

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wan5b.attention import attention
+from wan5b.attention import attention, rope_table, rotate
 
 
 def chunk_sizes(frames: int, size: int = 3, first: int | None = None) -> list[int]:
@@ -89,6 +89,10 @@ class KVCache:
     first `sink` frames of the video included; with a window the video may be longer than the
     memory, and frames = window is enough. A rollout that carries grad needs frames >= the whole
     video: nothing that it has read may be replaced.
+
+    sink_rope: where RoPE has the sink once the window has left it. "absolute": where it was, ever
+    further from the chunk; published models jump back to their first frames at some distances (LoL,
+    arXiv 2601.16914). "relative": right in front of the window (Deep Forcing, arXiv 2512.05081).
     """
 
     def __init__(
@@ -101,7 +105,9 @@ class KVCache:
         sink: int = 0,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        sink_rope: str = "absolute",
     ):
+        assert sink_rope in ("absolute", "relative"), sink_rope
         if sink and not 0 < sink < (window or 0):
             raise ValueError(
                 f"a sink must be smaller than the window: sink {sink}, window {window}"
@@ -110,6 +116,7 @@ class KVCache:
         self.capacity = frames
         self.window = window
         self.sink = sink
+        self.sink_rope = sink_rope
 
         rows = frames * tokens_per_frame
         shape = (cfg.num_layers, 2, batch, rows, cfg.num_heads, cfg.head_dim)
@@ -126,6 +133,9 @@ class KVCache:
         self.slots: dict[int, int] = {}  # frame -> where it lies
         self.scenes: list[range] = []  # the first frames of each; the newest one's stay
         self.gap = 0  # RoPE positions that scene cuts have left out
+        self.floor = 0  # first frame since `rewind`: of earlier ones the sink alone is left
+        self.turned = 0  # RoPE positions by which the sink's keys have been moved on
+        self.sink_keys = None  # the sink's keys before that
         self.context = None  # the text in force
         self.text_kept = False  # whether `text` holds its keys and values
 
@@ -153,6 +163,8 @@ class KVCache:
         """
         self._place(range(self.frames, self.frames + n_frames))
         self.written = self.frames + n_frames
+        if self.sink_rope == "relative" and self.sink:
+            self._turn_sink(max(0, self.written - self.window))
         return CachedAttention(self, [self._span(self.frames, n_frames)])
 
     def replay(self, chunks: list[int]) -> CachedAttention:
@@ -160,7 +172,8 @@ class KVCache:
         there = sum(chunks) <= self.written <= self.capacity
         assert there, f"chunks {chunks} of {self.written} frames in a cache of {self.capacity}"
         assert torch.is_grad_enabled(), "without grad a replay would only repeat what is known"
-        assert not self.gap, "positions of earlier scenes are not kept"
+        moved = self.gap or self.turned
+        assert not moved, "where keys were in an earlier scene, or before the sink moved, is lost"
         spans = []
         start = self.written - sum(chunks)
         for size in chunks:
@@ -184,6 +197,23 @@ class KVCache:
         possible = 0 < n_frames <= pending
         assert possible, f"commit({n_frames}) of {pending} frames run behind {self.frames}"
         self.frames += n_frames
+
+    def rewind(self, frame: int) -> None:
+        """The next chunk begins at this frame; all but the sink is forgotten, which stays in sight.
+
+        To run finished frames again, under another text say: rewind to the first of them, commit
+        them in their chunks. A cache that is empty may go ahead, to where it takes over a video.
+        """
+        if frame == self.frames:
+            return
+        assert not self.scenes, "what earlier scenes have left in the window is not kept"
+        self.slots = {f: slot for f, slot in self.slots.items() if f < min(frame, self.sink)}
+        self.frames = frame
+        self.written = frame
+        self.floor = frame
+        if frame < self.sink:  # it is to be committed anew
+            self.turned = 0
+            self.sink_keys = None
 
     # ------------------------------------------------------------------------------------ memory
 
@@ -241,7 +271,7 @@ class KVCache:
             assert end <= self.capacity, room
 
         # Where a scene's first frames would leave the recent ones, they stay; others go instead.
-        recent = max(self.sink, end - (window - self.sink))
+        recent = max(self.sink, end - (window - self.sink), self.floor)
         scene = range(0)
         for began in self.scenes:
             if began.start < start:  # the chunk that opens a scene still sees the one before
@@ -258,7 +288,11 @@ class KVCache:
         return past
 
     def _place(self, frames: range) -> None:
-        """Give new frames slots: empty ones, or those of the oldest frames that are not seen."""
+        """Give new frames slots: their own ones in the ring, or, where a scene's first frames stay
+        in these, those of the oldest frames that are not seen.
+
+        So the order in memory, and with it rounding, does not depend on where the cache took over.
+        """
         seen = {self.slots[frame] for frame in self._past(frames.start, frames.stop)}
         frame_at = {slot: frame for frame, slot in self.slots.items()}
         free = [slot for slot in range(self.capacity) if slot not in seen]
@@ -266,9 +300,30 @@ class KVCache:
         free.sort(key=lambda slot: frame_at.get(slot, -1))
         for frame in frames:
             if frame not in self.slots:
-                slot = free.pop(0)
+                own = frame
+                if frame >= self.capacity:
+                    own = self.sink + (frame - self.sink) % (self.capacity - self.sink)
+                slot = own if own in free else free[0]
+                free.remove(slot)
                 self.slots.pop(frame_at.get(slot), None)
                 self.slots[frame] = slot
+
+    @torch.no_grad()
+    def _turn_sink(self, turn: int) -> None:
+        """Move the sink's keys on by so many RoPE positions from where they were made.
+
+        Rotations compose. Each begins with the keys as they were made, so no rounding adds up.
+        """
+        if turn == self.turned:
+            return
+        rows = self.sink * self.tokens_per_frame
+        keys = self.memory[:, 0, :, :rows]  # [layers, B, S, N, K]
+        if self.sink_keys is None:
+            self.sink_keys = keys.clone()
+        rope = rope_table(keys.shape[-1], turn, 1, 1, 1, keys.device)  # of time alone
+        for layer, made in enumerate(self.sink_keys):
+            keys[layer] = rotate(made, rope)
+        self.turned = turn
 
     def _ranges(self, slots) -> tuple[tuple[int, int], ...]:
         """Slots as ranges of tokens, neighbours joined: 0, 1, 2, 5 of 10 tokens -> (0, 30), (50,

@@ -3,15 +3,16 @@
 Used by sample.py, by the sample videos of train.py and by the demo.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wan5b.distill import behind, guided, rollout
+from wan5b.distill import behind, guided, rollout, split_prefix
+from wan5b.extras.past import Past
 from wan5b.flow import solve
 from wan5b.kvcache import KVCache
 from wan5b.util import rng
@@ -33,10 +34,24 @@ MODES = {
 }
 
 
+def draw_noise(
+    seed: int, chunks: Iterable[int], size: tuple[int, int, int], first: int = 0
+) -> Iterator[Tensor]:
+    """A clip's noise [1, C, T, H, W], float32 on the CPU, drawn chunk by chunk as it is asked for.
+
+    chunks: frames of each, from the chunk `first` on, on whose index alone its noise depends. size:
+    (C, H, W) of the latents.
+    """
+    channels, height, width = size
+    for index, frames in enumerate(chunks, first):
+        shape = (1, channels, frames, height, width)
+        yield torch.randn(shape, generator=rng("cpu", seed, "noise", index))
+
+
 def generate(
     model: Callable,
-    noise: Tensor,
-    context: Tensor | list[Tensor],
+    noise: Tensor | Iterable[Tensor],
+    context: Tensor | Iterable[Tensor],
     sigmas: list[float],
     chunks: list[int],
     *,
@@ -46,9 +61,14 @@ def generate(
     prefix: Tensor | None = None,
     window: int | None = None,
     sink: int = 0,
+    sink_rope: str = "absolute",
     seed: int = 0,
     prefix_inside: bool = False,
     cuts: dict[int, int] | None = None,
+    recache: bool = False,
+    endless: bool = False,
+    past: Past | None = None,
+    draws: torch.Generator | None = None,
     new_cache: Callable = KVCache,
 ) -> Iterator[Tensor]:
     """Latents [B, C, T, H, W] of clips, piece by piece: the prefix first, if any, then every chunk
@@ -56,31 +76,38 @@ def generate(
 
     - model: a WanDiT.
     - noise, sigmas, chunks, prefix: as in `rollout`. Not causal: all chunks are made at once.
-    - context [B, L, D] of the prompts. Causal: or a list of one for every chunk, where chunks of
-      one text have the same tensor. It may have the unconditional rows behind, [2B, L, D]; with
-      guidance it must.
-    - solver: one of flow.SOLVERS; seed: of the noise that "renoise" adds.
+    - context [B, L, D] of the prompts, or [2B, L, D], with the unconditional rows behind: needed
+      with guidance. Causal: or one for every chunk, with just the rows needed, where chunks of one
+      text have the same tensor: a list, or an iterable that is asked when the chunk begins.
+    - solver: one of flow.SOLVERS; seed: of the noise that "renoise" adds, or the generator `draws`.
     - guidance: scale of CFG, for all chunks; None or 1: there is none.
-    - window, sink: of the cache, in latent frames; prefix_inside, cuts: as in `rollout`. All four
-      only where causal.
     - new_cache: called as KVCache is; may return one that was used before.
+
+    Only where causal:
+    - window, sink, sink_rope: of the cache; prefix_inside, cuts: as in `rollout`.
+    - recache: where the text changes, the window is run again under the new one.
+    - endless: noise that never ends. Needs a window; chunks: the sizes that occur.
+    - past: takes what the memory is made of; of one that has chunks the video goes on, with noise
+      and contexts of those that are left, and no prefix.
     """
-    clean = 0
+    going_on = past is not None and past.frames > 0
+    assert not (going_on and (prefix is not None or cuts)), "a video goes on as it is"
+    assert window or not endless, "a video without an end needs a window"
     if prefix is not None:
         yield prefix
-        clean = prefix.shape[2]
 
-    # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work. A
-    # text that comes again is the same tensor again, since the cache knows it by that.
-    texts = context if isinstance(context, list) else [context]
-    field = model
-    if guidance in (None, 1):
-        conditional = {id(text): text[: len(noise)] for text in texts}
-        texts = [conditional[id(text)] for text in texts]
-    else:
-        field = guided(model, guidance)
-    first = texts[0]
-    draws = rng(first.device, seed, "renoise")
+    # The first chunk's noise and text tell sizes and place.
+    pieces = iter(noise.split(chunks, dim=2) if isinstance(noise, Tensor) else noise)
+    piece = next(pieces)
+    pieces = chain([piece], pieces)
+    rows = len(piece) if guidance in (None, 1) else 2 * len(piece)
+    # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work.
+    texts = repeat(context[:rows]) if isinstance(context, Tensor) else iter(context)
+    text = next(texts)
+    texts = chain([text], texts)
+    assert len(text) == rows, f"{len(text)} rows of text, not {rows}"
+    field = model if guidance in (None, 1) else guided(model, guidance)
+    draws = draws or rng(text.device, seed, "renoise")
 
     def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=draws, device=like.device)
@@ -88,17 +115,38 @@ def generate(
     # The whole clip at once.
     if not causal:
         field = field if prefix is None else behind(field, prefix)
-        x = noise.to(first.device)
-        yield solve(partial(field, context=first), x, sigmas, solver, partial(fresh, 0))
+        x = torch.cat(list(pieces), 2).to(text.device)
+        yield solve(partial(field, context=text), x, sigmas, solver, partial(fresh, 0))
         return
 
-    # Chunk by chunk, over a cache for as many rows as the context has.
-    total = clean + noise.shape[2]
-    tokens = model.cfg.tokens_per_frame(*noise.shape[3:])
-    sizes = (len(first), min(window or total, total), tokens)
-    cache = new_cache(model.cfg, *sizes, window, sink, first.device, first.dtype)
+    # Chunk by chunk, over a cache that is filled again where the video goes on.
+    past = past or Past(1, window, sink)
+    if prefix is not None and not prefix_inside:
+        for part in split_prefix(prefix, chunks):
+            past.add(part, text)
+    total = past.frames + sum(chunks)
+    if prefix_inside and prefix is not None:
+        total += prefix.shape[2]
+    capacity = window if endless else min(window or total, total)
+    sizes = (rows, capacity, model.cfg.tokens_per_frame(*piece.shape[3:]))
+    cache = new_cache(model.cfg, *sizes, window, sink, text.device, text.dtype, sink_rope)
     cache.reset()
-    given = (field, noise, texts if isinstance(context, list) else first, sigmas, chunks, cache)
-    options = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
-    # No more than there are: asked for another, the rollout would commit the last one too.
-    yield from islice(rollout(*given, solver=solver, **options), len(chunks))
+    if going_on:
+        past.refill(field, cache)
+
+    def shown() -> Iterator[Tensor]:
+        for text in texts:
+            if recache and past.commits and text is not past.commits[-1].context:
+                past.recache(field, cache, text)
+            yield text
+
+    how = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
+    made = rollout(field, pieces, shown(), sigmas, chunks, cache, solver=solver, **how)
+    for count, x0 in enumerate(made, 1):
+        joined = prefix_inside and prefix is not None and count == 1
+        past.add(torch.cat([prefix, x0], 2) if joined else x0, cache.context)
+        past.chunks += 1
+        yield x0
+        # Asked for another, the rollout would commit the last one too.
+        if count == len(chunks) and not endless:
+            return

@@ -1,0 +1,69 @@
+"""The finished chunks of which a rollout's memory is made, to make it again: under another text
+(recache), or in another process (a long video that was interrupted).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from wan5b.distill import commit
+from wan5b.kvcache import KVCache
+
+
+class Commit(NamedTuple):
+    """Frames that were taken into the cache together."""
+
+    start: int  # index of the first latent frame
+    latents: Tensor  # [B, C, T, H, W]
+    context: Tensor  # the text at that
+    chunk: int  # the generated chunk whose text that was
+
+
+class Past:
+    """What the memory of the next chunk depends on, as the list of commits that lead to it.
+
+    A cache holds a window's keys, which depend, layer by layer, on what their frames saw: on
+    `layers` windows of frames in all. These, and the sink's, are kept; earlier ones don't count.
+    """
+
+    def __init__(self, layers: int, window: int | None, sink: int):
+        """layers: of the network, to make the memory again to the bit; 1 where `recache` alone
+        needs the frames. Without a window all frames are kept.
+        """
+        self.window = window
+        self.sink = sink
+        self.reach = layers * (window - sink) if window else None
+        self.commits: list[Commit] = []
+        self.frames = 0  # latent frames so far
+        self.chunks = 0  # generated ones so far
+
+    def add(self, latents: Tensor, context: Tensor) -> None:
+        """Frames that the cache takes in next, with the text of the chunk at hand."""
+        self.commits.append(Commit(self.frames, latents.detach(), context, self.chunks))
+        self.frames += latents.shape[2]
+        if self.reach:
+            self.commits = self._since(self.frames - self.reach)
+
+    def refill(self, generator: Callable, cache: KVCache) -> None:
+        """Make the cache's memory again by the same commits, with the same gaps between them."""
+        for made in self.commits:
+            cache.rewind(made.start)
+            commit(generator, made.latents, made.context, cache)
+
+    def recache(self, generator: Callable, cache: KVCache, context: Tensor) -> None:
+        """Run sink and window again under another text (LongLive, arXiv 2509.22622): the next chunk
+        then sees frames as if they had been made with it.
+        """
+        start = self.frames - (self.window - self.sink) if self.window else 0
+        seen = self._since(start)
+        self.commits = [made._replace(context=context, chunk=self.chunks) for made in seen]
+        self.refill(generator, cache)
+
+    def _since(self, frame: int) -> list[Commit]:
+        """The commits with frames of the sink, or from a frame on."""
+        kept = []
+        for made in self.commits:
+            if made.start < self.sink or made.start + made.latents.shape[2] > frame:
+                kept.append(made)
+        return kept
