@@ -1,11 +1,14 @@
 """Chromium, driven through its chromedriver with the standard library alone."""
 
+import base64
 import json
 import shutil
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # by which the WebDriver standard names elements
@@ -46,10 +49,8 @@ class Browser:
         return self
 
     def __exit__(self, *_) -> None:
-        try:
+        with suppress(OSError):  # it was killed
             self._ask("DELETE", "")
-        except OSError:  # it was killed
-            pass
         self.driver.terminate()
         self.driver.wait(timeout=10)
 
@@ -126,6 +127,4 @@ class Browser:
 
     def screenshot(self) -> bytes:
         """A PNG of what is seen."""
-        import base64
-
         return base64.b64decode(self._ask("GET", "/screenshot"))

@@ -19,6 +19,7 @@ import struct
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -150,13 +151,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": line}, status)
         # What is still coming in would reset the connection, and the line with it.
         self.connection.settimeout(0.2)
-        try:
+        with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             for _ in range(16):
                 if not self.connection.recv(1 << 16):
                     break
-        except OSError:
-            pass
 
     def head(self, status: int, kind: str, length: int | None, **more: str) -> None:
         self.close_connection = True
@@ -214,9 +213,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.FORBIDDEN, "only the page itself may ask for that")
         if origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
             raise Refused(HTTPStatus.FORBIDDEN, "another site's page may not use this one")
-        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-            if self.path != "/":  # a link to the page is all right
-                raise Refused(HTTPStatus.FORBIDDEN, "another site's page may not use this one")
+        ours = self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        if not ours and self.path != "/":  # a link to the page is all right
+            raise Refused(HTTPStatus.FORBIDDEN, "another site's page may not use this one")
         return self.path
 
     def body(self, limit: int, seconds: float) -> bytes:
@@ -347,9 +346,10 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
     allow_reuse_address = True
     request_queue_size = 32
 
-    def __init__(self, studio: Studio, host: str = "127.0.0.1", port: int = 0):
+    studio: Studio  # set before `serve_forever`
+
+    def __init__(self, host: str = "127.0.0.1", port: int = 0):
         """port 0: any that is free. OSError if the address can't be had."""
-        self.studio = studio
         self.free = threading.BoundedSemaphore(CONNECTIONS)
         self.decoding = threading.BoundedSemaphore(DECODING)
         self.saving = threading.BoundedSemaphore(SAVING)
@@ -362,6 +362,18 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
     def server_bind(self) -> None:
         """Without http.server's look-up of the machine's name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def address(self) -> str:
+        """What to open."""
+        host, port = self.server_address[:2]
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+    def is_local(self) -> bool:
+        """Whether only this machine reaches it."""
+        return ipaddress.ip_address(self.server_address[0]).is_loopback
 
     def knows(self, host: str) -> bool:
         """Whether a Host header is one of ours.
@@ -383,13 +395,15 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
         """A thread for each connection, as long as there are not too many."""
         if not self.free.acquire(blocking=False):
             request.setblocking(False)
-            try:
+            with suppress(OSError):
                 request.send(b"HTTP/1.1 503 Too many connections\r\nConnection: close\r\n\r\n")
-            except OSError:
-                pass
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no more threads
+            self.free.release()
+            raise
 
     def process_request_thread(self, request, client_address) -> None:
         try:

@@ -152,6 +152,7 @@ class Studio:
         with self.changed:
             self.closing = True
             self._stop()
+            self._tell()
         # A chunk at work is finished first: a thread that is inside a GPU's library can't be ended.
         self.thread.join(timeout=60)
         self.deliverer.shutdown(cancel_futures=True)
@@ -340,17 +341,23 @@ class Studio:
         try:
             self._make(video)
         except Exception as wrong:  # the studio goes on, whatever a model raises
-            error = first_line(wrong) or type(wrong).__name__
-            if is_out_of_memory(wrong):
-                error = f"out of memory; take a smaller size ({error})"
-            elif not isinstance(wrong, ValueError | OSError | FloatingPointError):
-                traceback.print_exc(file=sys.stderr)
+            error = self._line(wrong)
         with self.changed:
             if video is self.video:
                 if error:
                     self.error = error
                 self._stop()
             self._tell()
+
+    def _line(self, wrong: Exception) -> str:
+        """What is said of it on the page; of a fault of the program the terminal has the rest."""
+        line = first_line(wrong) or type(wrong).__name__
+        if is_out_of_memory(wrong):
+            return f"out of memory; take a smaller size ({line})"
+        if isinstance(wrong, ValueError | OSError | FloatingPointError):
+            return line
+        traceback.print_exception(wrong, file=sys.stderr)
+        return f"{type(wrong).__name__}: {line}"
 
     def _make(self, video: Video) -> None:
         """Until it is stopped, or nobody watches, or `make` has no more."""
