@@ -136,7 +136,7 @@ def memory(device: str) -> dict[str, int]:
         with open("/proc/self/statm") as file:
             held["host"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if device != "cpu":
-        held["GPU"] = torch.cuda.memory_reserved(device)
+        held["gpu"] = torch.cuda.memory_reserved(device)
     return held
 
 

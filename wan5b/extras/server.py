@@ -148,10 +148,10 @@ class Handler(BaseHTTPRequestHandler):
         # http.server may not have come so far as to know these.
         self.request_version = "HTTP/1.1"
         self.requestline = getattr(self, "requestline", "")
-        self.answer({"error": line}, status)
-        # What is still coming in would reset the connection, and the line with it.
-        self.connection.settimeout(0.2)
-        with suppress(OSError):
+        with suppress(OSError):  # it may be gone already
+            self.answer({"error": line}, status)
+            # What is still coming in would reset the connection, and the line with it.
+            self.connection.settimeout(0.2)
             self.connection.shutdown(socket.SHUT_WR)
             for _ in range(16):
                 if not self.connection.recv(1 << 16):

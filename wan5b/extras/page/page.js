@@ -34,7 +34,7 @@ const player = new Player(at("picture"), {
       measured[changed.version ? "delay" : "first"] = now - changed.since;
       changed = null;
     }
-    at("empty").hidden = true;
+    document.body.classList.add("shown");
   },
   onLost(line) {
     lost = line;
@@ -166,14 +166,10 @@ const none = "\u2013";
 const seconds = (value) => (value === null || value === undefined ? none : `${value.toFixed(2)} s`);
 const rate = (value) => (value ? `${value.toFixed(value < 9.95 ? 1 : 0)} / s` : none);
 
-function memory(bytes) {
-  const words = [];
-  for (const [name, value] of Object.entries(bytes ?? {})) {
-    const size = value >= 1e9 ? `${(value / 2 ** 30).toFixed(1)} GiB` : `${Math.round(value / 2 ** 20)} MiB`;
-    words.push(`${name} ${size}`);
-  }
-  return words.join(", ") || none;
-}
+const memory = (bytes) => {
+  if (!bytes) return none;
+  return bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${Math.round(bytes / 2 ** 20)} MiB`;
+};
 
 function line() {
   if (lost) return [lost, "wrong"];
@@ -200,7 +196,9 @@ function render() {
   write("shown", state.running ? rate(player.rate()) : none);
   write("ahead", state.running ? seconds(figures.ahead) : none);
   write("stalls", state.video ? String(figures.stalls) : none);
-  write("memory", memory(figures.memory));
+  write("host", memory(figures.memory?.host));
+  write("gpu", memory(figures.memory?.gpu));
+  at("gpu").parentElement.hidden = !figures.memory?.gpu;
   write("seed", state.video ? String(state.seed) : none);
 
   const [text, kind] = line();
@@ -209,7 +207,7 @@ function render() {
   write("badge", state.windows > 1 ? `${state.windows} watching` : "");
   at("badge").hidden = !(state.windows > 1);
   write("now", state.prompt ?? "");
-  at("now").hidden = !state.video;
+  at("now").hidden = !state.video || (state.yours && prompt.value.trim() === state.prompt);
 
   const allowed = state.yours && !lost && !busy;
   write("go", !state.running ? "Start" : fresh() ? "Restart" : "Change");
@@ -228,6 +226,7 @@ function measuredHere() {
   return measured.video === undefined || measured.video === state.video ? measured : {};
 }
 
+addEventListener("resize", fitPrompt);
 setInterval(render, 500);
 fitPrompt();
 
