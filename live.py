@@ -183,7 +183,7 @@ def main(args: argparse.Namespace) -> None:
     seconds = make.warm_up()
 
     held = functools.partial(memory, args.device)
-    with Studio(make, job.size, job.recipe.fps, seconds, held, job.name) as studio, server:
+    with Studio(make, job.size, job.recipe.fps, seconds, held) as studio, server:
         server.studio = studio
         print(f"{server.address()} (Ctrl-C ends it)", flush=True)
         server.serve_forever()

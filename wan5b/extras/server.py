@@ -12,7 +12,6 @@ import io
 import ipaddress
 import json
 import os
-import select
 import socket
 import socketserver
 import struct
@@ -207,7 +206,10 @@ class Handler(BaseHTTPRequestHandler):
         """The path that is asked for. Refused unless the page itself, or its address, asks."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
-            raise Refused(HTTPStatus.MISDIRECTED_REQUEST, "unknown host: use the printed address")
+            raise Refused(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                "unknown host: use the printed address, or start with --host",
+            )
         origin = self.headers.get("Origin")
         if origin is None and self.command == "POST":
             raise Refused(HTTPStatus.FORBIDDEN, "only the page itself may ask for that")
@@ -290,8 +292,13 @@ class Handler(BaseHTTPRequestHandler):
         """Whether the other side has closed. What else it sends has no meaning, so is looked at
         only for that.
         """
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and self.connection.recv(4096) == b""
+        self.connection.settimeout(0)
+        try:
+            return self.connection.recv(4096) == b""
+        except BlockingIOError:
+            return False
+        finally:
+            self.connection.settimeout(SENDING)
 
     def video(self) -> None:
         """What was shown so far, as a file to keep."""

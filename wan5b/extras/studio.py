@@ -28,7 +28,7 @@ from wan5b.extras.recording import Recording
 from wan5b.util import first_line
 
 QUALITY = 85  # of JPEGs: at 95 twice the bytes, and no difference to see on moving pictures
-WAITING = 48  # frames that may wait for one window; then the oldest are dropped for it
+WAITING = 240  # frames that may wait for one window; then the oldest are dropped for it
 LATE = 0.5  # seconds behind its time at which a frame is not worth sending
 GRACE = 5.0  # seconds that a window may be gone: a reload takes one
 WINDOWS = 16
@@ -115,19 +115,17 @@ class Studio:
         fps: int,
         seconds: float | None = None,
         memory: Callable[[], dict[str, int]] = dict,
-        title: str = "",
         grace: float = GRACE,
     ):
         """make(wish) -> uint8 frames [T, H, W, 3], chunk by chunk, always called in one thread.
 
         size: height and width. seconds: what a chunk takes, if known. memory: bytes in use, by
-        name. title: what makes the video, for the page. grace: how long windows may be gone.
+        name. grace: seconds that windows may be gone.
         """
         self.make = make
         self.size = size
         self.fps = fps
         self.memory = memory
-        self.title = title
         self.grace = grace
         self.pace = Pace(fps, seconds)
         self.changed = threading.Condition()  # the lock, and word that something has changed
@@ -153,13 +151,16 @@ class Studio:
             self.closing = True
             self._stop()
             self._tell()
-        # A chunk at work is finished first: a thread that is inside a GPU's library can't be ended.
-        self.thread.join(timeout=60)
-        self.deliverer.shutdown(cancel_futures=True)
-        self.encoders.shutdown(cancel_futures=True)
-        if self.video:
-            self.video.recording.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            # A chunk at work is finished first: a thread that is inside a GPU's library can't be
+            # ended.
+            self.thread.join(timeout=60)
+            self.deliverer.shutdown(cancel_futures=True)
+            self.encoders.shutdown(cancel_futures=True)
+            if self.video:
+                self.video.recording.close()
+        finally:  # a second Ctrl-C comes here at once
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # ----------------------------------------------------------------------------------- control
 
@@ -291,7 +292,7 @@ class Studio:
             figures |= {"ahead": round(self.pace.ahead(now), 3) if self.running else 0}
             figures |= {"stalls": self.pace.stalls, "stalled": round(self.pace.stalled, 2)}
             figures |= {"memory": self.memory(), "dropped": window.dropped}
-            state = {"size": self.size, "fps": self.fps, "title": self.title, "error": self.error}
+            state = {"size": self.size, "fps": self.fps, "error": self.error}
             state |= {"running": self.running, "windows": len(self.windows), "figures": figures}
             state |= {"video": 0, "yours": True, "now": now}
             if video is None:

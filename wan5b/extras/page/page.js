@@ -184,6 +184,7 @@ function line() {
   if (state.running && made && made < state.fps - 0.5) {
     return [`The model makes ${made.toFixed(1)} frames a second, the video has ${state.fps}: shown as made.`, ""];
   }
+  if (state.running && state.full) return ["Ten minutes are kept for saving: what comes now is only shown.", ""];
   return ["", ""];
 }
 

@@ -87,7 +87,7 @@ export class Player {
     if (this.queue.length && this.queue[0].video !== frame.video) this.forget();
     this.queue.push(frame);
     if (this.queue.length > KEPT || document.hidden) this.drop(document.hidden ? 1 : KEPT);
-    this.decode();
+    if (!document.hidden) this.decode();
   }
 
   // How far this page's clock is from the server's: the least that was seen of late, since delays only add to it.
