@@ -33,6 +33,11 @@
 --frames N           pixel frames, prefix included (4k + 1; default: the recipe's, or 81, or what
                      chunks fill next)
 --seed N ...         of the noise (default 0)
+--at SECONDS ...     the prompts are one clip's, and change at these times (with the next chunk):
+                     one time fewer than prompts. Chunk by chunk only
+--interpolate N      with --at or --shots: over so many chunks from one prompt to the next
+--recache            with --at or --shots: run the window again under the new prompt, which the
+                     video then follows sooner
 
 --mode NAME          few                  chunk by chunk, few steps
                      many                 chunk by chunk, many steps with guidance (CFG)
@@ -44,6 +49,8 @@
 --window N           latent frames that a chunk sees, itself included (default: the recipe's, or
                      all)
 --sink N             first latent frames that stay in the window (default: the recipe's, or 0)
+--sink-rope NAME     their place in time: absolute, where they were, or relative, in front of the
+                     window, which keeps long videos from jumping back (default: the recipe's)
 --shift S            timestep shift (default: the recipe's, or 5)
 --steps N            unless steps re-noise (default: the recipe's; of modes with guidance 50, or 40
                      with an image)
@@ -55,9 +62,13 @@
 --out PATH           default out/sample.mp4; or a FOLDER/; with several clips, prompt and seed
                      number are added
 --sheet              also a PNG of 16 frames
---latents            also the latents (safetensors)
+--latents            also the latents (safetensors), which are held in memory until then
+--report             also what the pixels say of drift, pulse, cuts and motion (JSON, plot)
 --overwrite          replace existing files
 --settings JSON      repeat the run that wrote this file; other options still override
+--resume FILE        go on with an interrupted clip, from the .state.safetensors beside it
+--state-every S      seconds of work between states (default 60; 0: none). Chunk by chunk only, and
+                     not with scene cuts, --latents or --low-memory
 
 --device NAME        cuda, cuda:1, ... or cpu
 --dtype NAME         bfloat16 (default on a GPU) or float32 (default on the CPU)
@@ -82,12 +93,13 @@ from tqdm import tqdm
 from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
 from wan5b.extras.cli import script
-from wan5b.extras.clips import Clip, make_record, write
+from wan5b.extras.clips import Clip, contexts, make_record, write
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
+from wan5b.extras.resume import Progress, begin, fingerprint
 from wan5b.extras.sampling import draw_noise, generate
 from wan5b.kvcache import KVCache
 from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
@@ -135,40 +147,52 @@ def main(args: argparse.Namespace) -> None:
     else:
         source = args.weights or args.release
         model = load_dit(source, args.device, job.dtype, **job.options)
+    known_by = fingerprint(model)
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)
     if args.compile and args.device != "cpu":
         graphs.record(model)
 
+    # The context of each text, with guidance the negative one behind it.
+    rows = {}
+    for index, text in enumerate(texts):
+        both = [index, -1] if job.sampler["guidance"] != 1 else [index]
+        rows[text] = context[both].to(args.device, job.dtype)
+
+    # How far each clip is: nowhere, but for --resume.
+    begun = []
+    for clip in job.clips:
+        record = make_record(vars(args), clip, job.frames, job.found) | {"weights": known_by}
+        about = (record, contexts(clip, rows), model, job.sampler)
+        begun.append(begin(clip.path, *about, args.state_every if job.keeps_state else 0))
+    if job.state:
+        begun[0].take_up(job.state)
+
     # The clips. All share one cache, and with it its CUDA graphs.
-    size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
     new_cache = functools.cache(KVCache)
+    size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
 
-    def latents(clip: Clip) -> Iterator[Tensor]:
+    def latents(clip: Clip, progress: Progress) -> Iterator[Tensor]:
         """Piece by piece, made as they are asked for."""
-        noise = draw_noise(clip.seed, job.sampler["chunks"], size)
-        # For each chunk its text; of one text one tensor, which the cache knows again by that.
-        rows = {}
-        for text in clip.texts:
-            both = [texts.index(text), -1] if job.sampler["guidance"] != 1 else [texts.index(text)]
-            rows[text] = context[both].to(args.device, job.dtype)
-        shown = [rows[text] for text in clip.texts]
-        own = {"prefix": prefix, "seed": clip.seed, "new_cache": new_cache}
-        return generate(model, noise, shown, **job.sampler, **own)
+        done = progress.past.chunks
+        left = job.sampler["chunks"][done:]
+        noise = draw_noise(clip.seed, left, size, done)
+        own = {"chunks": left, "prefix": None if done else prefix, "new_cache": new_cache}
+        own |= {"past": progress.past, "draws": progress.draws}
+        return generate(model, noise, progress.contexts[done:], **(job.sampler | own))
 
-    made = map(latents, job.clips)
+    made = map(latents, job.clips, begun)
     if args.low_memory:
         # First the latents of all clips; then the DiT goes; then they are decoded.
         made = [[chunk.cpu() for chunk in tqdm(chunks, "chunks")] for chunks in made]
         model.to("meta")  # its CUDA graphs still refer to it
         del model, new_cache
         torch.cuda.empty_cache()
-    for clip, chunks in zip(job.clips, made, strict=True):
-        record = make_record(vars(args), clip, job.frames, job.found)
-        files = {"record": record, "sheet": args.sheet, "save_latents": args.latents}
-        files |= {"overwrite": args.overwrite, "fps": job.fps}
-        write(vae, (x.to(args.device) for x in chunks), clip.path, frames=job.frames, **files)
+    for clip, progress, chunks in zip(job.clips, begun, made, strict=True):
+        files = {"progress": progress, "sheet": args.sheet, "save_latents": args.latents}
+        files |= {"overwrite": args.overwrite, "fps": job.fps, "frames": job.frames}
+        write(vae, (x.to(args.device) for x in chunks), clip.path, **files)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from wan5b.util import nearest
 FRAMES = 81  # pixel frames of a clip, if neither --frames nor the recipe says it
 
 
-def memory(window: int | None, sink: int, chunk: int) -> dict[str, int | None]:
+def memory(
+    window: int | None, sink: int, chunk: int, sink_rope: str
+) -> dict[str, int | str | None]:
     """Arguments of `generate` for the cache. ValueError unless the window, which includes the sink,
     has room for a chunk.
     """
@@ -20,7 +22,7 @@ def memory(window: int | None, sink: int, chunk: int) -> dict[str, int | None]:
         wrong = f"--window {window}: no room for --sink {sink} and a chunk of {chunk} frames"
         if sink > room:
             raise ValueError(wrong)
-    return {"window": window, "sink": sink}
+    return {"window": window, "sink": sink, "sink_rope": sink_rope}
 
 
 def chunk_plan(
@@ -80,15 +82,68 @@ def scene_texts(prompts: list[str], chunks: int, recipe: Recipe) -> list[str]:
 
     chunks: how many there are. Prompts that have those words already get them once.
     """
-    shown = []
+    bare = [prompts[0], *(prompt.removeprefix(recipe.cut_prefix) for prompt in prompts[1:])]
     begins = starts(len(prompts), chunks)
-    for i, prompt in enumerate(prompts):
-        bare = prompt if i == 0 else prompt.removeprefix(recipe.cut_prefix)
-        end = begins[i + 1] if i + 1 < len(prompts) else chunks
-        shown += [bare] * (end - begins[i])
-        if i:
-            shown[begins[i]] = recipe.cut_prefix + bare
+    shown = spread(bare, begins, chunks)
+    for begin in begins[1:]:
+        shown[begin] = recipe.cut_prefix + shown[begin]
     return shown
+
+
+def spread(prompts: list[str], begins: list[int], chunks: int) -> list[str]:
+    """For each of so many chunks the prompt that is in force: each from a chunk in `begins` on."""
+    shown = []
+    for prompt, begin, end in zip(prompts, begins, [*begins[1:], chunks], strict=True):
+        shown += [prompt] * (end - begin)
+    return shown
+
+
+def switches(seconds: list[float], prefix: int, chunks: list[int], fps: int) -> list[int]:
+    """The chunks with which prompts change that are to at these times: the first ones that begin
+    then or later; and chunk 0, with which the first prompt begins.
+
+    prefix: latent frames in front of the first chunk's own. ValueError unless the times rise, each
+    chunk begins one prompt at most, and all lie within the clip.
+    """
+    # When each chunk's first picture is shown. Of the video's first latent frame there is one.
+    times = []
+    frame = prefix
+    for size in chunks:
+        times.append(max(4 * frame - 3, 0) / fps)
+        frame += size
+
+    begins = [0]
+    for at in seconds:
+        later = [index for index, time in enumerate(times) if time >= at]
+        wrong = f"--at {at:g}: the last chunk begins at {times[-1]:.2f} seconds"
+        if not later:
+            raise ValueError(f"{wrong}; give an earlier time, or more --frames")
+        if later[0] <= begins[-1]:
+            near = ", ".join(f"{time:.2f}" for time in times[begins[-1] + 1 :][:3]) or "none"
+            raise ValueError(
+                f"--at {at:g}: no chunk is left for the prompt before it; "
+                f"the next chunks begin at {near} seconds"
+            )
+        begins.append(later[0])
+    return begins
+
+
+def blended(texts: list[str], over: int) -> dict[int, tuple[str, float]]:
+    """Chunks that are shown a mixture where the text changes: (the text before, the share of the
+    new one).
+
+    texts: of each chunk. over: how many chunks a change takes: of 3 a third, two thirds, all of it.
+    """
+    mixed = {}
+    for index in range(1, len(texts)):
+        before = texts[index - 1]
+        if texts[index] == before:
+            continue
+        for step, chunk in enumerate(range(index, min(index + over - 1, len(texts))), 1):
+            if texts[chunk] != texts[index]:
+                break
+            mixed[chunk] = (before, step / over)
+    return mixed
 
 
 def scene_cuts(scenes: int, prefix: int, chunks: list[int], recipe: Recipe) -> dict[int, int]:
@@ -107,6 +162,8 @@ def scene_cuts(scenes: int, prefix: int, chunks: list[int], recipe: Recipe) -> d
         raise ValueError(f"--shots: {counted}; give --frames {frames}, or fewer prompts")
     if not recipe.cut_gap or scenes == 1:
         return {}
+    if recipe.sink_rope == "relative":
+        raise ValueError("--shots: a sink that follows the window (--sink-rope) has no scene cuts")
 
     # A scene's first frames stay in the window like the video's own.
     begins = starts(scenes, len(chunks))[1:]

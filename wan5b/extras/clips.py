@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from wan5b.extras.files import sheet_indices, write_sheet
 from wan5b.extras.mp4 import VideoWriter
+from wan5b.extras.resume import STATE, Progress
 from wan5b.media import FPS, to_frames
 from wan5b.util import write_json, write_tensors
 
@@ -28,6 +29,8 @@ class Clip(NamedTuple):
     seed: int
     path: Path  # of the mp4; what else is written has its name and another suffix
     texts: list[str] = ()  # what each chunk is shown; `plan` fills it in
+    # Where that is a mixture: chunk -> (the text before, the share of its own).
+    blends: dict[int, tuple[str, float]] = {}  # noqa: RUF012
 
 
 def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Clip]:
@@ -51,22 +54,19 @@ def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Cli
 
 
 def claim(
-    clips: list[Clip], read: list[str], *, sheet: bool, latents: bool, overwrite: bool
+    clips: list[Clip], read: list[str], asked: list[str], *, overwrite: bool, resume: bool
 ) -> None:
     """Make the folder. ValueError if it can't be written to, or if a file is in the way.
 
-    That is an mp4, a record or, if asked for, a sheet (PNG) or latents. read: the files that the
-    run reads, which it never replaces.
+    That is an mp4, a record, a state or what else is asked for, by suffix. read: the files that the
+    run reads, which it never replaces. resume: the clip is there, as far as it goes.
     """
-    suffixes = [".mp4", ".json"]
-    if sheet:
-        suffixes.append(".png")
-    if latents:
-        suffixes.append(".safetensors")
+    suffixes = [] if resume else [".mp4", ".json", STATE, *asked]
     for clip, suffix in product(clips, suffixes):
         file = clip.path.with_suffix(suffix)
         if file.exists() and not overwrite:
-            raise ValueError(f"{file} exists; choose another --out, or --overwrite")
+            go_on = f"; go on with it (--resume {file})" if suffix == STATE else ""
+            raise ValueError(f"{file} exists{go_on}; choose another --out, or --overwrite")
         if file.exists() and any(Path(path).exists() and file.samefile(path) for path in read):
             raise ValueError(f"{file} is what this run reads; choose another --out")
 
@@ -83,7 +83,7 @@ def make_record(options: dict, clip: Clip, frames: int, found: dict) -> dict:
     """
     own = {"prompt": clip.prompts, "seed": [clip.seed], "frames": frames, "out": str(clip.path)}
     # All prompts are in "prompt"; and a repetition replaces the clip only if it is told to.
-    own |= {"prompts": None, "settings": None, "overwrite": False}
+    own |= {"prompts": None, "settings": None, "resume": None, "overwrite": False}
     return {"settings": options | own} | found
 
 
@@ -98,15 +98,19 @@ REPLACED = {
 }
 
 
-def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
+def read_settings(
+    path: str, parser: ArgumentParser, given: Namespace, record: dict | None = None
+) -> dict:
     """The options in a record, each of which could stand on the parser's command line.
 
-    given: the options that do stand there. What is REPLACED by them has its default again.
-    ValueError if the file is no record, or an option is missing, unknown, of another type or out of
-    range.
+    given: the options that do stand there. What is REPLACED by them has its default again. record:
+    what is in the file, if that is no JSON. ValueError if the file is no record, or an option is
+    missing, unknown, of another type or out of range.
     """
     try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))["settings"]
+        if record is None:
+            record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        settings = record["settings"]
         recorded = {action.dest: _option(action, settings) for action in options(parser)}
         unknown = sorted(settings.keys() - recorded.keys())
         if unknown:
@@ -114,7 +118,7 @@ def read_settings(path: str, parser: ArgumentParser, given: Namespace) -> dict:
     except OSError as error:
         raise ValueError(f"cannot read --settings {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON that this sample.py wrote: {error}") from error
+        raise ValueError(f"{path} is not what this sample.py wrote: {error}") from error
 
     for name, others in REPLACED.items():
         if getattr(given, name):
@@ -156,6 +160,17 @@ def check_finite(flags: list[Tensor], path: Path) -> None:
         )
 
 
+def contexts(clip: Clip, rows: dict[str, Tensor]) -> list[Tensor]:
+    """What each chunk is shown. Of one text one tensor, by which a cache knows it again.
+
+    rows: text -> its context [1, L, D], with guidance the negative one behind.
+    """
+    shown = [rows[text] for text in clip.texts]
+    for chunk, (before, share) in clip.blends.items():
+        shown[chunk] = torch.lerp(rows[before], shown[chunk], share)
+    return shown
+
+
 def write(
     vae,
     latents: Iterable[Tensor],
@@ -163,41 +178,47 @@ def write(
     *,
     frames: int | None = None,
     fps: int = FPS,
-    record: dict | None = None,
     sheet: bool = False,
     save_latents: bool = False,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Decode a clip into an mp4 while its latents [1, C, T, H, W] are made, piece by piece.
 
-    Beside it the record as JSON, a sheet (PNG), the latents (safetensors). frames: how many pixel
-    frames there will be; a sheet needs it. Whatever ends it, Ctrl-C included, leaves what is
-    finished, playable.
+    Beside it a sheet (PNG), the latents (safetensors), and, of `progress`, the record as JSON and
+    the state from which an interrupted clip goes on. frames: how many pixel frames there will be; a
+    sheet needs it. Whatever ends it, Ctrl-C included, leaves what is finished, playable.
 
     ValueError for pixels that are not finite. FileExistsError if another has written the mp4
     meanwhile, unless `overwrite`: then all is beside the *.partial.mp4.
     """
     # What the writer is to know: the frames of the sheet, and the files that go with the mp4.
     keep = sheet_indices(frames) if sheet else set()
+    progress = progress or Progress()
+    record = progress.record
     beside = {".json": record, ".png": sheet, ".safetensors": save_latents}
     written = tuple(suffix for suffix, asked in beside.items() if asked)
 
-    writer = VideoWriter(path, fps, keep, overwrite, written)
-    state = vae.stream()
+    writer = VideoWriter(path, fps, keep, overwrite, written, progress.video)
+    state = progress.decoder(vae)
     kept = []
     finite = []  # of each chunk's pixels
+    ended = False
     try:
-        with tqdm(total=frames, unit="frame", desc=path.name) as bar, closing(writer):
+        done = progress.pictures
+        with tqdm(total=frames, initial=done, unit="frame", desc=path.name) as bar, closing(writer):
             for chunk in latents:
                 pixels = vae.decode_chunk(chunk, state)
                 # Asked for now, looked at when the next chunk is there: nobody waits for a GPU.
                 finite.append(pixels.isfinite().all())
                 check_finite(finite[-2:-1], path)
-                writer.add(to_frames(pixels[0]))
+                writer.add(to_frames(pixels[0]), progress.mark(writer.partial))
+                progress.add(chunk, pixels.shape[2])
                 if save_latents:
                     kept.append(chunk)
                 bar.update(pixels.shape[2])
             check_finite(finite[-1:], path)
+        ended = True
     finally:
         clip = writer.where
         if writer.kept:
@@ -208,3 +229,5 @@ def write(
         if record and writer.count:
             record = record | {"frames_written": writer.count}
             write_json(clip.with_suffix(".json"), record)
+        if all(finite) and writer.count == progress.pictures:
+            progress.stop(clip, ended)

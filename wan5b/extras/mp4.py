@@ -1,24 +1,42 @@
-"""An mp4 that grows by chunks of frames, says its colours, and is whole whenever it ends."""
+"""An mp4 that grows by chunks of frames, says its colours, and is whole whenever it ends.
+
+While it grows it consists of fragments, each of which plays once it is on the disk; the end turns
+them into an ordinary file. FFmpeg calls that a hybrid and has it since 7.1.
+"""
 
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from secrets import token_hex
 
 import av
 import numpy as np
 import torch
+from av.codec.context import Flags
 from torch import Tensor
 
+from wan5b.extras import remux
 from wan5b.media import FPS
 from wan5b.util import sync
+
+# A fragment ends at each keyframe and after half a second, and is written at once, and with the
+# first fragment the header, which states by how much the pictures' order delays them.
+GROWING = {
+    "movflags": "hybrid_fragmented+frag_keyframe+delay_moov",
+    "frag_duration": "500000",  # in microseconds
+    "flush_packets": "1",
+}
+REORDERED = 2  # how many packets a picture may come late, in x264's pyramid of B-frames
 
 
 class VideoWriter:
     """An mp4 that grows by chunks of frames, encoded in a thread while the next are computed.
 
     It is written beside, under a *.partial.mp4 of its own, and renamed by `close`, which may be
-    called at any time and leaves what was added.
+    called at any time and leaves what was added. What a killed process leaves plays too, but for
+    its last two seconds: x264 looks 40 frames ahead, and a fragment is half a second.
     """
 
     def __init__(
@@ -28,11 +46,15 @@ class VideoWriter:
         keep: set[int] = frozenset(),
         overwrite: bool = False,
         beside: tuple[str, ...] = (),
+        after: tuple[str | Path, int] | None = None,
     ):
         """keep: indices of frames to remember for a contact sheet. overwrite: see `close`.
 
         beside: suffixes of files that will be written about this clip; older ones, of the clip that
         it replaces, go just before that.
+        after: (mp4, frames). The clip begins with so many frames of another of this writer, closed
+        or left by a killed process, at the end or where `whole` was given. They are copied as they
+        are; of those to keep, what was decoded is kept. ValueError if that can't be.
         """
         self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
         self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
@@ -40,34 +62,57 @@ class VideoWriter:
         self.where = self.partial  # the clip's name so far
         self.replaces = overwrite or self.path.exists()
         self.beside = beside
-        self.count = 0  # of frames encoded
+        self.fps = fps
+        self.size = None  # (height, width)
+        self.count = 0  # of frames encoded, or copied
+        self.muxed = 0  # of frames that the encoder has given back, too
+        self.intact = True  # no frame has been lost on its way to the file
+        self.marks = []  # (index of a frame, what to call when all in front of it is on the disk)
         self.keep = keep
         self.kept = []
-        self.file = av.open(str(self.partial), "w")
+        self.file = av.open(str(self.partial), "w", options=GROWING)
         self.stream = self.file.add_stream("libx264", fps)
-
-        # Players take what doesn't say its colours for one thing or another: it is BT.709 (code 1
-        # of matrix, primaries and transfer), of limited range (1).
-        codec = self.stream.codec_context
-        codec.pix_fmt = "yuv420p"
-        codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
+        self.encoder = None  # of the frames since the start, or since the last mark
+        if after and after[1]:
+            self._copy(*after)
 
         self.thread = ThreadPoolExecutor(1)
         # The encoding of the chunk added last; so far, of nothing.
         self.pending = self.thread.submit(lambda: None)
 
-    def add(self, frames: Tensor) -> None:
-        """Append uint8 frames [T, H, W, 3]. Waits only while the chunk before is being encoded."""
+    # ------------------------------------------------------------------------------------- frames
+
+    def add(self, frames: Tensor, whole: Callable[[], None] | None = None) -> None:
+        """Append uint8 frames [T, H, W, 3]. Waits only while the chunk before is being encoded.
+
+        whole: the first of these frames becomes a keyframe, across which no picture refers to
+        another, so that `after` can go on from here. `whole` is called, in the encoding thread,
+        when all in front of it is on the disk: some two seconds of video later, or by `close`. What
+        it raises ends the clip like an error of the encoder. ValueError for another size.
+        """
+        size = tuple(frames.shape[1:3])
+        self.size = self.size or size
+        if size != self.size:
+            height, width = self.size
+            raise ValueError(
+                f"frames of {size[0]}x{size[1]} cannot be added to a clip of {height}x{width}; "
+                "make them of its size, or begin a new clip"
+            )
         # A copy from a GPU goes to pinned memory and is under way when this returns: the thread
         # waits for its event.
         host = frames.to("cpu", non_blocking=True, copy=True)
         ready = torch.cuda.current_stream().record_event() if frames.is_cuda else None
         self.pending.result()
-        self.pending = self.thread.submit(self._encode, host, ready)
+        self.pending = self.thread.submit(self._encode, host, ready, whole)
 
-    def _encode(self, host: Tensor, ready: torch.cuda.Event | None) -> None:
+    def _encode(
+        self, host: Tensor, ready: torch.cuda.Event | None, whole: Callable[[], None] | None
+    ) -> None:
         if ready is not None:
             ready.synchronize()
+        if whole:
+            self.marks.append((self.count, whole))
+            self._end_encoder()
         for frame in host.numpy():
             self._write(frame)
             if self.count in self.keep:
@@ -75,36 +120,111 @@ class VideoWriter:
             self.count += 1
 
     def _write(self, frame: np.ndarray) -> None:
-        if self.count == 0:
-            self.stream.height, self.stream.width = frame.shape[:2]
-            # In rows of part 16 blocks x264's macroblock tree differs from run to run (AVX512).
-            if self.stream.width % 256:
-                self.stream.codec_context.options = {"x264-params": "mbtree=0"}
-            self.file.start_encoding()  # if that fails, nothing may be added or ended
+        if self.encoder is None:
+            self.encoder = self._start_encoder(*frame.shape[:2])
         rgb = av.VideoFrame.from_ndarray(frame)
         yuv = rgb.reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1
         )
         yuv.pts = self.count
-        self.file.mux(self.stream.encode(yuv))
+        self._mux(self.encoder.encode(yuv))
+
+    # ------------------------------------------------------------------------------------ encoders
+
+    def _start_encoder(self, height: int, width: int) -> av.VideoCodecContext:
+        """The next one. Each begins with a keyframe and knows nothing of the one before, so that
+        a clip that goes on from a mark is the same as one that was never stopped.
+        """
+        first = not self.stream.codec_context.is_open
+        encoder = av.CodecContext.create("libx264", "w")
+        if first:
+            encoder = self.stream.codec_context
+        encoder.height = height
+        encoder.width = width
+        encoder.framerate = self.fps
+        encoder.time_base = Fraction(1, self.fps)
+        encoder.flags |= Flags.global_header
+
+        # Players take what doesn't say its colours for one thing or another: it is BT.709 (code 1
+        # of matrix, primaries and transfer), of limited range (1).
+        encoder.pix_fmt = "yuv420p"
+        encoder.colorspace = encoder.color_primaries = encoder.color_trc = encoder.color_range = 1
+
+        # In rows of part 16 blocks x264's macroblock tree differs from run to run (AVX512).
+        if width % 256:
+            encoder.options = {"x264-params": "mbtree=0"}
+        if first:
+            self.file.start_encoding()  # if that fails, nothing may be added or ended
+        else:
+            encoder.open()
+        return encoder
+
+    def _end_encoder(self) -> None:
+        if self.encoder is not None and self.intact:
+            self._mux(self.encoder.encode())
+        self.encoder = None
+
+    def _mux(self, packets: Iterable[av.Packet]) -> None:
+        """Append packets, whose pts count frames."""
+        self.intact = False
+        on_disk = 0
+        for packet in packets:
+            # By the muxer's next keyframe all fragments in front of it are written.
+            if packet.is_keyframe:
+                on_disk = self.muxed
+            packet.stream = self.stream
+            packet.time_base = Fraction(1, self.fps)
+            packet.dts = self.muxed - REORDERED
+            assert packet.dts <= packet.pts, packet
+            self.file.mux(packet)
+            self.muxed += 1
+        self.intact = True
+        self._report(on_disk)
+
+    def _report(self, frames: int) -> None:
+        """Call what waits for so many frames to be in the file."""
+        due = [whole for mark, whole in self.marks if mark <= frames]
+        if not due:
+            return
+        sync(self.partial)
+        self.marks = self.marks[len(due) :]
+        for whole in due:
+            whole()
+
+    def _copy(self, path: str | Path, frames: int) -> None:
+        """Begin with those of another clip. ValueError as by `__init__`, then nothing is left."""
+        try:
+            with remux.source(path) as source:
+                codec = source.streams.video[0].codec_context
+                self.size = (codec.height, codec.width)
+                self.encoder = self._start_encoder(*self.size)
+                for gop in remux.read_gops(source, frames, self.fps):
+                    self.kept += remux.decode_frames(gop, source, self.keep)
+                    self._mux(gop)
+                remux.check_headers(source, self.encoder)
+            self.count = frames
+        except BaseException:
+            self.file.close()
+            self.partial.unlink()
+            raise
+
+    # ----------------------------------------------------------------------------------------- end
 
     def close(self) -> None:
         """End the file; without frames there is none.
 
-        Raises what encoding raised, and FileExistsError if another has written the file since the
-        start, unless `overwrite`; the name stays *.partial.mp4 then.
+        Raises what encoding or a `whole` raised, and FileExistsError if another has written the
+        file since the start, unless `overwrite`; the name stays *.partial.mp4 then.
         """
+        ended = self.thread.submit(self._end)
         self.thread.shutdown(wait=True)
-        if self.count:
-            self.file.mux(self.stream.encode())
-        self.file.close()
         if not self.count:
             self.partial.unlink()
         self.pending.result()
+        ended.result()
         if not self.count:
             return
 
-        sync(self.partial)
         if self.replaces:
             # A record of another clip would be worse than none.
             for suffix in self.beside:
@@ -113,6 +233,17 @@ class VideoWriter:
         else:
             self._take_name()
         self.where = self.path
+
+    def _end(self) -> None:
+        """End the file on the disk, whatever is raised on the way."""
+        try:
+            self._end_encoder()
+        finally:
+            self.file.close()
+        if self.muxed:
+            remux.state_length(self.partial, self.muxed, self.fps)
+            sync(self.partial)
+            self._report(self.muxed)
 
     def _take_name(self) -> None:
         """Rename it, if nobody else has taken the name since the start."""

@@ -4,8 +4,14 @@ import argparse
 import os
 
 from wan5b.extras.cli import DEVICES, Gathered
-from wan5b.extras.clips import read_settings
+from wan5b.extras.clips import options, read_settings
+from wan5b.extras.resume import read_state
 from wan5b.extras.sampling import MODES
+
+# Options that name files and folders to read.
+PATHS = ("release", "weights", "prompts", "image", "video", "settings", "resume", "recipe")
+# What may stand beside --resume.
+MAY_MOVE = ("resume", "release", "weights", "lora", "recipe", "image", "video", "state_every")
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,16 +29,19 @@ def parse(argv: list[str] | None, usage: str) -> argparse.Namespace:
     parser = Parser()
     parser.format_help = lambda: usage
     add = parser.add_argument
-    for name in ("release", "weights", "prompts", "image", "video", "size", "settings", "recipe"):
+    for name in (*PATHS, "size"):
         add(f"--{name}")
-    for name in ("random-weights", "shots", "sheet", "latents", "overwrite"):
+    for name in ("random-weights", "shots", "recache", "sheet", "latents", "report", "overwrite"):
         add(f"--{name}", action="store_true")
     for name in ("compile", "fp8", "low-memory"):
         add(f"--{name}", action="store_true")
-    for name in ("frames", "chunk", "window", "sink", "prefix", "steps"):
+    for name in ("frames", "chunk", "window", "sink", "prefix", "steps", "interpolate"):
         add(f"--{name}", type=int)
     for name in ("shift", "guidance"):
         add(f"--{name}", type=float)
+    add("--state-every", type=float, default=60.0)
+    add("--at", type=float, default=[], nargs="+", action=Gathered)
+    add("--sink-rope", choices=["absolute", "relative"])
     add("--seed", type=int, default=[0], nargs="+", action=Gathered)
     add("--prompt", default=[], nargs="+", action=Gathered)
     add("--negative")
@@ -45,10 +54,30 @@ def parse(argv: list[str] | None, usage: str) -> argparse.Namespace:
     add("--dtype", choices=["bfloat16", "float32"])
 
     args = parser.parse_args(argv)
-    for name in ("release", "weights", "prompts", "image", "video", "settings", "recipe"):
+    for name in PATHS:
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
+    if args.resume:
+        return resumed(args, parser, argv)
     if args.settings:
         recorded = read_settings(args.settings, parser, args)
         args = parser.parse_args(argv, argparse.Namespace(**recorded))
     return args
+
+
+def resumed(args: argparse.Namespace, parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """The options of an interrupted clip, from its state, and where its files lie by now.
+
+    ValueError for options that would make another clip of it.
+    """
+    unset = object()
+    everything = {action.dest: unset for action in options(parser)}
+    given = vars(parser.parse_args(argv, argparse.Namespace(**everything)))
+    given = {name: getattr(args, name) for name, value in given.items() if value is not unset}
+    others = [f"--{name.replace('_', '-')}" for name in given if name not in MAY_MOVE]
+    if others:
+        raise ValueError(
+            f"--resume goes on with the clip as it was begun: leave out {', '.join(others)}"
+        )
+    recorded = read_settings(args.resume, parser, args, read_state(args.resume).about)
+    return argparse.Namespace(**(recorded | given))

@@ -15,7 +15,16 @@ import numpy as np
 import torch
 
 from wan5b.dit import PRESETS, DiTConfig
-from wan5b.extras.chunking import FRAMES, chunk_plan, memory, scene_cuts, scene_texts
+from wan5b.extras.chunking import (
+    FRAMES,
+    blended,
+    chunk_plan,
+    memory,
+    scene_cuts,
+    scene_texts,
+    spread,
+    switches,
+)
 from wan5b.extras.clips import Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
@@ -34,11 +43,13 @@ from wan5b.extras.recipes import (
     recognise,
     sampled_part,
 )
+from wan5b.extras.resume import State, read_state
 from wan5b.extras.sampling import MODES
 from wan5b.media import FPS, latent_frames
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import about
 
+UNUSED = (None, False, [])  # values of options that were not given
 PREFIX = 9  # pixel frames that are taken from the end of --video, without --prefix
 
 
@@ -55,6 +66,8 @@ class Job(NamedTuple):
     sampler: dict  # arguments of `generate` that all clips share
     clips: list[Clip]
     found: dict  # what goes into each clip's record, beside its options
+    keeps_state: bool  # whether clips can go on in another process
+    state: State | None  # of the one clip, if it does
 
 
 class Weights(NamedTuple):
@@ -83,7 +96,8 @@ def plan(args: Namespace) -> Job:
     Whatever can be wrong with the options or with the files that they name is found here, before
     anything is loaded: ValueError, which names the record that options may come from.
     """
-    with about(args.settings) if args.settings else nullcontext():
+    record = args.resume or args.settings
+    with about(record) if record else nullcontext():
         return _plan(args)
 
 
@@ -106,6 +120,7 @@ def _plan(args: Namespace) -> Job:
     # In which chunks they are made, with which texts, and where they go.
     prefix = latent_frames(len(pixels)) if len(pixels) else 0
     sampler = how_sampled(args, recipe, prefix)
+    state = read_state(args.resume) if args.resume else None
     clips = make_clips(args, recipe, prefix, sampler)
     frames = 4 * (prefix + sum(sampler["chunks"])) - 3
 
@@ -117,7 +132,9 @@ def _plan(args: Namespace) -> Job:
     print(f"{found.name} ({found.why}): {describe(recipe, sampler)}")
     record = for_record(found, weights, size, sampler)
     about_clips = (pixels, size, frames, recipe.fps, sampler, clips, record)
-    return Job(weights.cfg, weights.options, dtype, *about_clips)
+    # With scenes, with latents that are all kept or decoded late, a state would not be small.
+    keeps = recipe.causal and not (sampler["cuts"] or args.low_memory or args.latents)
+    return Job(weights.cfg, weights.options, dtype, *about_clips, keeps, state)
 
 
 def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: dict) -> dict:
@@ -137,10 +154,10 @@ def check_numbers(args: Namespace) -> torch.dtype:
     ValueError for numbers that no mode can work with, and for names that are empty, as those are
     that a shell makes of an unset variable.
     """
-    names = ("release", "weights", "recipe", "prompts", "image", "video", "size", "settings", "out")
-    for name in names:
+    names = ("release", "weights", "recipe", "prompts", "image", "video", "size", "settings")
+    for name in (*names, "resume", "out"):
         check(getattr(args, name) != "", f"--{name} is empty: name something, or leave it out")
-    for name in ("prefix", "chunk", "window", "steps", "shift"):
+    for name in ("prefix", "chunk", "window", "steps", "shift", "interpolate"):
         value = getattr(args, name)
         fits = value is None or 0 < value < math.inf  # NaN is not
         check(fits, f"--{name} {value}: must be above 0")
@@ -148,6 +165,10 @@ def check_numbers(args: Namespace) -> torch.dtype:
     fits = args.guidance is None or math.isfinite(args.guidance)
     check(fits, f"--guidance {args.guidance}: must be a finite number")
     check((args.sink or 0) >= 0, f"--sink {args.sink}: must be 0 or more")
+    for name in ("state_every", "at"):
+        value = getattr(args, name)
+        fits = all(0 <= number < math.inf for number in np.atleast_1d(value))
+        check(fits, f"--{name.replace('_', '-')} {value}: must be seconds, 0 or more")
     for seed in args.seed:
         # torch's generators use 32 bits: seeds beyond would be the same as others.
         check(0 <= seed < 2**32, f"--seed {seed}: must be from 0 to {2**32 - 1}")
@@ -235,7 +256,7 @@ def overridden(recipe: Recipe, args: Namespace) -> Recipe:
     """
     names = ["shift"]
     if recipe.causal:
-        names += ["chunk", "window", "sink"]
+        names += ["chunk", "window", "sink", "sink_rope"]
     if recipe.solver != "renoise":
         names += ["steps", "solver", "guidance"]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -252,7 +273,7 @@ def describe(recipe: Recipe, sampler: dict) -> str:
     if recipe.causal:
         words.append(f"chunks of {recipe.chunk}")
         words.append(f"window {recipe.window}" if recipe.window else "no window")
-        words.append(f"sink {recipe.sink}")
+        words.append(f"sink {recipe.sink}" + " that follows" * (recipe.sink_rope == "relative"))
     return ", ".join(words)
 
 
@@ -283,12 +304,15 @@ def note_ignored(args: Namespace, recipe: Recipe) -> None:
     if recipe.guidance == 1:
         ignored.append("negative")
     if not recipe.causal:
-        ignored += ["chunk", "window", "sink"]
+        ignored += ["chunk", "window", "sink", "sink_rope"]
+    if not (args.at or args.shots):
+        ignored += ["interpolate", "recache"]
     if not args.video:
         ignored.append("prefix")
     if args.random_weights:
         ignored += ["weights", "release", "lora"]
-    given = [f"--{name}" for name in ignored if getattr(args, name) not in (None, [])]
+    given = [name.replace("_", "-") for name in ignored if getattr(args, name) not in UNUSED]
+    given = [f"--{name}" for name in given]
     if given:
         note(f"{', '.join(given)} has no effect here")
 
@@ -350,8 +374,8 @@ def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
     chunks = chunk_plan(args.frames, prefix, recipe.chunk, recipe.prefix, **how)
     first = prefix + chunks[0] if inside else chunks[0]
     largest = max(first, *chunks)
-    sampler |= memory(recipe.window or None, recipe.sink, largest)
-    return sampler | {"chunks": chunks, "prefix_inside": inside}
+    sampler |= memory(recipe.window or None, recipe.sink, largest, recipe.sink_rope)
+    return sampler | {"chunks": chunks, "prefix_inside": inside, "recache": args.recache}
 
 
 def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> list[Clip]:
@@ -359,20 +383,47 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
 
     ValueError without prompts, for scenes that don't fit, and if a file is in a clip's way.
     """
-    # One clip for all prompts with --shots, else one for each.
+    # One clip for all prompts with --shots or --at, else one for each.
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     check(prompts, "no prompt: give --prompt TEXT, or --prompts FILE with one a line")
     chunks = sampler["chunks"]
+    sampler["cuts"] = {}
+    begins = [0]
     if args.shots:
+        check(not args.at, "--shots are of equal lengths: leave --at out, or --shots")
         sampler["cuts"] = scene_cuts(len(prompts), prefix, chunks, recipe)
-    scenes = [prompts] if args.shots else [[prompt] for prompt in prompts]
-    clips = name_clips(scenes, args.seed, args.out)
+    elif args.at:
+        counted = f"{len(prompts)} prompts, of which the first begins, and {len(args.at)} times"
+        check(len(prompts) == len(args.at) + 1, f"--at: {counted}; give one fewer than prompts")
+        check(recipe.causal, "--at needs chunks: here the whole clip is made at once; leave it out")
+        begins = switches(args.at, prefix, chunks, recipe.fps)
+    joined = args.shots or args.at
+    check_changes(args, sampler["cuts"])
+    clips = name_clips(
+        [prompts] if joined else [[prompt] for prompt in prompts], args.seed, args.out
+    )
 
     # The names that they get must be free, and are never those of what is read.
     read = [args.image, args.video, args.prompts, args.weights, args.recipe]
     read += [parse_lora(text)[0] for text in args.lora]
-    wanted = {"sheet": args.sheet, "latents": args.latents, "overwrite": args.overwrite}
-    claim(clips, list(filter(None, read)), **wanted)
+    suffixes = {".png": args.sheet, ".safetensors": args.latents, ".report.json": args.report}
+    asked = [suffix for suffix, wanted in suffixes.items() if wanted]
+    claim(clips, list(filter(None, read)), asked, overwrite=args.overwrite, resume=args.resume)
 
-    shown = [scene_texts(clip.prompts, len(chunks), recipe) for clip in clips]
-    return [clip._replace(texts=texts) for clip, texts in zip(clips, shown, strict=True)]
+    # What each chunk is shown.
+    filled = []
+    for clip in clips:
+        if args.at:
+            texts = spread(clip.prompts, begins, len(chunks))
+        else:
+            texts = scene_texts(clip.prompts, len(chunks), recipe)
+        blends = blended(texts, args.interpolate or 1)
+        filled.append(clip._replace(texts=texts, blends=blends))
+    return filled
+
+
+def check_changes(args: Namespace, cuts: dict) -> None:
+    """ValueError for ways of changing the prompt that contradict each other."""
+    softened = args.interpolate or args.recache
+    wrong = "scene cuts need neither --interpolate nor --recache: leave them out"
+    check(not (cuts and softened), wrong)

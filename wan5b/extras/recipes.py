@@ -73,6 +73,7 @@ class Recipe(Options):
     prefix: int = at_least(0, 0)  # of the first chunk, if it has not `chunk`; images take its place
     window: int = at_least(0, 0)  # that a chunk sees, itself included; 0: all
     sink: int = at_least(0, 0)  # first ones, that stay in the window
+    sink_rope: str = one_of(("absolute", "relative"), "absolute")  # as in KVCache
 
     # An image is clean throughout: in front of what is generated, or inside the first chunk.
     image: str = one_of(("front", "inside", "none"), "front")
@@ -148,6 +149,7 @@ def check_whole(recipe: Recipe) -> None:
         "image_steps needs steps": recipe.image_steps and not recipe.steps,
         "causal needs chunk": recipe.causal and not recipe.chunk,
         f"{', '.join(sorted(of_chunks))} needs causal": of_chunks and not recipe.causal,
+        "sink_rope needs a sink": recipe.sink_rope != "absolute" and not recipe.sink,
         'image "inside" needs chunks of 2 or more': inside and recipe.chunk < 2,
         "cut_prefix needs cut_gap": recipe.cut_prefix and not recipe.cut_gap,
         f"window {recipe.window} has no room for sink {recipe.sink} and a chunk": cramped,
@@ -187,6 +189,7 @@ def in_mode(recipe: Recipe, mode: Mode) -> Recipe:
     else:
         changes |= dict.fromkeys(("chunk", "prefix", "window", "sink", "cut_gap"), 0)
         changes["cut_prefix"] = ""
+        changes["sink_rope"] = "absolute"
         changes["image"] = recipe.image.replace("inside", "front")
     return replace(recipe, **changes)
 
@@ -217,7 +220,7 @@ def from_metadata(said: dict) -> Recipe | None:
     causal = values.get("causal", mode.causal)
     solver = values.get("solver", mode.solver)
     if not causal:
-        for name in ("chunk", "prefix", "window", "sink"):
+        for name in ("chunk", "prefix", "window", "sink", "sink_rope"):
             values.pop(name, None)
     if solver == "renoise":
         values["steps"] = values["image_steps"] = 0

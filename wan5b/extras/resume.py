@@ -1,0 +1,257 @@
+"""How far a clip is, on the disk: what takes longer than a minute to make can be taken up again in
+another process, and goes on bit for bit on the same machine.
+
+The state is small and does not grow: the last finished latents, as many as the memories of the
+network and of the decoder reach back. From these both are made again.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from wan5b.dit import WanDiT
+from wan5b.extras.past import Commit, Past
+from wan5b.util import finite, read_json, reading, rng, write_tensors
+from wan5b.vae22 import Stream
+
+STATE = ".state.safetensors"  # the suffix, in place of the clip's .mp4
+
+
+class State(NamedTuple):
+    """What a state file holds."""
+
+    # The clip's record, and: weights (their fingerprint), video (the mp4's name), pictures in it,
+    # chunks, commits [[first frame, frames, chunk], ...], tail (frames of each piece).
+    about: dict
+    latents: Tensor  # of all commits, [1, C, T, H, W]
+    tail: Tensor  # of all pieces
+    draws: Tensor  # of the generator of the noise that is added
+
+
+class Moment(NamedTuple):
+    """A State to be: what it takes to write one, if that should be wanted."""
+
+    counts: dict
+    commits: list[Commit]
+    tail: list[Tensor]
+    draws: Tensor
+
+
+class Progress:
+    """How far a clip is. This one is not kept, for clips that can't go on in another process.
+
+    `write` of extras/clips.py tells it of every piece, and hands its marks to the mp4's writer.
+    """
+
+    def __init__(
+        self,
+        record: dict | None = None,
+        contexts: list[Tensor] = (),
+        past: Past | None = None,
+        draws: torch.Generator | None = None,
+    ):
+        """record: what goes beside the clip. contexts: of its chunks. past, draws: of `generate`,
+        which moves them on.
+        """
+        self.record = record
+        self.contexts = contexts
+        self.past = past
+        self.draws = draws
+        self.pictures = 0  # pixel frames so far
+        self.video: tuple[Path, int] | None = None  # the mp4 to go on from, how much of it
+
+    def decoder(self, vae) -> Stream:
+        """The decoder's state at the clip's next piece."""
+        return vae.stream()
+
+    def mark(self, video: Path) -> Callable[[], None] | None:
+        """What to call when all pictures so far are on the disk, in this video; None: nothing."""
+
+    def add(self, latents: Tensor, pictures: int) -> None:
+        """A piece of latents [1, C, T, H, W] that was decoded to so many pictures."""
+        self.pictures += pictures
+
+    def stop(self, video: Path, whole: bool) -> None:
+        """The clip ends, in this video. whole: as it should."""
+
+
+class KeptProgress(Progress):
+    """It is on the disk, beside the clip: at most `every` seconds of work are lost to a kill."""
+
+    def __init__(self, path: Path, every: float, *about):
+        """path: of the clip. about: as of Progress."""
+        super().__init__(*about)
+        self.path = path.with_suffix(STATE)
+        self.every = every
+        self.tail: list[Tensor] = []  # the pieces that the decoder remembers, and more
+        self.reach = 0  # how many frames it does
+        self.last: Moment | None = None  # behind the last piece
+        self.marked = time.monotonic()  # when a state was last asked for
+        self.source = None  # the partial mp4 of the process before, while it is needed
+
+    def decoder(self, vae) -> Stream:
+        self.reach = decoder_reach(vae)
+        stream = vae.stream()
+        place = next(vae.parameters()).device
+        for piece in self.tail:
+            vae.decode_chunk(piece.to(place), stream)
+        return stream
+
+    def mark(self, video: Path) -> Callable[[], None] | None:
+        if self.last is None or time.monotonic() - self.marked < self.every:
+            return None
+        self.marked = time.monotonic()
+        return partial(self._save, self.last, video)
+
+    def add(self, latents: Tensor, pictures: int) -> None:
+        super().add(latents, pictures)
+        self.tail.append(latents)
+        while sum(piece.shape[2] for piece in self.tail[1:]) > self.reach:
+            self.tail.pop(0)
+
+        # A prefix alone is made again.
+        if self.past.chunks:
+            made = [*self.past.commits]
+            counts = {"pictures": self.pictures, "chunks": self.past.chunks}
+            self.last = Moment(counts, made, [*self.tail], self.draws.get_state())
+
+    def stop(self, video: Path, whole: bool) -> None:
+        if whole:
+            self.path.unlink(missing_ok=True)
+            self._forget_source()
+        elif self.last and (self.path.exists() or time.monotonic() - self.marked >= self.every):
+            self._save(self.last, video)
+
+    def _save(self, moment: Moment, video: Path) -> None:
+        commits = [[made.start, made.latents.shape[2], made.chunk] for made in moment.commits]
+        tail = [piece.shape[2] for piece in moment.tail]
+        about = self.record | moment.counts
+        about |= {"video": video.name, "commits": commits, "tail": tail}
+
+        latents = [made.latents for made in moment.commits]
+        tensors = {"latents": torch.cat(latents, 2), "tail": torch.cat(moment.tail, 2)}
+        tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
+        tensors["draws"] = moment.draws
+        write_tensors(self.path, tensors, {"state": json.dumps(about)})
+        self._forget_source()
+
+    def _forget_source(self) -> None:
+        if self.source:
+            self.source.unlink(missing_ok=True)
+            self.source = None
+
+    # ------------------------------------------------------------------------------------ going on
+
+    def take_up(self, state: State) -> None:
+        """Go on where another process left the clip.
+
+        ValueError if its mp4 is not there, or other weights made it.
+        """
+        about = state.about
+        if about["weights"] != self.record["weights"]:
+            raise ValueError(f"{self.path}: other weights made the clip so far; name those")
+        place = self.contexts[0].device
+        parts = state.latents.split(sizes(about["commits"]), 2)
+        for (start, frames, chunk), part in zip(about["commits"], parts, strict=True):
+            self.past.commits.append(Commit(start, part.to(place), self.contexts[chunk], chunk))
+            self.past.frames = start + frames
+        self.past.chunks = about["chunks"]
+        self.draws.set_state(state.draws)
+        self.tail = list(state.tail.split(about["tail"], 2))
+        self.pictures = about["pictures"]
+
+        video = find_video(self.path, about)
+        self.video = (video, self.pictures)
+        if video.name.endswith(".partial.mp4"):
+            self.source = video
+
+
+def begin(
+    path: Path, record: dict, contexts: list[Tensor], model: WanDiT, sampler: dict, every: float
+) -> Progress:
+    """A clip of which nothing is made yet.
+
+    record: what goes beside it. contexts: of its chunks. sampler: arguments of `generate`. every:
+    seconds between states; 0: none is kept.
+    """
+    (seed,) = record["settings"]["seed"]
+    draws = rng(contexts[0].device, seed, "renoise")
+    memory = (sampler.get("window"), sampler.get("sink", 0))
+    if every:
+        past = Past(model.cfg.num_layers, *memory)
+        return KeptProgress(path, every, record, contexts, past, draws)
+    return Progress(record, contexts, Past(1, *memory), draws)
+
+
+def sizes(commits: list[list[int]]) -> list[int]:
+    return [frames for _, frames, _ in commits]
+
+
+def find_video(path: Path, about: dict) -> Path:
+    """The mp4 of a state: the one it names, or the clip, which that became when the process ended.
+
+    ValueError if it is not there, or another clip has its name by now.
+    """
+    clip = path.with_name(path.name.removesuffix(STATE) + ".mp4")
+    named = path.with_name(Path(about["video"]).name)
+    if named.is_file() and named != clip:
+        return named
+
+    # The clip is this one if its record says so.
+    record = clip.with_suffix(".json")
+    if clip.is_file() and record.is_file():
+        said = read_json(record)
+        ours = said.get("settings") == about["settings"]
+        if ours and said.get("frames_written", 0) >= about["pictures"]:
+            return clip
+    raise ValueError(
+        f"{path}: its video is not there, neither as {named.name} nor, with its record, as {clip}; "
+        "bring it back, or begin the clip anew"
+    )
+
+
+def read_state(path: str | Path) -> State:
+    """A state file. ValueError, naming it, if it is damaged or none."""
+    path = Path(path)
+    if not path.name.endswith(STATE):
+        raise ValueError(f"--resume {path}: the state of a clip is named like clip{STATE}")
+    with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {})["state"])
+        tensors = [file.get_tensor(name).clone() for name in ("latents", "tail", "draws")]
+        state = State(about, *tensors)
+        numbers = [about["pictures"], about["chunks"], *about["tail"], *sum(about["commits"], [])]
+        fits = [
+            all(type(number) is int and number >= 0 for number in numbers),
+            sum(sizes(about["commits"])) == state.latents.shape[2],
+            sum(about["tail"]) == state.tail.shape[2],
+            about["chunks"] > 0 and isinstance(about["video"], str),
+            finite(state.latents) and finite(state.tail),
+        ]
+        if not all(fits):
+            raise ValueError("its parts contradict each other")
+        return state
+
+
+def decoder_reach(vae) -> int:
+    """How many latent frames of the past a decoder's picture depends on, at most.
+
+    A causal convolution over 3 frames remembers 2. Where time has been upsampled these are less
+    than 2 latent ones, so the sum is more than enough. The first frame is a case of its own.
+    """
+    decoder = getattr(vae, "decoder", vae)
+    convolutions = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv3d)]
+    return 1 + sum(layer.kernel_size[0] - 1 for layer in convolutions)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """By which weights are known again: a digest of some values of each tensor."""
+    some = [weight.detach().flatten()[:64].float().cpu() for weight in model.parameters()]
+    return blake2b(torch.cat(some).numpy().tobytes(), digest_size=8).hexdigest()
