@@ -19,10 +19,11 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --chunk N            latent frames a chunk (default: the recipe's, or 3)
 --window N           latent frames that a chunk sees, itself included (default: the recipe's, or 21)
 --sink N             first latent frames that stay in the window (default: the recipe's, or 0)
+--sink-rope NAME     absolute, or relative, which keeps long videos from jumping back: see sample.py
 --shift S            timestep shift (default: the recipe's, or 5)
 --steps N, --solver NAME, --guidance G, --negative TEXT
                      of modes with guidance, as for sample.py
---blend N            a new prompt takes the old one's place over N chunks (default 1: at once)
+--interpolate N      a new prompt takes the old one's place over N chunks (default: at once)
 --recache            at a new prompt the window is run again under it: a firmer change, one pass
                      over the window later
 
@@ -51,7 +52,7 @@ import torch
 from torch import Tensor
 
 from wan5b import fuse
-from wan5b.extras import graphs, random_weights
+from wan5b.extras import graphs, options, random_weights
 from wan5b.extras.cli import DEVICES, Gathered, script
 from wan5b.extras.endless import Contexts, Endless, Job, plan
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
@@ -69,28 +70,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of a command line; they are explained above. ValueError for what is wrong."""
     parser = Parser()
     parser.format_help = lambda: __doc__
+    # What sample.py has besides, as far as the plan looks at it, is as if it had not been given.
+    parser.set_defaults(**vars(options.parse([], __doc__)))
     add = parser.add_argument
     for name in ("release", "weights", "recipe", "negative"):
         add(f"--{name}")
     for name in ("random-weights", "recache", "compile", "fp8", "low-memory"):
         add(f"--{name}", action="store_true")
-    for name in ("chunk", "window", "sink", "steps"):
+    for name in ("chunk", "window", "sink", "steps", "interpolate", "port"):
         add(f"--{name}", type=int)
     for name in ("shift", "guidance"):
         add(f"--{name}", type=float)
     add("--size", default="704x1280")
-    add("--blend", type=int, default=1)
     add("--lora", default=[], nargs="+", action=Gathered)
-    add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"])
+    add("--preset", choices=["ti2v-5B", "tiny"])
     add("--mode", choices=[name for name, mode in MODES.items() if mode.causal])
+    add("--sink-rope", choices=["absolute", "relative"])
     add("--solver", choices=["unipc", "euler"])
     add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
-    add("--device", default=DEVICES[0], choices=DEVICES)
+    add("--device", choices=DEVICES)
     add("--dtype", choices=["bfloat16", "float32"])
-    # What sample.py has besides, as far as the plan looks at it.
-    unused = ("prompts", "image", "video", "prefix", "frames", "settings")
-    parser.set_defaults(**dict.fromkeys(unused), seed=[], prompt=[], out="live")
+    parser.set_defaults(port=8000)
 
     args = parser.parse_args(argv)
     for name in ("release", "weights", "recipe"):
@@ -98,8 +98,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port {args.port}: must be from 0 to 65535")
-    if args.blend < 1:
-        raise ValueError(f"--blend {args.blend}: must be 1 or more chunks")
     return args
 
 
@@ -178,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
 
     # Videos. All share one cache, and with it its CUDA graphs.
     new_cache = functools.cache(KVCache)
-    make = Endless(job, model, vae, contexts, args.blend, args.recache, new_cache)
+    make = Endless(job, model, vae, contexts, args.interpolate or 1, new_cache)
     print("warming up ...", flush=True)
     seconds = make.warm_up()
 

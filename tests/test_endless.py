@@ -32,7 +32,7 @@ def maker(*options: str, encode=None) -> Endless:
     contexts = Contexts(encode or live.text_encoder(args, job))
     model = random_weights.random_dit("tiny", "cpu", job.dtype)
     vae = random_weights.random_vae("tiny", "cpu")
-    return Endless(job, model, vae, contexts, args.blend, args.recache, KVCache)
+    return Endless(job, model, vae, contexts, args.interpolate or 1, KVCache)
 
 
 def wish(prompt="a red ball", seed=0, image=None) -> Wish:
@@ -92,7 +92,7 @@ def test_a_prompt_waits_for_its_context_and_the_video_does_not():
 
 def test_a_prompt_may_come_in_over_several_chunks():
     values = {"zero": 0.0, "nine": 9.0, "three": 3.0}
-    make = maker("--blend", "3", encode=lambda text: torch.full((1, 2, 4), values[text]))
+    make = maker("--interpolate", "3", encode=lambda text: torch.full((1, 2, 4), values[text]))
     texts = make.texts(asked := wish("zero"))
     seen = [next(texts)[0, 0, 0].item()]
     for text in ("nine", "", "", "", "three", "", ""):
@@ -154,7 +154,8 @@ def test_warming_up_tells_how_long_a_chunk_takes():
         (["--window", "2"], "no room"),
         (["--sink", "-1"], "--sink -1"),
         (["--port", "70000"], "--port 70000"),
-        (["--blend", "0"], "--blend 0"),
+        (["--interpolate", "0"], "--interpolate 0"),
+        (["--seed", "1"], "unrecognized arguments: --seed"),
         (["--fp8"], "--fp8 needs"),
     ],
 )

@@ -68,18 +68,18 @@ def plan(args: Namespace) -> Job:
         text = f"no window in {found.name}, but the video has no end"
         note(f"{text}: a chunk sees {recipe.window} latent frames (--window)")
 
-    samplers = {False: endless(recipe, image=False)}
+    samplers = {False: endless(recipe, image=False, recache=args.recache)}
     if recipe.image != "none":
-        samplers[True] = endless(recipe, image=True)
+        samplers[True] = endless(recipe, image=True, recache=args.recache)
     note_weights(args, weights, found)
     print(f"{found.name} ({found.why}): {describe(recipe, samplers[False])}")
     size = parse_size(args.size)
     return Job(weights.cfg, weights.options, dtype, size, recipe, found.name, samplers)
 
 
-def endless(recipe: Recipe, image: bool) -> dict:
+def endless(recipe: Recipe, image: bool, recache: bool) -> dict:
     """Arguments of `generate` for a video without an end; chunks: the first one's, all others'."""
-    asked = Namespace(frames=None, image="an image" if image else None)
+    asked = Namespace(frames=None, image="an image" if image else None, recache=recache)
     sampler = how_sampled(asked, recipe, 1 if image else 0)
     return sampler | {"chunks": [sampler["chunks"][0], recipe.chunk], "endless": True}
 
@@ -139,17 +139,17 @@ def split_vae(vae, dtype: torch.dtype) -> tuple:
 class Endless:
     """make(wish) of a Studio, by a model."""
 
-    def __init__(self, job: Job, model, vae, contexts: Contexts, blend: int, recache: bool, cache):
-        """vae: in float32. blend: chunks over which a new prompt takes the old one's place.
+    def __init__(self, job: Job, model, vae, contexts: Contexts, interpolate: int, new_cache):
+        """vae: in float32. interpolate: chunks over which a new prompt takes the old one's place.
 
-        recache: at a new prompt the window is run again under it. cache: `new_cache` of `generate`.
+        new_cache: see `generate`.
         """
         self.job = job
         self.model = model
         self.encoder, self.decoder = split_vae(vae, job.dtype)
         self.contexts = contexts
-        self.blend = blend
-        self.how = {"recache": recache, "new_cache": cache}
+        self.interpolate = interpolate
+        self.new_cache = new_cache
 
     @torch.no_grad()
     def __call__(self, wish: Wish) -> Iterator[np.ndarray]:
@@ -171,8 +171,8 @@ class Endless:
         first, rest = sampler["chunks"]
         size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
         noise = draw_noise(wish.seed, chain([first], repeat(rest)), size)
-        own = {"prefix": prefix, "seed": wish.seed}
-        latents = generate(self.model, noise, self.texts(wish), **sampler, **own, **self.how)
+        own = {"prefix": prefix, "seed": wish.seed, "new_cache": self.new_cache}
+        latents = generate(self.model, noise, self.texts(wish), **sampler, **own)
         state = self.decoder.stream()
         for chunk in latents:
             pixels = self.decoder.decode_chunk(chunk, state)
@@ -183,10 +183,10 @@ class Endless:
             yield to_frames(pixels[0]).cpu().numpy()
 
     def texts(self, wish: Wish) -> Iterator[Tensor]:
-        """The context of each chunk. A new one takes its place at once, or over `blend` chunks."""
-        shown = target = self.contexts.of(wish.prompt())
-        old = target
-        step = self.blend
+        """The context of each chunk. A new one takes the old one's place at once, or bit by bit."""
+        over = self.interpolate
+        shown = target = old = self.contexts.of(wish.prompt())
+        step = over  # of `over` from the old one to the target
         while True:
             yield shown
             newest = self.contexts.of(wish.prompt(self.contexts.ready))
@@ -194,10 +194,10 @@ class Endless:
                 old = shown
                 target = newest
                 step = 0
-            if step < self.blend:
+            if step < over:
                 step += 1
             # At the end it is the text's own tensor, by which the rollout knows it again.
-            shown = target if step == self.blend else torch.lerp(old, target, step / self.blend)
+            shown = target if step == over else torch.lerp(old, target, step / over)
 
     def warm_up(self) -> float:
         """Run until all that is made once is made (compiled code, CUDA graphs) -> seconds that a
