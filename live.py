@@ -181,7 +181,8 @@ def main(args: argparse.Namespace) -> None:
     seconds = make.warm_up()
 
     held = functools.partial(memory, args.device)
-    with Studio(make, job.size, job.recipe.fps, seconds, held) as studio, server:
+    about = {"seconds": seconds, "memory": held, "heard": contexts.begin}
+    with Studio(make, job.size, job.recipe.fps, **about) as studio, server:
         server.studio = studio
         print(f"{server.address()} (Ctrl-C ends it)", flush=True)
         server.serve_forever()

@@ -1,4 +1,4 @@
-"""Ways to bring frames into a browser as they are made, side by side: what reached the screen, when.
+"""Ways to bring frames into a browser as they are made, side by side: what is seen, and when.
 
     python tools/bench_live.py --browser chromium --size 704x1280 --seconds 15
 
@@ -28,6 +28,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -70,18 +71,19 @@ function paint() {
   if (waiting) { context.drawImage(waiting, 0, 0); waiting.close(); waiting = null; }
 }
 
+const joined = async (parts) => new Uint8Array(await new Blob(parts).arrayBuffer());
 async function records(reader, take) {
-  let held = new Uint8Array(0), parts = [], size = 0;
+  let parts = [], size = 0;
   for (;;) {
     const {done, value} = await reader.read();
     if (done) return;
     bytes += value.length; parts.push(value); size += value.length;
     for (;;) {
       if (size < 4) break;
-      if (parts.length > 1 && parts[0].length < 4) parts = [new Uint8Array(await new Blob(parts).arrayBuffer())];
+      if (parts.length > 1 && parts[0].length < 4) parts = [await joined(parts)];
       const length = new DataView(parts[0].buffer, parts[0].byteOffset).getUint32(0);
       if (size < 4 + length) break;
-      if (parts.length > 1) parts = [new Uint8Array(await new Blob(parts).arrayBuffer())];
+      if (parts.length > 1) parts = [await joined(parts)];
       take(parts[0].slice(4, 4 + length));
       parts = [parts[0].subarray(4 + length)]; size -= 4 + length;
     }
@@ -99,7 +101,8 @@ const ways = {
   async fetch() { paint(); records((await fetch("/fetch")).body.getReader(), show); },
   async timed() {
     const {Player} = await import("/player.js");
-    const player = new Player(canvas, {onState() {}, onFrame() { bytes = player.counts.bytes; }, onLost() {}});
+    const onFrame = () => { bytes = player.counts.bytes; };
+    const player = new Player(canvas, {onState() {}, onFrame, onLost() {}});
     player.read((await fetch("/timed")).body.getReader());
   },
   async mp4() {
@@ -109,7 +112,9 @@ const ways = {
     await new Promise((done) => media.addEventListener("sourceopen", done));
     const buffer = media.addSourceBuffer('video/mp4; codecs="avc1.640028"');
     const queue = [];
-    const next = () => { if (queue.length && !buffer.updating) buffer.appendBuffer(queue.shift()); };
+    const next = () => {
+      if (queue.length && !buffer.updating) buffer.appendBuffer(queue.shift());
+    };
     buffer.addEventListener("updateend", () => {
       next();
       if (!video.buffered.length) return;
@@ -122,13 +127,15 @@ const ways = {
   },
 };
 look();
-Promise.resolve(ways[way]()).catch((error) => fetch("/report", {method: "POST", body: JSON.stringify({error: String(error)})}));
-setTimeout(() => fetch("/report", {method: "POST", body: JSON.stringify({seen, bytes})}), 1000 * seconds + 3000);
+const tell = (what) => fetch("/report", {method: "POST", body: JSON.stringify(what)});
+Promise.resolve(ways[way]()).catch((error) => tell({error: String(error)}));
+setTimeout(() => tell({seen, bytes}), 1000 * seconds + 3000);
 """
 HTML = """<!doctype html><meta charset=utf-8><style>body{margin:0;background:#000}*{display:block}
 canvas,img,video{width:100%%;position:absolute;visibility:hidden}.on{visibility:visible}</style>
 <canvas width=%d height=%d></canvas><img><video muted></video><script type=module>
-const CONFIG=%s;document.querySelector({multipart:"img",mp4:"video"}[CONFIG[0]]??"canvas").className="on";
+const CONFIG=%s, shows={multipart:"img",mp4:"video"}[CONFIG[0]]??"canvas";
+document.querySelector(shows).className="on";
 %s</script>"""
 
 
@@ -205,10 +212,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/player.js":
             self.send((PAGE / "player.js").read_bytes(), "text/javascript")
         elif self.path[1:] in WAYS:
-            try:
+            with suppress(OSError):
                 getattr(self, self.path[1:])(bench.source)
-            except OSError:
-                pass
         else:
             self.send_error(404)
 

@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import chain, islice, repeat
 from typing import NamedTuple
@@ -37,6 +37,7 @@ from wan5b.vae22 import VAE22
 
 WINDOW = 21  # latent frames, where the recipe has none: what clips of 81 frames have
 TEXTS = 32  # whose contexts are kept
+PATIENCE = 0.04  # seconds that a chunk waits for a text on the way: less than a chunk later
 
 
 class Job(NamedTuple):
@@ -106,9 +107,14 @@ class Contexts:
                 self.made.popitem(last=False)
             return future
 
+    def begin(self, text: str) -> None:
+        """Make it, if it is not there; this does not wait."""
+        self._future(text)
+
     def ready(self, text: str) -> bool:
-        """Whether it is there; if not, it is begun."""
-        return self._future(text).done()
+        """Whether it is there, or will be in a moment."""
+        done, _ = wait([self._future(text)], PATIENCE)
+        return bool(done)
 
     def of(self, text: str) -> Tensor:
         """Waits for it. Raises what the encoder raised."""

@@ -115,17 +115,20 @@ class Studio:
         fps: int,
         seconds: float | None = None,
         memory: Callable[[], dict[str, int]] = dict,
+        heard: Callable[[str], None] = lambda prompt: None,
         grace: float = GRACE,
     ):
         """make(wish) -> uint8 frames [T, H, W, 3], chunk by chunk, always called in one thread.
 
         size: height and width. seconds: what a chunk takes, if known. memory: bytes in use, by
-        name. grace: seconds that windows may be gone.
+        name. heard: called with each prompt as it comes, so that what it needs can be begun.
+        grace: seconds that windows may be gone.
         """
         self.make = make
         self.size = size
         self.fps = fps
         self.memory = memory
+        self.heard = heard
         self.grace = grace
         self.pace = Pace(fps, seconds)
         self.changed = threading.Condition()  # the lock, and word that something has changed
@@ -172,6 +175,7 @@ class Studio:
             self.started += 1
             old = self.video
             wish = Wish(prompt, seed, image, self.changed)
+            self.heard(prompt)
             recording = Recording(self.folder / f"video-{self.started}", self.fps)
             self.video = Video(self.started, wish, who, recording)
             self.running = True
@@ -190,6 +194,7 @@ class Studio:
                 raise ValueError("no video is running: start one")
             self._check_control(who)
             wish = self.video.wish
+            self.heard(prompt)
             self.video.who = who
             wish.prompts.append(prompt)
             wish.arrived[len(wish.prompts) - 1] = time.monotonic()
