@@ -1,15 +1,19 @@
 """live.py without a browser: what its options come to, and frames by tiny random networks."""
 
+import functools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from common import compiling, gpu
 
 import live
-from wan5b.extras import random_weights
+from wan5b import fuse
+from wan5b.extras import graphs, random_weights
 from wan5b.extras.endless import Contexts, Endless, plan
 from wan5b.extras.server import Server
 from wan5b.extras.studio import Wish
@@ -120,6 +124,31 @@ def test_what_is_not_finite_is_said():
         make.model.head.head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
         next(make(wish()))
+
+
+@gpu
+def test_graphs_made_while_warming_up_serve_the_studios_thread():
+    """The same frames by a compiled model in another thread as by a plain one in this."""
+    options = [*TINY[:-1], "cuda", "--window", "6", "--dtype", "float32"]
+    args = live.parse(options)
+    job = plan(args)
+    cache = functools.cache(KVCache)
+
+    def make() -> Endless:
+        model = random_weights.random_dit("tiny", "cuda", job.dtype)
+        vae = random_weights.random_vae("tiny", "cuda")
+        return Endless(job, model, vae, Contexts(live.text_encoder(args, job)), 1, cache)
+
+    plain = taken(make(), wish(), 6)
+    with compiling():
+        fuse.enable(True)
+        fast = make()
+        graphs.record(fast.model)
+        assert fast.warm_up() > 0
+        with ThreadPoolExecutor(1) as thread:
+            chunks = thread.submit(taken, fast, wish(), 6).result()
+    for a, b in zip(plain, chunks, strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 2
 
 
 def test_an_error_of_the_text_encoder_is_raised_and_not_kept():

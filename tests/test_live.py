@@ -130,6 +130,19 @@ def test_frames_come_in_order_and_a_new_prompt_with_the_next_chunk():
         window.until(state_where(running=False, error=""))
 
 
+def test_prompts_are_heard_when_they_come_and_their_number_is_bounded(monkeypatch):
+    monkeypatch.setattr(studios, "CHANGES", 2)
+    heard = []
+    with served(drawn(seconds=0.01), heard=heard.append) as server, Watcher(server):
+        assert change(server, "too early").status == 400
+        start(server, "red")
+        answers = [change(server, text) for text in ("green", "blue", "gray")]
+        assert [answer.status for answer in answers] == [200, 200, 400]
+        assert heard == ["red", "green", "blue"]
+        start(server, "red again")
+        assert change(server, "green").json == {"version": 1}
+
+
 def test_an_image_is_the_first_frame():
     green = io.BytesIO()
     Image.new("RGB", (50, 30), COLOURS["green"]).save(green, "PNG")

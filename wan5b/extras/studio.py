@@ -32,6 +32,7 @@ WAITING = 240  # frames that may wait for one window; then the oldest are droppe
 LATE = 0.5  # seconds behind its time at which a frame is not worth sending
 GRACE = 5.0  # seconds that a window may be gone: a reload takes one
 WINDOWS = 16
+CHANGES = 10_000  # of one video's prompt
 BEAT = 0.5  # seconds, at most, between two words to a window
 ENCODERS = 4  # threads
 
@@ -194,6 +195,8 @@ class Studio:
                 raise ValueError("no video is running: start one")
             self._check_control(who)
             wish = self.video.wish
+            if len(wish.prompts) > CHANGES:
+                raise ValueError(f"the prompt has changed {CHANGES} times: start a new video")
             self.heard(prompt)
             self.video.who = who
             wish.prompts.append(prompt)
@@ -435,7 +438,7 @@ class Studio:
                 self.changed.notify_all()
 
     def _jpeg(self, frame: np.ndarray) -> bytes:
-        # Into a file on the disk's side of the process: only there Pillow lets other threads run.
+        # Into a file, since Pillow lets other threads run only while it writes to one.
         with tempfile.TemporaryFile(dir=self.folder) as file:
             Image.fromarray(frame).save(file, "JPEG", quality=QUALITY)
             file.seek(0)
