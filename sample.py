@@ -164,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
     begun = []
     for clip in job.clips:
         record = make_record(vars(args), clip, job.frames, job.found) | {"weights": known_by}
-        about = (record, contexts(clip, rows), model, job.sampler)
+        about = (record, contexts(clip, rows), job.cfg.num_layers, job.sampler)
         begun.append(begin(clip.path, *about, args.state_every if job.keeps_state else 0))
     if job.state:
         begun[0].take_up(job.state)
@@ -190,9 +190,9 @@ def main(args: argparse.Namespace) -> None:
         del model, new_cache
         torch.cuda.empty_cache()
     for clip, progress, chunks in zip(job.clips, begun, made, strict=True):
-        files = {"progress": progress, "sheet": args.sheet, "save_latents": args.latents}
-        files |= {"overwrite": args.overwrite, "fps": job.fps, "frames": job.frames}
-        write(vae, (x.to(args.device) for x in chunks), clip.path, **files)
+        files = {"record": progress.record, "sheet": args.sheet, "save_latents": args.latents}
+        files |= {"overwrite": args.overwrite, "fps": job.fps, "progress": progress}
+        write(vae, (x.to(args.device) for x in chunks), clip.path, frames=job.frames, **files)
 
 
 if __name__ == "__main__":

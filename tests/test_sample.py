@@ -197,7 +197,7 @@ def test_low_memory_gives_the_same(run, mode, tmp_path, monkeypatch):
     options = ("--mode", mode, "--steps", 2, "--frames", 25, "--image", tmp_path / "a.gif")
     add, given = mp4.VideoWriter.add, []
     monkeypatch.setattr(
-        mp4.VideoWriter, "add", lambda self, frames: given.append(frames) or add(self, frames)
+        mp4.VideoWriter, "add", lambda self, frames, *_: given.append(frames) or add(self, frames)
     )
     made, held = run(*options), run(*options, "--low-memory", out="held")
     assert torch.equal(made.latents, held.latents)

@@ -74,7 +74,7 @@ def run(release, tensors, tmp_path, monkeypatch):
     monkeypatch.setattr(VAE22, "decode_chunk", pixels)
 
     def call(noise, image, *options, out="a"):
-        def draw_noise(seed, chunks, size):
+        def draw_noise(seed, chunks, size, first):
             assert (sum(chunks), *size) == (noise.shape[2], noise.shape[1], *noise.shape[3:])
             return iter(noise.split(chunks, 2))
 

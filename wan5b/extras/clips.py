@@ -108,9 +108,8 @@ def read_settings(
     missing, unknown, of another type or out of range.
     """
     try:
-        if record is None:
-            record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        settings = record["settings"]
+        read = record or json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        settings = read["settings"]
         recorded = {action.dest: _option(action, settings) for action in options(parser)}
         unknown = sorted(settings.keys() - recorded.keys())
         if unknown:
@@ -118,7 +117,8 @@ def read_settings(
     except OSError as error:
         raise ValueError(f"cannot read --settings {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not what this sample.py wrote: {error}") from error
+        kind = "JSON" if record is None else "state"
+        raise ValueError(f"{path} is not a {kind} that this sample.py wrote: {error}") from error
 
     for name, others in REPLACED.items():
         if getattr(given, name):
@@ -178,6 +178,7 @@ def write(
     *,
     frames: int | None = None,
     fps: int = FPS,
+    record: dict | None = None,
     sheet: bool = False,
     save_latents: bool = False,
     overwrite: bool = False,
@@ -185,9 +186,9 @@ def write(
 ) -> None:
     """Decode a clip into an mp4 while its latents [1, C, T, H, W] are made, piece by piece.
 
-    Beside it a sheet (PNG), the latents (safetensors), and, of `progress`, the record as JSON and
-    the state from which an interrupted clip goes on. frames: how many pixel frames there will be; a
-    sheet needs it. Whatever ends it, Ctrl-C included, leaves what is finished, playable.
+    Beside it the record as JSON, a sheet (PNG), the latents (safetensors), and what `progress`
+    keeps. frames: how many pixel frames there will be; a sheet needs it. Whatever ends it, Ctrl-C
+    included, leaves what is finished, playable.
 
     ValueError for pixels that are not finite. FileExistsError if another has written the mp4
     meanwhile, unless `overwrite`: then all is beside the *.partial.mp4.
@@ -195,7 +196,6 @@ def write(
     # What the writer is to know: the frames of the sheet, and the files that go with the mp4.
     keep = sheet_indices(frames) if sheet else set()
     progress = progress or Progress()
-    record = progress.record
     beside = {".json": record, ".png": sheet, ".safetensors": save_latents}
     written = tuple(suffix for suffix, asked in beside.items() if asked)
 

@@ -1,7 +1,7 @@
 """An mp4 that grows by chunks of frames, says its colours, and is whole whenever it ends.
 
 While it grows it consists of fragments, each of which plays once it is on the disk; the end turns
-them into an ordinary file. FFmpeg calls that a hybrid and has it since 7.1.
+them into an ordinary file. FFmpeg calls that a hybrid.
 """
 
 import os
@@ -28,6 +28,7 @@ GROWING = {
     "frag_duration": "500000",  # in microseconds
     "flush_packets": "1",
 }
+LIBAVFORMAT = (62, 12)  # FFmpeg 8.1: 8.0 forgets the first box of a hybrid with a delayed header
 REORDERED = 2  # how many packets a picture may come late, in x264's pyramid of B-frames
 
 
@@ -56,6 +57,8 @@ class VideoWriter:
         or left by a killed process, at the end or where `whole` was given. They are copied as they
         are; of those to keep, what was decoded is kept. ValueError if that can't be.
         """
+        if av.library_versions["libavformat"] < LIBAVFORMAT:
+            raise ValueError(f"av {av.__version__} writes videos that don't play; install av 17.1")
         self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
         self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
         self.partial.touch(exist_ok=False)
@@ -63,14 +66,16 @@ class VideoWriter:
         self.replaces = overwrite or self.path.exists()
         self.beside = beside
         self.fps = fps
+        self.tick = Fraction(1, fps)  # of packets: a frame
         self.size = None  # (height, width)
         self.count = 0  # of frames encoded, or copied
         self.muxed = 0  # of frames that the encoder has given back, too
         self.intact = True  # no frame has been lost on its way to the file
+        self.on_disk = 0  # of frames in fragments that have ended
         self.marks = []  # (index of a frame, what to call when all in front of it is on the disk)
         self.keep = keep
         self.kept = []
-        self.file = av.open(str(self.partial), "w", options=GROWING)
+        self.file = av.open(str(self.partial), "w", container_options=GROWING)
         self.stream = self.file.add_stream("libx264", fps)
         self.encoder = None  # of the frames since the start, or since the last mark
         if after and after[1]:
@@ -91,6 +96,7 @@ class VideoWriter:
         it raises ends the clip like an error of the encoder. ValueError for another size.
         """
         size = tuple(frames.shape[1:3])
+        assert not any(side % 2 for side in size), size  # of a colour there is one for 2x2 pixels
         self.size = self.size or size
         if size != self.size:
             height, width = self.size
@@ -118,6 +124,7 @@ class VideoWriter:
             if self.count in self.keep:
                 self.kept.append(frame.copy())  # a view would keep its whole chunk in memory
             self.count += 1
+            self._report()
 
     def _write(self, frame: np.ndarray) -> None:
         if self.encoder is None:
@@ -142,7 +149,7 @@ class VideoWriter:
         encoder.height = height
         encoder.width = width
         encoder.framerate = self.fps
-        encoder.time_base = Fraction(1, self.fps)
+        encoder.time_base = self.tick
         encoder.flags |= Flags.global_header
 
         # Players take what doesn't say its colours for one thing or another: it is BT.709 (code 1
@@ -167,29 +174,31 @@ class VideoWriter:
     def _mux(self, packets: Iterable[av.Packet]) -> None:
         """Append packets, whose pts count frames."""
         self.intact = False
-        on_disk = 0
         for packet in packets:
-            # By the muxer's next keyframe all fragments in front of it are written.
-            if packet.is_keyframe:
-                on_disk = self.muxed
+            number = self.muxed
+            is_keyframe = packet.is_keyframe
             packet.stream = self.stream
-            packet.time_base = Fraction(1, self.fps)
-            packet.dts = self.muxed - REORDERED
+            packet.time_base = self.tick
+            packet.dts = number - REORDERED
             assert packet.dts <= packet.pts, packet
             self.file.mux(packet)
             self.muxed += 1
+            # With a keyframe the muxer has written all that is in front of it.
+            if is_keyframe:
+                self.on_disk = number
         self.intact = True
-        self._report(on_disk)
 
-    def _report(self, frames: int) -> None:
-        """Call what waits for so many frames to be in the file."""
-        due = [whole for mark, whole in self.marks if mark <= frames]
+    def _report(self) -> None:
+        """Call what waits for frames that are in the file by now."""
+        due = [whole for mark, whole in self.marks if mark <= self.on_disk]
         if not due:
             return
         sync(self.partial)
-        self.marks = self.marks[len(due) :]
+        later = self.marks[len(due) :]
+        self.marks = []  # when one raises, the others are not called
         for whole in due:
             whole()
+        self.marks = later
 
     def _copy(self, path: str | Path, frames: int) -> None:
         """Begin with those of another clip. ValueError as by `__init__`, then nothing is left."""
@@ -199,9 +208,9 @@ class VideoWriter:
                 self.size = (codec.height, codec.width)
                 self.encoder = self._start_encoder(*self.size)
                 for gop in remux.read_gops(source, frames, self.fps):
+                    remux.check_headers(source, self.encoder)
                     self.kept += remux.decode_frames(gop, source, self.keep)
                     self._mux(gop)
-                remux.check_headers(source, self.encoder)
             self.count = frames
         except BaseException:
             self.file.close()
@@ -243,7 +252,8 @@ class VideoWriter:
         if self.muxed:
             remux.state_length(self.partial, self.muxed, self.fps)
             sync(self.partial)
-            self._report(self.muxed)
+            self.on_disk = self.muxed
+            self._report()
 
     def _take_name(self) -> None:
         """Rename it, if nobody else has taken the name since the start."""

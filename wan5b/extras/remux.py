@@ -31,8 +31,9 @@ def source(path: str | Path) -> Iterator[InputContainer]:
             f"cannot go on from {path}: {error.strerror or error}; {OTHERWISE}"
         ) from error
     with file:
-        if not file.streams.video or file.streams.video[0].codec.name != "h264":
-            raise ValueError(f"cannot go on from {path}: it has no H.264 video; {OTHERWISE}")
+        codecs = [stream.codec.name for stream in file.streams.video]
+        if "mp4" not in file.format.name or codecs != ["h264"]:
+            raise ValueError(f"cannot go on from {path}: it is no mp4 of H.264; {OTHERWISE}")
         yield file
 
 
@@ -40,17 +41,20 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
     """The packets of a video's first frames, in the order of the file, a keyframe and what needs
     it at a time. They are as an encoder gives them: pts count frames, start codes divide units.
 
-    ValueError if it has another rate or fewer frames, or if what follows them is no keyframe.
+    ValueError if it has another rate or fewer frames, if what follows them is no keyframe, or if
+    frames are missing.
     """
+    tick = Fraction(1, fps)
     gop = []
     count = 0
     for packet in _whole_packets(file):
         if packet.is_keyframe and gop:
+            _check_complete(gop, count, file)
             yield gop
             gop = []
         if count == frames:
             break
-        _count_frames(packet, file, fps)
+        _count_frames(packet, file, tick)
         _put_start_codes(packet, file)
         gop.append(packet)
         count += 1
@@ -68,6 +72,7 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
             "go on where one was asked for"
         )
     if gop:
+        _check_complete(gop, count, file)
         yield gop
 
 
@@ -84,19 +89,32 @@ def _whole_packets(file: InputContainer) -> Iterator[av.Packet]:
         yield packet
 
 
-def _count_frames(packet: av.Packet, file: InputContainer, fps: int) -> None:
-    """pts, in ticks of the file, into the number of the frame. ValueError for another rate."""
-    rate = 1 / (packet.duration * packet.time_base) if packet.duration else 0
-    if rate != fps:
+def _count_frames(packet: av.Packet, file: InputContainer, tick: Fraction) -> None:
+    """pts and time_base from those of the file to frames. ValueError for another rate.
+
+    tick: how long a frame is, in seconds.
+    """
+    length = tick / packet.time_base  # in ticks of the file
+    if packet.duration != length:
+        rate = 1 / (packet.duration * packet.time_base) if packet.duration else 0
         raise ValueError(
             f"cannot go on from {file.name}, which has {float(rate):g} frames a second, "
-            f"not {fps}; {OTHERWISE}"
+            f"not {float(1 / tick):g}; {OTHERWISE}"
         )
-    frame = packet.pts * packet.time_base * fps
-    assert frame.denominator == 1, (file.name, packet)
-    packet.time_base = Fraction(1, fps)
-    packet.pts = int(frame)
+    number, rest = divmod(packet.pts, length.numerator)
+    packet.pts = -1 if rest else number
+    packet.time_base = tick
     packet.duration = 1
+
+
+def _check_complete(gop: list[av.Packet], count: int, file: InputContainer) -> None:
+    """ValueError unless they are all frames up to `count`, each once, that the GOP can have."""
+    numbers = sorted(packet.pts for packet in gop)
+    if numbers != list(range(count - len(gop), count)):
+        raise ValueError(
+            f"cannot go on from {file.name}, whose frames do not follow each other at an even "
+            f"pace; {OTHERWISE}"
+        )
 
 
 def _put_start_codes(packet: av.Packet, file: InputContainer) -> None:

@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from wan5b.dit import WanDiT
 from wan5b.extras.past import Commit, Past
 from wan5b.util import finite, read_json, reading, rng, write_tensors
 from wan5b.vae22 import Stream
@@ -175,18 +174,18 @@ class KeptProgress(Progress):
 
 
 def begin(
-    path: Path, record: dict, contexts: list[Tensor], model: WanDiT, sampler: dict, every: float
+    path: Path, record: dict, contexts: list[Tensor], layers: int, sampler: dict, every: float
 ) -> Progress:
     """A clip of which nothing is made yet.
 
-    record: what goes beside it. contexts: of its chunks. sampler: arguments of `generate`. every:
-    seconds between states; 0: none is kept.
+    record: what goes beside it. contexts: of its chunks. layers: of the network. sampler: arguments
+    of `generate`. every: seconds between states; 0: none is kept.
     """
     (seed,) = record["settings"]["seed"]
     draws = rng(contexts[0].device, seed, "renoise")
     memory = (sampler.get("window"), sampler.get("sink", 0))
     if every:
-        past = Past(model.cfg.num_layers, *memory)
+        past = Past(layers, *memory)
         return KeptProgress(path, every, record, contexts, past, draws)
     return Progress(record, contexts, Past(1, *memory), draws)
 

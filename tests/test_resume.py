@@ -1,0 +1,275 @@
+"""Interrupted clips go on: bit for bit, from a state that does not grow, whatever ended them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+import torch
+from PIL import Image
+from release import make_release
+from safetensors.torch import load_file, save_file
+
+import sample
+from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras import clips, mp4
+from wan5b.extras.formats import load_vae
+from wan5b.extras.resume import decoder_reach, read_state
+from wan5b.util import read_json
+from wan5b.vae22 import VAE22, VAEConfig
+
+SCRIPT = Path(sample.__file__)
+LONG = ["--window", "9", "--sink", "3", "--frames", "201"]  # 17 chunks of 3 latent frames
+OFTEN = ["--state-every", "1e-9"]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return make_release(tmp_path_factory.mktemp("resume") / "release")
+
+
+class Stop(Exception):
+    """In the place of whatever ends a process."""
+
+
+@pytest.fixture
+def run(release, tmp_path, monkeypatch):
+    """run(*options, stop=None) -> the pictures that were made. stop: how many chunks until Stop."""
+    (tmp_path / "a.png").exists() or Image.new("RGB", (64, 32), (200, 40, 90)).save(
+        tmp_path / "a.png"
+    )
+    add = mp4.VideoWriter.add
+    made = []
+
+    def call(*options, stop=None, out="a"):
+        def watched(self, frames, *rest):
+            if stop is not None and len(made) >= stop:
+                raise Stop
+            made.append(frames.clone())
+            add(self, frames, *rest)
+
+        monkeypatch.setattr(mp4.VideoWriter, "add", watched)
+        made.clear()
+        base = ["--release", release, "--device", "cpu", "--mode", "few", "--size", "32x64"]
+        base += [*LONG, *OFTEN, "--out", tmp_path / out]
+        if "--resume" in options:
+            base = []
+        elif "--prompt" not in options:
+            base += ["--prompt", "a red ball"]
+        sample.main(sample.parse([str(option) for option in (*base, *options)]))
+        return torch.cat(made)
+
+    def stopped(*options, after, **how):
+        with pytest.raises(Stop):
+            call(*options, stop=after, **how)
+        return torch.cat(made)
+
+    call.until = stopped
+    return call
+
+
+def pictures(path):
+    return torch.from_numpy(iio.imread(path, plugin="pyav"))
+
+
+CASES = {
+    "plain": [],
+    "image": ["--image", "a.png"],
+    "changes": ["--prompt", "a", "b", "c", "--at", "1", "5", "--interpolate", "3"],
+    "recache": ["--prompt", "a", "b", "--at", "4", "--recache", "--sink-rope", "relative"],
+    "guided": ["--mode", "many", "--steps", "2", "--frames", "105"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_goes_on_bit_for_bit(run, tmp_path, name):
+    """Interrupted twice, the clip's pictures are those of one that was never interrupted."""
+    options = [str(tmp_path / text) if text == "a.png" else text for text in CASES[name]]
+    whole = run(*options, out="whole")
+    assert not (tmp_path / "whole.state.safetensors").exists()
+
+    state = tmp_path / "a.state.safetensors"
+    first = run.until(*options, after=4)
+    about = read_state(state).about
+    assert about["pictures"] == len(first)
+    second = run.until("--resume", state, after=5)
+    size = state.stat().st_size
+    third = run("--resume", state)
+    assert torch.equal(torch.cat([first, second, third]), whole)
+    assert size < 10**6
+
+    # Nothing is left but the clip and its record, the same as the other's.
+    names = {path.name for path in tmp_path.iterdir()} - {"a.png"}
+    assert names == {"a.mp4", "a.json", "whole.mp4", "whole.json"}
+    records = [read_json(tmp_path / f"{name}.json") for name in ("a", "whole")]
+    for record in records:
+        del record["settings"]["out"]
+    assert records[0] == records[1]
+    shown = pictures(tmp_path / "a.mp4")
+    assert shown.shape == whole.shape
+    error = (shown.float() - pictures(tmp_path / "whole.mp4").float()).abs().mean()
+    assert error < 4  # of the codec, whose keyframes lie elsewhere
+
+
+def test_goes_on_after_a_kill(release, tmp_path, run):
+    """SIGKILL, at any time: the last state and the video that grew are enough."""
+    whole = run(out="whole")
+    command = [sys.executable, SCRIPT, "--release", release, "--device", "cpu", "--mode", "few"]
+    command += ["--size", "32x64", *LONG, *OFTEN, "--out", tmp_path / "b", "--prompt", "a red ball"]
+    state = tmp_path / "b.state.safetensors"
+    with subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not state.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    about = read_state(state).about
+    assert about["video"].endswith(".partial.mp4")
+    assert len(pictures(tmp_path / about["video"])) >= about["pictures"]
+    rest = run("--resume", state)
+    assert torch.equal(rest, whole[about["pictures"] :])
+    assert len(pictures(tmp_path / "b.mp4")) == len(whole)
+    assert not list(tmp_path.glob("b*.partial.mp4"))
+    assert not state.exists()
+
+
+def test_what_is_quickly_made_leaves_no_state(run, tmp_path):
+    """A state is for what takes longer than the time between states."""
+    run.until("--state-every", "60", after=4)
+    assert not list(tmp_path.glob("*.state.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "options", [["--latents"], ["--state-every", "0"], ["--mode", "bidirectional", "--steps", "1"]]
+)
+def test_where_no_state_is_kept(run, tmp_path, options):
+    with pytest.raises(Stop):
+        run(*options, stop=0 if "bidirectional" in options else 4)
+    assert not list(tmp_path.glob("*.state.safetensors"))
+
+
+def test_states_that_do_not_fit(run, tmp_path, release, monkeypatch):
+    state = tmp_path / "a.state.safetensors"
+    run.until(after=4)
+    about = read_state(state).about
+
+    # Another clip may not take the place of one that can go on.
+    with pytest.raises(ValueError, match=r"a\.mp4 exists"):
+        run()
+    (tmp_path / "a.mp4").rename(tmp_path / "away.mp4")
+    (tmp_path / "a.json").rename(tmp_path / "away.json")
+    with pytest.raises(ValueError, match=r"state\.safetensors exists; go on with it \(--resume"):
+        run()
+
+    # Its video is gone, or another's.
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    (tmp_path / "away.mp4").rename(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    said = read_json(tmp_path / "away.json")
+    (tmp_path / "a.json").write_text(json.dumps(said | {"frames_written": about["pictures"] - 1}))
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    (tmp_path / "away.json").rename(tmp_path / "a.json")
+
+    # Options that would make another clip; other weights.
+    for options in (["--steps", "3"], ["--prompt", "x"], ["--out", "y"], ["--seed", "1"]):
+        with pytest.raises(ValueError, match=f"leave out {options[0]}"):
+            run("--resume", state, *options)
+    load = sample.load_dit
+
+    def other(*arguments, **how):
+        model = load(*arguments, **how)
+        model.head.head.weight[0, 0] += 1
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "load_dit", other)
+        with pytest.raises(ValueError, match="other weights"):
+            run("--resume", state)
+    assert len(run("--resume", state)) > 0
+
+
+def test_damaged_states_are_refused_in_a_line(run, tmp_path):
+    state = tmp_path / "a.state.safetensors"
+    run.until(after=4)
+    tensors = load_file(state)
+    about = read_state(state).about
+    good = state.read_bytes()
+
+    def wrong(tensors, about):
+        save_file(tensors, state, {"state": json.dumps(about)})
+
+    spoiled = [
+        lambda: state.write_bytes(good[: len(good) // 2]),
+        lambda: save_file(tensors, state),
+        lambda: wrong(tensors, about | {"chunks": 0}),
+        lambda: wrong(tensors, about | {"tail": [1]}),
+        lambda: wrong(tensors, about | {"commits": [[0, 3]]}),
+        lambda: wrong(tensors, {"settings": {}}),
+        lambda: wrong(tensors | {"latents": tensors["latents"] * torch.nan}, about),
+        lambda: wrong(tensors | {"latents": tensors["latents"][:, :, :, :1]}, about),
+        lambda: wrong(tensors | {"draws": tensors["draws"][:7]}, about),
+        lambda: wrong(tensors, about | {"settings": about["settings"] | {"novel": 1}}),
+        lambda: wrong(tensors, about | {"settings": about["settings"] | {"steps": "x"}}),
+        lambda: wrong(tensors, about | {"commits": [[0, 3, 999], *about["commits"][1:]]}),
+    ]
+    for spoil in spoiled:
+        spoil()
+        with pytest.raises(ValueError, match=r"a\.state\.safetensors"):
+            run("--resume", state)
+    with pytest.raises(ValueError, match=r"--resume .*a\.mp4: the state of a clip is named like"):
+        run("--resume", tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("sizes", [[3] * 12, [8] * 5, [1] * 34])
+@torch.no_grad()
+def test_decoder_reach(sizes):
+    """A decoder that saw the last frames within its reach makes the same pictures, bit for bit;
+    one that saw a few of them does not.
+    """
+    torch.manual_seed(0)
+    vae = VAE22(VAEConfig(dim=8, dec_dim=8, dim_mult=(1, 2, 2, 2)))
+    reach = decoder_reach(vae)
+    assert reach == 65
+    sizes = [*sizes * 3, 3]
+    latents = torch.randn(1, 48, sum(sizes), 2, 2)
+    pieces = latents.split(sizes, 2)
+    stream = vae.stream()
+    for piece in pieces:
+        last = vae.decode_chunk(piece, stream)
+
+    def from_tail(frames):
+        stream = vae.stream()
+        for i, piece in enumerate(pieces):
+            if sum(sizes[i:-1]) <= frames:
+                shown = vae.decode_chunk(piece, stream)
+        return shown
+
+    assert torch.equal(from_tail(reach + max(sizes)), last)
+    assert not torch.equal(from_tail(9), last)
+
+
+def test_a_linear_codec_has_no_past(tmp_path):
+    torch.manual_seed(0)
+    save_file(
+        {name: torch.randn(16, 1, 4, 16, 16) for name in ("basis", "dual")},
+        tmp_path / "codec_VAE.safetensors",
+    )
+    assert decoder_reach(load_vae(tmp_path)) == 1
+
+
+def test_fingerprints_are_in_the_record(run, tmp_path):
+    run("--frames", "9")
+    said = read_json(tmp_path / "a.json")["weights"]
+    assert len(said) == 16
+    run("--frames", "9", "--seed", "1", out="b")
+    assert read_json(tmp_path / "b.json")["weights"] == said
+    assert clips.STATE == ".state.safetensors"
+    model = WanDiT(PRESETS["tiny"])
+    assert sample.fingerprint(model) != said
