@@ -13,6 +13,7 @@ if (!who) {
 
 let state = {running: false, yours: true, video: 0, figures: {}};
 let image = null;          // a file that the next video is to start from
+let started = null;        // the one that the last video started from
 let complaint = "";        // what went wrong with what this window asked for
 let lost = "";             // why there is no connection
 let busy = false;          // a request is under way
@@ -71,13 +72,11 @@ async function start(seed) {
   const given = image;
   const value = await post("/start", new Blob(given ? [length, text, given] : [length, text]));
   if (value) {
-    measured = {};
+    measured = {video: value.video};
     changed = {video: value.video, version: 0, since};
     if (given) started = given;
   }
 }
-
-let started = null;        // the image that the running video started from
 
 async function ask() {
   if (!prompt.value.trim()) {
@@ -91,7 +90,9 @@ async function ask() {
   }
   const since = performance.now() / 1000;
   const value = await post("/prompt", JSON.stringify({who, prompt: prompt.value}));
-  if (value) changed = {video: state.video, version: value.version, since};
+  if (!value) return;
+  if (measured.video !== state.video) measured = {video: state.video};
+  changed = {video: state.video, version: value.version, since};
 }
 
 // Whether there is an image that the running video has not started from.
@@ -224,12 +225,13 @@ function render() {
 
 // What this window measured is what it shows, as long as the same video runs.
 function measuredHere() {
-  return measured.video === undefined || measured.video === state.video ? measured : {};
+  return measured.video === state.video ? measured : {};
 }
 
 addEventListener("resize", fitPrompt);
 setInterval(render, 500);
 fitPrompt();
+render();
 
 // For tests and for the curious: what this window has seen.
 window.live = {player, get state() { return state; }, get measured() { return measured; }, get video() { return video; }};
