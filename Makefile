@@ -1,10 +1,11 @@
 # make test | lint | demo | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
 # make test-faults: damaged files, kills, signals and full disks, by chance from a seed: ten minutes on two cores.
+# make test-live: the live page in headless Chromium, which apt-get installs if it is missing (as root): four minutes.
 # make test-interop: what we write, read by diffusers and transformers, and the other way round; .venv-interop, 1.4 GB.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo test-slow test-gpu test-weights test-faults test-interop lint format clean
+.PHONY: test demo test-slow test-gpu test-weights test-faults test-live test-interop lint format clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -31,6 +32,12 @@ test-weights: .venv/.installed
 
 test-faults: .venv/.installed
 	$(BIN)/python tools/faults
+
+test-live: .venv/.installed
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium chromium-driver; } || \
+		{ echo "test-live needs chromium and chromedriver: install them, or run it as root where apt-get can"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m live tests/live
 
 .venv-interop/.installed: pyproject.toml constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv .venv-interop

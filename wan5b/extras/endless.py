@@ -1,0 +1,226 @@
+"""Videos without an end, for the live page: what options come to, texts on the way, frames by the
+chunk.
+"""
+
+import copy
+import threading
+import time
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from itertools import chain, islice, repeat
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wan5b.dit import DiTConfig
+from wan5b.extras.files import parse_size
+from wan5b.extras.framing import fit
+from wan5b.extras.plan import (
+    check_numbers,
+    choose,
+    describe,
+    how_sampled,
+    look_at_weights,
+    note,
+    note_weights,
+)
+from wan5b.extras.recipes import Recipe
+from wan5b.extras.sampling import draw_noise, generate
+from wan5b.extras.studio import Wish
+from wan5b.media import to_frames
+from wan5b.vae22 import VAE22
+
+WINDOW = 21  # latent frames, where the recipe has none: what clips of 81 frames have
+TEXTS = 32  # whose contexts are kept
+PATIENCE = 0.04  # seconds that a chunk waits for a text on the way: less than a chunk later
+
+
+class Job(NamedTuple):
+    """All that live.py needs to load networks and make videos."""
+
+    cfg: DiTConfig
+    options: dict  # keyword arguments of load_dit: loras, part
+    dtype: torch.dtype  # of the networks
+    size: tuple[int, int]  # height and width in pixels
+    recipe: Recipe
+    name: str  # of the recipe
+    samplers: dict[bool, dict]  # arguments of `generate`: without, with an image
+
+
+def plan(args: Namespace) -> Job:
+    """What the options come to. ValueError for whatever is wrong with them, before loading."""
+    dtype = check_numbers(args)
+    weights = look_at_weights(args)
+    found = choose(args, weights)
+    if not found.recipe.causal:
+        way_out = "give causal weights (LongLive 2, an export of dmd, ode or ar), or --mode few"
+        raise ValueError(
+            f"{found.name} ({found.why}) makes the whole clip at once, so it can't be shown "
+            f"while it is made; {way_out}"
+        )
+    recipe = found.recipe
+    if not recipe.window:
+        recipe = replace(recipe, window=max(WINDOW, recipe.sink + 2 * recipe.chunk))
+        text = f"no window in {found.name}, but the video has no end"
+        note(f"{text}: a chunk sees {recipe.window} latent frames (--window)")
+
+    samplers = {False: endless(recipe, image=False, recache=args.recache)}
+    if recipe.image != "none":
+        samplers[True] = endless(recipe, image=True, recache=args.recache)
+    note_weights(args, weights, found)
+    print(f"{found.name} ({found.why}): {describe(recipe, samplers[False])}")
+    size = parse_size(args.size)
+    return Job(weights.cfg, weights.options, dtype, size, recipe, found.name, samplers)
+
+
+def endless(recipe: Recipe, image: bool, recache: bool) -> dict:
+    """Arguments of `generate` for a video without an end; chunks: the first one's, all others'."""
+    asked = Namespace(frames=None, image="an image" if image else None, recache=recache)
+    sampler = how_sampled(asked, recipe, 1 if image else 0)
+    return sampler | {"chunks": [sampler["chunks"][0], recipe.chunk], "endless": True}
+
+
+class Contexts:
+    """Contexts of texts, made in a thread of their own: a video runs on meanwhile.
+
+    One text is one tensor, by which the rollout knows it again.
+    """
+
+    def __init__(self, encode: Callable[[str], Tensor]):
+        self.encode = encode
+        self.made: OrderedDict[str, Future] = OrderedDict()
+        self.lock = threading.Lock()
+        self.thread = ThreadPoolExecutor(1, "text")
+
+    def _future(self, text: str) -> Future:
+        with self.lock:
+            future = self.made.get(text)
+            if future is None:
+                future = self.made[text] = self.thread.submit(self.encode, text)
+            self.made.move_to_end(text)
+            while len(self.made) > TEXTS:
+                self.made.popitem(last=False)
+            return future
+
+    def begin(self, text: str) -> None:
+        """Make it, if it is not there; this does not wait."""
+        self._future(text)
+
+    def ready(self, text: str) -> bool:
+        """Whether it is there, or will be in a moment."""
+        done, _ = wait([self._future(text)], PATIENCE)
+        return bool(done)
+
+    def of(self, text: str) -> Tensor:
+        """Waits for it. Raises what the encoder raised."""
+        try:
+            return self._future(text).result()
+        except Exception:
+            with self.lock:
+                self.made.pop(text, None)  # another time it may go well: memory may be free then
+            raise
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+
+def split_vae(vae, dtype: torch.dtype) -> tuple:
+    """Encoder and decoder of a VAE in float32: the first stays so, since bfloat16 spoils an image,
+    the second is in dtype.
+    """
+    if dtype == torch.float32:
+        return vae, vae
+    decoder = copy.deepcopy(vae)
+    if isinstance(vae, VAE22):  # half of each is of no use
+        vae.decoder.to("meta")
+        decoder.encoder.to("meta")
+    return vae, decoder.to(dtype)
+
+
+class Endless:
+    """make(wish) of a Studio, by a model."""
+
+    def __init__(self, job: Job, model, vae, contexts: Contexts, interpolate: int, new_cache):
+        """vae: in float32. interpolate: chunks over which a new prompt takes the old one's place.
+
+        new_cache: see `generate`.
+        """
+        self.job = job
+        self.model = model
+        self.encoder, self.decoder = split_vae(vae, job.dtype)
+        self.contexts = contexts
+        self.interpolate = interpolate
+        self.new_cache = new_cache
+
+    @torch.no_grad()
+    def __call__(self, wish: Wish) -> Iterator[np.ndarray]:
+        """Frames uint8 [T, H, W, 3], chunk by chunk, for ever.
+
+        FloatingPointError for pixels that are not finite; ValueError for an image that can't be
+        taken.
+        """
+        job = self.job
+        has_image = wish.image is not None
+        if has_image and True not in job.samplers:
+            raise ValueError(f"{job.name} is for text only: leave the image out")
+        prefix = None
+        device = next(self.model.parameters()).device
+        if has_image:
+            prefix = self.encoder.encode(fit(wish.image, *job.size)[None].to(device))
+
+        sampler = job.samplers[has_image]
+        first, rest = sampler["chunks"]
+        size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
+        noise = draw_noise(wish.seed, chain([first], repeat(rest)), size)
+        own = {"prefix": prefix, "seed": wish.seed, "new_cache": self.new_cache}
+        latents = generate(self.model, noise, self.texts(wish), **sampler, **own)
+        state = self.decoder.stream()
+        for chunk in latents:
+            pixels = self.decoder.decode_chunk(chunk, state)
+            if not pixels.isfinite().all():
+                raise FloatingPointError(
+                    "the picture is not finite (damaged weights, or float16?); no video"
+                )
+            yield to_frames(pixels[0]).cpu().numpy()
+
+    def texts(self, wish: Wish) -> Iterator[Tensor]:
+        """The context of each chunk. A new one takes the old one's place at once, or bit by bit."""
+        over = self.interpolate
+        shown = target = old = self.contexts.of(wish.prompt())
+        step = over  # of `over` from the old one to the target
+        while True:
+            yield shown
+            newest = self.contexts.of(wish.prompt(self.contexts.ready))
+            if newest is not target:
+                old = shown
+                target = newest
+                step = 0
+            if step < over:
+                step += 1
+            # At the end it is the text's own tensor, by which the rollout knows it again.
+            shown = target if step == over else torch.lerp(old, target, step / over)
+
+    def warm_up(self) -> float:
+        """Run until all that is made once is made (compiled code, CUDA graphs) -> seconds that a
+        chunk takes then.
+        """
+        compiles = hasattr(self.model.compute, "of_cache")  # it records CUDA graphs
+        turns = 2 * -(-self.job.recipe.window // self.job.recipe.chunk) + 3
+        for has_image in self.job.samplers:
+            image = np.full((1, *self.job.size, 3), 128, np.uint8) if has_image else None
+            wish = Wish("a gray wall", 0, image, threading.Condition())
+            chunks = self(wish)
+            took = []
+            for _ in islice(repeat(None), turns if compiles else 3):
+                begun = time.monotonic()
+                next(chunks)
+                took.append(time.monotonic() - begun)
+            chunks.close()
+            if not has_image:
+                seconds = float(np.median(took[-max(len(took) // 2, 1) :]))
+        return seconds
