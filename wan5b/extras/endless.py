@@ -80,9 +80,10 @@ def plan(args: Namespace) -> Job:
 
 def endless(recipe: Recipe, image: bool, recache: bool) -> dict:
     """Arguments of `generate` for a video without an end; chunks: the first one's, all others'."""
-    asked = Namespace(frames=None, image="an image" if image else None, recache=recache)
+    asked = Namespace(frames=None, image="an image" if image else None)
     sampler = how_sampled(asked, recipe, 1 if image else 0)
-    return sampler | {"chunks": [sampler["chunks"][0], recipe.chunk], "endless": True}
+    chunks = [sampler["chunks"][0], recipe.chunk]
+    return sampler | {"chunks": chunks, "endless": True, "recache": recache}
 
 
 class Contexts:
