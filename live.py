@@ -35,6 +35,7 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --dtype NAME         bfloat16 (default on a GPU) or float32 (default on the CPU)
 --compile            fuse small operations and record CUDA graphs: minutes at the start, then faster
 --fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
+--fp8-vae            convolutions of the VAE's decoder likewise
 --low-memory         the text encoder stays on the CPU: a new prompt takes seconds longer
 """
 
@@ -54,7 +55,8 @@ from torch import Tensor
 from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
 from wan5b.extras.cli import DEVICES, Gathered, script
-from wan5b.extras.endless import Contexts, Endless, Job, plan
+from wan5b.extras.endless import Contexts, Endless, Job, plan, split_vae
+from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.options import Parser
@@ -75,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     for name in ("release", "weights", "recipe", "negative"):
         add(f"--{name}")
-    for name in ("random-weights", "recache", "compile", "fp8", "low-memory"):
+    for name in ("random-weights", "recache", "compile", "fp8", "fp8-vae", "low-memory"):
         add(f"--{name}", action="store_true")
     for name in ("chunk", "window", "sink", "steps", "interpolate", "port"):
         add(f"--{name}", type=int)
@@ -118,6 +120,7 @@ def text_encoder(args: argparse.Namespace, job: Job) -> Callable[[str], Tensor]:
         encoder = load_t5(args.release, place, torch.bfloat16)
 
         def encode(texts: list[str]) -> Tensor:
+            note_cut(tokenizer, texts[:1])
             return torch.cat([encode_prompts(encoder, tokenizer, [text]) for text in texts])
 
     @torch.no_grad()
@@ -170,6 +173,7 @@ def main(args: argparse.Namespace) -> None:
         model = load_dit(source, args.device, job.dtype, **job.options)
     if args.fp8:
         quantize_blocks(model)
+    vae = split_vae(vae, job.dtype, args.fp8_vae)
     fuse.enable(args.compile)
     if args.compile and args.device != "cpu":
         graphs.record(model)

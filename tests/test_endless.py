@@ -14,7 +14,7 @@ from common import compiling, gpu
 import live
 from wan5b import fuse
 from wan5b.extras import graphs, random_weights
-from wan5b.extras.endless import Contexts, Endless, plan
+from wan5b.extras.endless import Contexts, Endless, plan, split_vae
 from wan5b.extras.server import Server
 from wan5b.extras.studio import Wish
 from wan5b.kvcache import KVCache
@@ -35,7 +35,7 @@ def maker(*options: str, encode=None) -> Endless:
     job = plan(args)
     contexts = Contexts(encode or live.text_encoder(args, job))
     model = random_weights.random_dit("tiny", "cpu", job.dtype)
-    vae = random_weights.random_vae("tiny", "cpu")
+    vae = split_vae(random_weights.random_vae("tiny", "cpu"), job.dtype)
     return Endless(job, model, vae, contexts, args.interpolate or 1, KVCache)
 
 
@@ -58,10 +58,9 @@ def test_chunks_for_ever_and_the_same_for_a_seed():
     assert not np.array_equal(chunks[0], other[0])
 
 
-@pytest.mark.parametrize("options", [[], ["--recache"]])
-def test_a_new_prompt_changes_what_follows_and_nothing_before(options):
+def changed(*options: str) -> list[np.ndarray]:
+    """Four chunks, the last two under another prompt."""
     make = maker("--window", "6", *options)
-    calm = taken(make, wish(), 4)
     asked = wish()
     chunks = make(asked)
     begun = [next(chunks), next(chunks)]
@@ -69,8 +68,31 @@ def test_a_new_prompt_changes_what_follows_and_nothing_before(options):
     make.contexts.of("a blue ball")
     begun += [next(chunks), next(chunks)]
     assert asked.in_force == 1
-    equal = [np.array_equal(a, b) for a, b in zip(calm, begun, strict=True)]
-    assert equal == [True, True, False, False]
+    return begun
+
+
+def test_a_new_prompt_changes_what_follows_and_nothing_before():
+    calm = taken(maker("--window", "6"), wish(), 4)
+    plain = changed()
+    recached = changed("--recache")
+    interpolated = changed("--interpolate", "2")
+    for other in (plain, recached, interpolated):
+        equal = [np.array_equal(a, b) for a, b in zip(calm, other, strict=True)]
+        assert equal == [True, True, False, False]
+    assert not np.array_equal(plain[2], recached[2])
+    assert not np.array_equal(plain[2], interpolated[2])
+
+
+def test_a_decoder_in_bfloat16_leaves_the_encoder_as_it_is():
+    vae = random_weights.random_vae("tiny", "cpu")
+    video = torch.linspace(-1, 1, 32 * 32).expand(1, 3, 1, 32 * 32).reshape(1, 3, 1, 32, 32)
+    latents = vae.encode(video)
+    pixels = vae.decode(latents)
+    encoder, decoder = split_vae(vae, torch.bfloat16)
+    assert torch.equal(encoder.encode(video), latents)
+    found = decoder.decode(latents)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - pixels).norm() < 0.05 * pixels.norm()
 
 
 def test_a_prompt_waits_for_its_context_and_the_video_does_not():
@@ -136,7 +158,7 @@ def test_graphs_made_while_warming_up_serve_the_studios_thread():
 
     def make() -> Endless:
         model = random_weights.random_dit("tiny", "cuda", job.dtype)
-        vae = random_weights.random_vae("tiny", "cuda")
+        vae = split_vae(random_weights.random_vae("tiny", "cuda"), job.dtype)
         return Endless(job, model, vae, Contexts(live.text_encoder(args, job)), 1, cache)
 
     plain = taken(make(), wish(), 6)
@@ -186,6 +208,7 @@ def test_warming_up_tells_how_long_a_chunk_takes():
         (["--interpolate", "0"], "--interpolate 0"),
         (["--seed", "1"], "unrecognized arguments: --seed"),
         (["--fp8"], "--fp8 needs"),
+        (["--fp8-vae"], "--fp8-vae needs"),
     ],
 )
 def test_options_that_are_wrong_are_one_line(options, wrong):

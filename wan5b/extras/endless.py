@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wan5b.dit import DiTConfig
 from wan5b.extras.files import parse_size
+from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import (
     check_numbers,
@@ -82,8 +83,8 @@ def endless(recipe: Recipe, image: bool, recache: bool) -> dict:
     """Arguments of `generate` for a video without an end; chunks: the first one's, all others'."""
     asked = Namespace(frames=None, image="an image" if image else None)
     sampler = how_sampled(asked, recipe, 1 if image else 0)
-    chunks = [sampler["chunks"][0], recipe.chunk]
-    return sampler | {"chunks": chunks, "endless": True, "recache": recache}
+    sampler |= {"endless": True, "recache": recache}
+    return sampler | {"chunks": [sampler["chunks"][0], recipe.chunk]}
 
 
 class Contexts:
@@ -130,9 +131,9 @@ class Contexts:
         self.thread.shutdown(cancel_futures=True)
 
 
-def split_vae(vae, dtype: torch.dtype) -> tuple:
+def split_vae(vae, dtype: torch.dtype, fp8: bool = False) -> tuple:
     """Encoder and decoder of a VAE in float32: the first stays so, since bfloat16 spoils an image,
-    the second is in dtype.
+    the second is in dtype, its convolutions in float8 if asked for.
     """
     if dtype == torch.float32:
         return vae, vae
@@ -140,20 +141,22 @@ def split_vae(vae, dtype: torch.dtype) -> tuple:
     if isinstance(vae, VAE22):  # half of each is of no use
         vae.decoder.to("meta")
         decoder.encoder.to("meta")
-    return vae, decoder.to(dtype)
+    decoder = decoder.to(dtype)
+    return vae, quantize_decoder(decoder) if fp8 else decoder
 
 
 class Endless:
     """make(wish) of a Studio, by a model."""
 
-    def __init__(self, job: Job, model, vae, contexts: Contexts, interpolate: int, new_cache):
-        """vae: in float32. interpolate: chunks over which a new prompt takes the old one's place.
-
-        new_cache: see `generate`.
+    def __init__(
+        self, job: Job, model, vae: tuple, contexts: Contexts, interpolate: int, new_cache
+    ):
+        """vae: encoder and decoder, see `split_vae`. interpolate: chunks over which a new prompt
+        takes the old one's place. new_cache: see `generate`.
         """
         self.job = job
         self.model = model
-        self.encoder, self.decoder = split_vae(vae, job.dtype)
+        self.encoder, self.decoder = vae
         self.contexts = contexts
         self.interpolate = interpolate
         self.new_cache = new_cache
