@@ -10,6 +10,7 @@ from collections import deque
 LEAD = 0.08  # from a chunk's being made to its first frame's display: for encoding and the network
 SLACK = 0.05  # by which a chunk may be later than the ones before it
 RECENT = 8  # chunks, of which the slowest is reckoned with
+COUNTED = 4096  # chunks, of which `chunks` tells
 
 
 class Pace:
@@ -20,6 +21,7 @@ class Pace:
         self.fps = fps
         self.seconds = seconds  # smoothed
         self.recent = deque(maxlen=RECENT)
+        self.took = deque(maxlen=COUNTED)
         self.largest = 0  # frames of a chunk
         self.start()
 
@@ -59,11 +61,17 @@ class Pace:
             self.seconds = took
         self.largest = count
         self.recent.append(took)
+        self.took.append(took)
         self.seconds = 0.7 * self.seconds + 0.3 * took
 
     def made(self) -> float | None:
         """Frames a second that the model makes when nothing holds it up."""
         return self.largest / self.seconds if self.seconds and self.largest else None
+
+    def chunks(self) -> list[float]:
+        """Seconds that chunks took: the median, and what one in a hundred surpasses."""
+        took = sorted(self.took)
+        return [took[len(took) * share // 100] for share in (50, 99)] if took else []
 
     def ahead(self, now: float) -> float:
         """Seconds of video that are made and not shown yet."""

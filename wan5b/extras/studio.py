@@ -298,6 +298,7 @@ class Studio:
             made = self.pace.made()
             figures = {"made": made and round(made, 2), "rate": round(1 / self.pace.step, 2)}
             figures |= {"ahead": round(self.pace.ahead(now), 3) if self.running else 0}
+            figures["chunks"] = [round(seconds, 4) for seconds in self.pace.chunks()]
             figures |= {"stalls": self.pace.stalls, "stalled": round(self.pace.stalled, 2)}
             figures |= {"memory": self.memory(), "dropped": window.dropped}
             state = {"size": self.size, "fps": self.fps, "error": self.error}
