@@ -1,11 +1,11 @@
-# make test | lint | demo | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
+# make test | lint | demo | live | test-slow | test-gpu | test-weights. Each sets itself up: .venv, pinned by constraints.txt.
 # make test-faults: damaged files, kills, signals and full disks, by chance from a seed: ten minutes on two cores.
 # make test-live: the live page in headless Chromium, which apt-get installs if it is missing (as root): four minutes.
 # make test-interop: what we write, read by diffusers and transformers, and the other way round; .venv-interop, 1.4 GB.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo test-slow test-gpu test-weights test-faults test-live test-interop lint format clean
+.PHONY: test demo live test-slow test-gpu test-weights test-faults test-live test-interop lint format clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -20,6 +20,14 @@ test: .venv/.installed
 
 demo: .venv/.installed
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python examples/tiny/demo.py
+
+# The demo's model if there is one, else the small one that comes along. LIVE="--port 9000" adds options.
+live: .venv/.installed
+	@if test -f out/demo/dmd/dmd.safetensors; then \
+		set -- --release out/demo/release --weights out/demo/dmd/dmd.safetensors; \
+	else \
+		$(BIN)/python examples/tiny/small.py && set -- --release out/live/release --weights out/live/small.safetensors; \
+	fi && exec $(BIN)/python live.py "$$@" --size 64x64 --window 9 --recache $(LIVE)
 
 test-slow: .venv/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
