@@ -357,3 +357,18 @@ def test_long_clips_keep_their_means(monkeypatch):
     assert found["series"]["luma"][:3] == [1, 4, 7]
     assert len(found["series"]["luma"]) == 101
     assert found["drift_frames"] == 45
+
+
+def test_a_jerk_with_every_chunk_is_no_cut():
+    """Chunks that begin with a jump are a pulse; a scene's jump stands out among these."""
+    jump = np.full(240, 0.02)
+    jump[::4] = 0.1
+    jump[9::12] = 0.3
+    jump[129] = 0.9
+    assert report.find_cuts(jump, 3) == [129]
+    jump[137] = 0.9  # in mid-chunk
+    assert report.find_cuts(jump, 3) == [129, 137]
+    # Where every latent frame begins with one, its length need not be known.
+    jump = np.full(240, 0.02)
+    jump[1::4] = 0.3
+    assert report.find_cuts(jump) == []

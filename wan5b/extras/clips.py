@@ -212,7 +212,7 @@ def write(
     writer = VideoWriter(path, fps, keep, overwrite, written, progress.video)
     state = progress.decoder(vae)
     kept = []
-    finite = []  # of each chunk's pixels
+    finite = []  # whether the last two chunks' pixels are
     ended = False
     try:
         done = progress.pictures
@@ -220,8 +220,8 @@ def write(
             for chunk in latents:
                 pixels = vae.decode_chunk(chunk, state)
                 # Asked for now, looked at when the next chunk is there: nobody waits for a GPU.
-                finite.append(pixels.isfinite().all())
-                check_finite(finite[-2:-1], path)
+                finite = [*finite[-1:], pixels.isfinite().all()]
+                check_finite(finite[:-1], path)
                 writer.add(to_frames(pixels[0]), progress.mark(writer.partial))
                 progress.add(chunk, pixels.shape[2])
                 if save_latents:

@@ -102,8 +102,8 @@ def describe(
     """The report of what was measured. opening: the frames that similarity looks back to."""
     frames = len(series.luma)
     fps = (frames - 1) / series.seconds if series.seconds else None
-    cuts = find_cuts(series.jump)
-    returns = find_returns(series, opening)
+    cuts = find_cuts(series.jump, chunk)
+    returns = find_returns(series, opening, chunk)
     moved = series.motion[np.isfinite(series.motion)]
     found = {
         "video": printable(Path(path).name),
@@ -167,18 +167,34 @@ def around(values: np.ndarray, reach: int, gap: int = 0) -> np.ndarray:
     return medians
 
 
-def find_cuts(jump: np.ndarray) -> list[int]:
+def in_step(values: np.ndarray, chunk: int | None) -> np.ndarray:
+    """For each frame what is usual at its place in a latent frame and, if its length is known, in a
+    chunk: the larger of the medians over four of these to both sides. Decoders that move by jerks,
+    and models whose chunks begin with one, make each of these alike. NaN with fewer than three.
+    """
+    usual = np.full(len(values), np.nan)
+    for period in {GROUP, GROUP * (chunk or 1)}:
+        places = np.full(-(-len(values) // period) * period, np.nan)
+        places[: len(values)] = values
+        columns = [around(column, 4) for column in places.reshape(-1, period).T]
+        usual = np.fmax(usual, np.stack(columns, 1).reshape(-1)[: len(values)])
+    return usual
+
+
+def find_cuts(jump: np.ndarray, chunk: int | None = None) -> list[int]:
     """The frames that show another scene than the one before: hard cuts.
 
     Where `jump` is CUT or more, and OUTSTANDING times the median of three frames to both sides, as
     PySceneDetect's AdaptiveDetector goes by what is around. A dissolve is none, nor is a change of
-    brightness alone; one odd frame makes two cuts, to it and from it.
+    brightness alone; one odd frame makes two cuts, to it and from it. Nor is a jerk with which
+    latent frames or chunks begin: a cut is half OUTSTANDING times what is usual there (`in_step`).
     """
     limit = np.maximum(OUTSTANDING * around(jump, 3), CUT)
+    limit = np.fmax(limit, OUTSTANDING / 2 * in_step(jump, chunk))
     return np.flatnonzero(jump >= limit).tolist()  # NaN compares false
 
 
-def find_returns(series: Series, opening: int) -> list[dict]:
+def find_returns(series: Series, opening: int, chunk: int | None = None) -> list[dict]:
     """Where the picture suddenly goes back to the first frames: "sink-collapse" of models whose
     cache keeps the first frames; in published ones around latent frames 132 and 201 (LoL, Cui et
     al. 2026, arXiv 2601.16914).
@@ -190,7 +206,8 @@ def find_returns(series: Series, opening: int) -> list[dict]:
     there, within a latent's frames: motion that comes round again does not.
     """
     similarity = series.similarity
-    jumps = series.jump >= OUTSTANDING / 2 * around(series.jump, 12, gap=GROUP)
+    usual = np.fmax(around(series.jump, 12, gap=GROUP), in_step(series.jump, chunk))
+    jumps = series.jump >= OUTSTANDING / 2 * usual
     leaps = series.leap >= OUTSTANDING / 2 * around(series.leap, 12, gap=2 * GROUP)
     for i in range(1, GROUP):
         leaps[:-i] |= leaps[i:]  # a leap ends up to three frames after the rise

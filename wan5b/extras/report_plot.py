@@ -14,6 +14,7 @@ INK = "#333333"
 BLUE = "#2a6f97"
 RED = "#c1121f"
 GREY = "#8d99ae"
+MARKED = 40  # cuts and returns that have a line of their own
 LEGEND = (
     "black: means of the first and last 15%    shade: luma's spread over the picture    "
     "dotted: below it a picture is still    dashed: a cut    "
@@ -137,13 +138,15 @@ def _row(panel, found: dict, name: str) -> None:
 
 
 def _marks(panels, found: dict) -> None:
-    """Cuts and returns, through all rows."""
+    """Cuts and returns, through all rows; of very many, ticks at the top alone."""
+    returns = [item["frame"] for item in found["returns"]]
+    height = 0.0 if len(returns) + len(found["cuts"]) <= MARKED else 0.9
     for panel in panels:
         for frame in found["cuts"]:
-            panel.axvline(frame, color=GREY, linewidth=0.8, linestyle="--")
-        for item in found["returns"]:
-            panel.axvline(item["frame"], color=RED, linewidth=1)
-    for item in found["returns"]:
+            panel.axvline(frame, height, color=GREY, linewidth=0.8, linestyle="--")
+        for frame in returns:
+            panel.axvline(frame, height, color=RED, linewidth=1)
+    for item in found["returns"][: MARKED // 4]:
         panels[-1].annotate(
             f"latent {item['latent']}",
             (item["frame"], 0.02),
