@@ -27,7 +27,8 @@ live: .venv/.installed
 		set -- --release out/demo/release --weights out/demo/dmd/dmd.safetensors; \
 	else \
 		$(BIN)/python examples/tiny/small.py && set -- --release out/live/release --weights out/live/small.safetensors; \
-	fi && exec $(BIN)/python live.py "$$@" --size 64x64 --window 9 --recache $(LIVE)
+	fi && exec $(BIN)/python live.py "$$@" --size 64x64 --window 9 --recache \
+		--example "a red ring moves left" $(LIVE)
 
 test-slow: .venv/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow

@@ -27,6 +27,8 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --recache            at a new prompt the window is run again under it: a firmer change, one pass
                      over the window later
 
+--example TEXT       of a prompt, shown where none is written yet
+
 --host ADDRESS       where to listen (default 127.0.0.1: this machine alone). 0.0.0.0 is for every
                      machine that reaches this one: whoever does may use it, nothing is encrypted
 --port N             default 8000; 0: any that is free
@@ -90,6 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sink-rope", choices=["absolute", "relative"])
     add("--solver", choices=["unipc", "euler"])
     add("--host", default="127.0.0.1")
+    add("--example", default="A red fox in deep snow, morning light")
     add("--device", choices=DEVICES)
     add("--dtype", choices=["bfloat16", "float32"])
     parser.set_defaults(port=8000)
@@ -186,6 +189,7 @@ def main(args: argparse.Namespace) -> None:
 
     held = functools.partial(memory, args.device)
     about = {"seconds": seconds, "memory": held, "heard": contexts.begin}
+    about["example"] = args.example
     with Studio(make, job.size, job.recipe.fps, **about) as studio, server:
         server.studio = studio
         print(f"{server.address()} (Ctrl-C ends it)", flush=True)

@@ -118,12 +118,13 @@ class Studio:
         memory: Callable[[], dict[str, int]] = dict,
         heard: Callable[[str], None] = lambda prompt: None,
         grace: float = GRACE,
+        example: str = "A red fox in deep snow, morning light",
     ):
         """make(wish) -> uint8 frames [T, H, W, 3], chunk by chunk, always called in one thread.
 
         size: height and width. seconds: what a chunk takes, if known. memory: bytes in use, by
         name. heard: called with each prompt as it comes, so that what it needs can be begun.
-        grace: seconds that windows may be gone.
+        grace: seconds that windows may be gone. example: of a prompt, for who has none yet.
         """
         self.make = make
         self.size = size
@@ -131,6 +132,7 @@ class Studio:
         self.memory = memory
         self.heard = heard
         self.grace = grace
+        self.example = example
         self.pace = Pace(fps, seconds)
         self.changed = threading.Condition()  # the lock, and word that something has changed
         self.windows: list[Window] = []
@@ -302,6 +304,7 @@ class Studio:
             figures |= {"stalls": self.pace.stalls, "stalled": round(self.pace.stalled, 2)}
             figures |= {"memory": self.memory(), "dropped": window.dropped}
             state = {"size": self.size, "fps": self.fps, "error": self.error}
+            state["example"] = self.example
             state |= {"running": self.running, "windows": len(self.windows), "figures": figures}
             state |= {"video": 0, "yours": True, "now": now}
             if video is None:

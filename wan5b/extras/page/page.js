@@ -220,6 +220,7 @@ function render() {
   at("save").title = state.full ? "The first ten minutes are kept" : "What was shown so far";
   document.body.classList.toggle("running", state.running);
   document.body.classList.toggle("watching", !state.yours);
+  if (state.example) document.getElementById("prompt").placeholder = state.example;
   if (state.size) document.body.style.setProperty("--ratio", String(state.size[1] / state.size[0]));
 }
 
