@@ -264,12 +264,20 @@ def test_a_linear_codec_has_no_past(tmp_path):
     assert decoder_reach(load_vae(tmp_path)) == 1
 
 
-def test_fingerprints_are_in_the_record(run, tmp_path):
+def test_fingerprints_are_in_the_record(run, tmp_path, capsys):
     run("--frames", "9")
     said = read_json(tmp_path / "a.json")["weights"]
     assert len(said) == 16
     run("--frames", "9", "--seed", "1", out="b")
     assert read_json(tmp_path / "b.json")["weights"] == said
     assert clips.STATE == ".state.safetensors"
+
+    # A record that is repeated with other weights is noted.
+    run("--settings", tmp_path / "a.json", out="c")
+    assert "other weights" not in capsys.readouterr().err
+    record = read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps(record | {"weights": "0" * 16}))
+    run("--settings", tmp_path / "a.json", out="d")
+    assert "a.json was made with other weights: this clip will differ" in capsys.readouterr().err
     model = WanDiT(PRESETS["tiny"])
     assert sample.fingerprint(model) != said

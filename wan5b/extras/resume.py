@@ -6,6 +6,7 @@ network and of the decoder reach back. From these both are made again.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -259,6 +260,18 @@ def decoder_reach(vae) -> int:
     decoder = getattr(vae, "decoder", vae)
     convolutions = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv3d)]
     return 1 + sum(layer.kernel_size[0] - 1 for layer in convolutions)
+
+
+def note_other_weights(settings: str | None, known_by: str) -> None:
+    """A line for the user if a record that is to be repeated was of other weights.
+
+    settings: the record's path, if any. known_by: their fingerprint now.
+    """
+    recorded = read_json(Path(settings)).get("weights") if settings else None
+    if recorded not in (None, known_by):
+        print(
+            f"note: {settings} was made with other weights: this clip will differ", file=sys.stderr
+        )
 
 
 def fingerprint(model: nn.Module) -> str:
