@@ -76,6 +76,7 @@ class Wish:
         self.prompts = [prompt]  # the version of a prompt is its place here
         self.arrived = {0: time.monotonic()}  # version -> when
         self.in_force = 0
+        self.version = 0  # that the frames handed out last were made under: an earlier one, maybe
         self.stopped = False
 
     def prompt(self, ready: Callable[[str], bool] = lambda text: True) -> str:
@@ -85,7 +86,7 @@ class Wish:
         for version, text in reversed(newer):
             if ready(text):
                 with self.lock:
-                    self.in_force = version
+                    self.in_force = self.version = version
                 break
         return self.prompts[self.in_force]
 
@@ -117,13 +118,14 @@ class Studio:
         seconds: float | None = None,
         memory: Callable[[], dict[str, int]] = dict,
         heard: Callable[[str], None] = lambda prompt: None,
+        is_ahead: bool = False,
         grace: float = GRACE,
     ):
         """make(wish) -> uint8 frames [T, H, W, 3], chunk by chunk, always called in one thread.
 
         size: height and width. seconds: what a chunk takes, if known. memory: bytes in use, by
         name. heard: called with each prompt as it comes, so that what it needs can be begun.
-        grace: seconds that windows may be gone.
+        is_ahead: see Pace. grace: seconds that windows may be gone.
         """
         self.make = make
         self.size = size
@@ -131,7 +133,7 @@ class Studio:
         self.memory = memory
         self.heard = heard
         self.grace = grace
-        self.pace = Pace(fps, seconds)
+        self.pace = Pace(fps, seconds, is_ahead)
         self.changed = threading.Condition()  # the lock, and word that something has changed
         self.windows: list[Window] = []
         self.gone: dict[str, float] = {}  # who -> when their last window went
@@ -387,7 +389,7 @@ class Studio:
                 if delivered is not None:
                     delivered.result()
                 delivered = self.deliverer.submit(
-                    self._deliver, video, frames, first, video.wish.in_force, dues
+                    self._deliver, video, frames, first, video.wish.version, dues
                 )
                 video.recording.add(frames, dues)
                 if not self._may_go_on(video):
