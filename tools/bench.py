@@ -29,6 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench_recipes
 from bench_bounds import PRESET, Flop, ceilings, decoding_flop, seconds, shown
+from bench_recipes import forget_peaks, peaks
 
 from wan5b import fuse
 from wan5b.distill import rollout
@@ -204,16 +205,6 @@ def running_as(variant: str, model: WanDiT, vae: VAE22) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------ figures
-
-
-def forget_peaks() -> None:
-    for card in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(card)
-
-
-def peaks() -> int:
-    """Bytes: the most that each GPU held since then, summed up."""
-    return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
 
 
 def durations(marks: list[float]) -> list[float]:

@@ -185,7 +185,7 @@ class Endless:
         state = self.decoder.stream()
         waiting = deque()  # chunks that are being decoded, and the versions of their prompts
         for chunk in carried(latents, self.place):
-            waiting.append((decode(self.decoder, chunk, state), wish.version))
+            waiting.append((decode(self.decoder, chunk, state), wish.in_force))
             if len(waiting) > self.is_ahead:
                 decoded, wish.version = waiting.popleft()
                 yield decoded.wait()

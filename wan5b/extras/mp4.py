@@ -82,6 +82,7 @@ class VideoWriter:
             self._copy(*after)
 
         self.thread = ThreadPoolExecutor(1)
+        self.refused: ValueError | None = None  # what ended the clip before its time
         # The encoding of the chunk added last, and of the one before; so far, of nothing.
         self.pending = self.before = self.thread.submit(lambda: None)
 
@@ -100,8 +101,9 @@ class VideoWriter:
         another, so that `after` can go on from here. `whole` is called, in the encoding thread,
         when all in front of it is on the disk: some two seconds of video later, or by `close`. What
         it raises ends the clip like an error of the encoder. ValueError for another size.
-        check: called in that thread when what was asked of a GPU so far is done; what it raises
-        ends the clip in front of these frames.
+        check: called in that thread when what was asked of a GPU so far is done. The ValueError
+        that it raises ends the clip in front of these frames, whole, and is raised here or by
+        `close`.
         """
         size = tuple(frames.shape[1:3])
         assert not any(side % 2 for side in size), size  # of a colour there is one for 2x2 pixels
@@ -119,6 +121,8 @@ class VideoWriter:
         if frames.is_cuda:
             ready = torch.cuda.current_stream(frames.device).record_event()
         self.before.result()
+        if self.refused:
+            raise self.refused
         self.before = self.pending
         self.pending = self.thread.submit(self._encode, host, ready, whole, check, self.before)
 
@@ -136,8 +140,13 @@ class VideoWriter:
         if whole:
             self.marks.append((self.count, whole))
             self._end_encoder()
-        if check:
-            check()
+        if check and not self.refused:
+            try:
+                check()
+            except ValueError as error:
+                self.refused = error
+        if self.refused:
+            return
         for frame in host.numpy():
             self._write(frame)
             if self.count in self.keep:
@@ -242,7 +251,8 @@ class VideoWriter:
         """End the file; without frames there is none.
 
         Raises what encoding or a `whole` raised, and FileExistsError if another has written the
-        file since the start, unless `overwrite`; the name stays *.partial.mp4 then.
+        file since the start, unless `overwrite`; the name stays *.partial.mp4 then. At last, the
+        file having its name, what a `check` raised.
         """
         ended = self.thread.submit(self._end)
         self.thread.shutdown(wait=True)
@@ -250,9 +260,12 @@ class VideoWriter:
             self.partial.unlink()
         self.pending.result()
         ended.result()
-        if not self.count:
-            return
+        if self.count:
+            self._rename()
+        if self.refused:
+            raise self.refused
 
+    def _rename(self) -> None:
         if self.replaces:
             # A record of another clip would be worse than none.
             for suffix in self.beside:
