@@ -140,15 +140,12 @@ def show(vae: VAE22, chunks: Iterable[Tensor], clock: Clock) -> list[float]:
 
 def play(
     model: WanDiT, vae: VAE22, noise: Tensor, context: Tensor, sampler: dict, low_memory: bool
-) -> Figures:
-    """Make a clip, first its parts alone, then both as sample.py does: chunks are decoded while the
-    next ones are made, or with low_memory when the model is gone, which it is afterwards.
+) -> list[float]:
+    """Make a clip as sample.py does -> the seconds at which each chunk's frames are on the host.
 
-    noise: [1, C, T, H, W]. sampler: arguments of `generate`.
+    Chunks are decoded while the next ones are made, or with low_memory when the model is gone,
+    which it is afterwards. noise: [1, C, T, H, W]. sampler: arguments of `generate`.
     """
-    chunks, made = make(model, noise, context, sampler)
-    shown = show(vae, chunks, Clock(place_of(vae)))
-    del chunks
     place = place_of(model)
     clock = Clock(place, place_of(vae))
     latents = generate(model, noise, context, **sampler)
@@ -157,8 +154,7 @@ def play(
         model.to("meta")
         if place.type == "cuda":
             torch.cuda.empty_cache()
-    times = show(vae, latents, clock)
-    return Figures(made[-1], shown[-1], times)
+    return show(vae, latents, clock)
 
 
 def networks(args: argparse.Namespace) -> tuple[WanDiT, VAE22]:
@@ -199,10 +195,20 @@ def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
         levels = sampler["sigmas"] if i else [sampler["sigmas"][0], 0.0]
         how = sampler | {"sigmas": levels}
         like = model.patch_embedding.weight
-        if i == 1 and like.is_cuda:
-            forget_peaks()
-        runs.append(play(model, vae, noise, context.to(like), how, args.low_memory))
-    return row(name, runs[1:], 4 * frames - 3, describe(recipe, sampler))
+        inputs = (noise, context.to(like), how)
+        if i == 0:
+            play(model, vae, *inputs, args.low_memory)
+            if like.is_cuda:
+                forget_peaks()
+            continue
+
+        # The parts alone, then both.
+        chunks, made = make(model, *inputs)
+        shown = show(vae, chunks, Clock(place_of(vae)))
+        del chunks
+        marks = play(model, vae, *inputs, args.low_memory)
+        runs.append(Figures(made[-1], shown[-1], marks))
+    return row(name, runs, 4 * frames - 3, describe(recipe, sampler))
 
 
 def forget_peaks() -> None:
