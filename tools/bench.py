@@ -414,7 +414,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.long and variant == variants[-1]:
                 lines.append(long_video(sampler, clip, args.long, args.chunk))
 
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
+    names = [torch.cuda.get_device_name(card) for card in sampler.cards]
+    print(f"\n{' and '.join(names)}, torch {torch.__version__}, {vars(args)}")
     print(f"ceilings, TFLOP/s: {shown(rates)}")
     dit = (flop["DiT"].linear + flop["DiT"].attention) / 1e12
     conv = flop["VAE"].conv / 1e12

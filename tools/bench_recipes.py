@@ -248,8 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     for recipe in recipes.values():
         how_sampled(argparse.Namespace(frames=args.frames, image=None), recipe, prefix=0)
 
-    where = "CPU" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    print(f"{where}, torch {torch.__version__}, {vars(args)}")
+    places = dict.fromkeys((args.device, args.vae_device or args.device))
+    names = ["CPU" if place == "cpu" else torch.cuda.get_device_name(place) for place in places]
+    print(f"{' and '.join(names)}, torch {torch.__version__}, {vars(args)}")
     print(HEADER, flush=True)
     for name, recipe in recipes.items():
         print(measure(args, Path(name).stem, recipe), flush=True)
