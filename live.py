@@ -38,6 +38,8 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --compile            fuse small operations and record CUDA graphs: minutes at the start, then faster
 --fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
 --fp8-vae            convolutions of the VAE's decoder likewise
+--vae-device NAME    where the VAE works, if not on --device: on a second GPU it decodes a chunk
+                     while the next one is made: faster, but a new prompt is seen a chunk later
 --low-memory         the text encoder stays on the CPU: a new prompt takes seconds longer
 """
 
@@ -94,6 +96,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1")
     add("--example", default="A red fox in deep snow, morning light")
     add("--device", choices=DEVICES)
+    add("--vae-device", choices=DEVICES)
     add("--dtype", choices=["bfloat16", "float32"])
     parser.set_defaults(port=8000)
 
@@ -133,14 +136,15 @@ def text_encoder(args: argparse.Namespace, job: Job) -> Callable[[str], Tensor]:
     return context
 
 
-def memory(device: str) -> dict[str, int]:
-    """Bytes that this process holds, by where."""
+def memory(devices: set[str]) -> dict[str, int]:
+    """Bytes that this process holds, by where: of these devices, all GPUs together."""
     held = {}
     if os.path.exists("/proc/self/statm"):
         with open("/proc/self/statm") as file:
             held["host"] = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if device != "cpu":
-        held["gpu"] = torch.cuda.memory_reserved(device)
+    cards = {torch.device(name).index or 0 for name in devices if name != "cpu"}
+    if cards:
+        held["gpu"] = sum(map(torch.cuda.memory_reserved, cards))
     return held
 
 
@@ -167,11 +171,12 @@ def main(args: argparse.Namespace) -> None:
 
     # The networks, all of which stay.
     contexts = Contexts(text_encoder(args, job))
+    decoder = args.vae_device or args.device
     if args.random_weights:
-        vae = random_weights.random_vae(args.preset, args.device)
+        vae = random_weights.random_vae(args.preset, decoder)
         model = random_weights.random_dit(args.preset, args.device, job.dtype)
     else:
-        vae = load_vae(args.release, args.device, torch.float32)
+        vae = load_vae(args.release, decoder, torch.float32)
         source = args.weights or args.release
         model = load_dit(source, args.device, job.dtype, **job.options)
     if args.fp8:
@@ -187,9 +192,9 @@ def main(args: argparse.Namespace) -> None:
     print("warming up ...", flush=True)
     seconds = make.warm_up()
 
-    held = functools.partial(memory, args.device)
+    held = functools.partial(memory, {args.device, decoder})
     about = {"seconds": seconds, "memory": held, "heard": contexts.begin}
-    about["example"] = args.example
+    about |= {"example": args.example, "is_ahead": make.is_ahead}
     with Studio(make, job.size, job.recipe.fps, **about) as studio, server:
         server.studio = studio
         print(f"{server.address()} (Ctrl-C ends it)", flush=True)

@@ -187,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
     for clip, progress, chunks in zip(job.clips, begun, made, strict=True):
         files = {"record": progress.record, "sheet": args.sheet, "save_latents": args.latents}
         files |= {"overwrite": args.overwrite, "fps": job.fps, "progress": progress}
-        write(vae, (x.to(decoder) for x in chunks), clip.path, frames=job.frames, **files)
+        write(vae, chunks, clip.path, frames=job.frames, **files)
         if args.report:
             leave_beside(clip.path)
 

@@ -223,8 +223,12 @@ def test_what_terminals_take_for_commands_is_printed_as_text(capsys):
 # ----------------------------------------------------------------------------------------- writing
 
 
-class Flat:
+class Flat(torch.nn.Module):
     """A VAE of one brightness."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # says where it is
 
     def stream(self):
         return Stream()

@@ -191,8 +191,14 @@ def test_what_whole_raises_ends_the_clip(tmp_path):
     writer = mp4.VideoWriter(tmp_path / "a.mp4")
     writer.add(moving(20))
     writer.add(moving(20), lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def two_more():
+        """While the encoder is still at work, its error can't be raised by the first."""
         writer.add(moving(20), lambda: called.append(1))
+        writer.add(moving(20), lambda: called.append(2))
+
+    with pytest.raises(ZeroDivisionError):
+        two_more()
     with pytest.raises(ZeroDivisionError):
         writer.close()
     assert not called

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench
 import bench_loading
+import bench_recipes
 import bench_training
 
 from wan5b import stages
@@ -222,16 +223,34 @@ def test_recipes(low_memory, capsys, tmp_path):
     bench.main(["--recipe", "fastwan", str(own), "--frames", "13", *options])
     header, *lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["fastwan", "own"]
-    assert header.split() == ["frames", "s", "fps", "first", "DiT", "GiB"]
+    assert header.split() == [*bench_recipes.COLUMNS]
     for line in lines:
-        frames, whole, rate, first, latents, memory = line.split()[1:7]
+        frames, dit, vae, both, rate, first, p50, p99, memory = line.split()[1:10]
         assert (frames, memory) == ("13", "-")
-        assert float(rate) == pytest.approx(13 / float(whole), rel=0.2, abs=0.1)
-        assert (float(latents) <= float(first)) or not low_memory
+        assert float(rate) == pytest.approx(13 / float(both), rel=0.2, abs=0.1)
+        assert 0 < float(first) <= float(both)
+        assert min(float(dit), float(vae)) >= 0
+        if line.startswith("own"):  # two chunks: one time between them
+            assert p50 == p99
+            assert float(first) + float(p50) == pytest.approx(float(both), abs=0.02)
+        else:
+            assert p50 == p99 == "-"
     assert lines[0].endswith("the whole clip at once, 3 steps of renoise, shift 1, guidance 1")
     assert lines[1].endswith("2 steps of unipc, shift 5, guidance 3, chunks of 2, window 4, sink 1")
     with pytest.raises(ValueError, match="nearest: 61 or 93"):
         bench.main(["--recipe", "fastwan", "longlive2", "--frames", "81", *options])
+
+
+def test_shares_and_rows():
+    """Two clips of three chunks: medians, and all times between chunks."""
+    times = [0.1 * n for n in range(1, 101)]
+    assert bench_recipes.share(times, 0.5) == times[49]
+    assert bench_recipes.share(times, 0.99) == times[98]
+    assert bench_recipes.share([3.0, 1.0, 2.0], 0.99) == 3.0
+    runs = [bench_recipes.Figures(1.0, 2.0, [1.0, 1.5, 3.0])]
+    runs.append(bench_recipes.Figures(3.0, 4.0, [2.0, 2.25, 5.0]))
+    line = bench_recipes.row("a", runs, 40, "how")
+    assert line.split()[1:9] == ["40", "2.00", "3.00", "4.00", "10.00", "1.50", "0.500", "2.750"]
 
 
 # -------------------------------------------------------------------------------- bench_loading.py

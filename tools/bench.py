@@ -5,39 +5,39 @@
     python tools/bench.py --chunk 8 --window 32 --sink 8 --frames 125
     python tools/bench.py --variants compiled --long 1437  # one minute: window 21, sink 3
     python tools/bench.py --variants "compiled fp8" "compiled fp8 vae"  # the decoder in float8 too
+    python tools/bench.py --vae-device cuda:1              # the decoder on a second GPU
     python tools/bench.py --recipe longlive2 turbo         # as bench_recipes.py
 
 At four levels; one table at the end. Bounds are arithmetic over ceilings measured in the same call:
-matrix products, cuDNN attention, channels-last conv3d.
+matrix products, cuDNN attention, channels-last conv3d. Memory is of all GPUs together.
 """
 
 import argparse
 import copy
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench_recipes
+from bench_bounds import PRESET, Flop, ceilings, decoding_flop, seconds, shown
+from bench_recipes import forget_peaks, peaks
 
 from wan5b import fuse
-from wan5b.attention import attention
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import graphs
 from wan5b.extras.budget import GIB, forward_flop
-from wan5b.extras.cli import script
+from wan5b.extras.cards import carry, place_of
+from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.fp8 import Fp8Linear, quantize_blocks
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
@@ -46,7 +46,6 @@ from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.media import to_frames
 from wan5b.vae22 import VAE22, Stream
 
-PRESET = "ti2v-5B"
 # float8 last: it replaces the weights
 VARIANTS = ("eager", "compiled", "compiled fp8", "compiled fp8 vae")
 SIGMAS = few_step_sigmas()
@@ -65,6 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sink", type=int, default=0, help="first latent frames that stay in the window")
     add("--variants", nargs="+", default=list(VARIANTS[:3]), choices=VARIANTS)
     add("--repeats", type=int, default=3, help="clips of which the median is taken")
+    add("--vae-device", default="cuda", choices=DEVICES[:1] + DEVICES[2:], help="of the decoder")
     text = "then a long video, window 21, sink 3, last variant"
     add("--long", type=int, metavar="FRAMES", help=text)
     args = parser.parse_args(argv)
@@ -79,77 +79,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def chunks_of(frames: int, chunk: int) -> list[int]:
     """Latent frames of each chunk, for so many pixel frames. ValueError if that is not even."""
     return chunk_sizes((frames + 3) // 4, chunk)
-
-
-# ------------------------------------------------------------------------------------------- bounds
-
-
-def seconds(run: Callable, repeats: int = 10, warmup: int = 3) -> float:
-    """Median seconds of a GPU function, by events."""
-    times = []
-    for i in range(warmup + repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if i >= warmup:
-            times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
-
-
-def ceilings(cfg: DiTConfig, rows: int) -> dict[str, float]:
-    """FLOP/s of the card on random bf16 data.
-
-    A large matrix product, the FFN's shape with so many rows, attention, convolution.
-    """
-
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    n = 8192
-    a = rand(n, n)
-    b = rand(n, n)
-    x = rand(rows, cfg.dim)
-    w = rand(cfg.ffn_dim, cfg.dim)
-    q = rand(1, rows, cfg.num_heads, cfg.head_dim)
-    k = rand(1, 4 * rows, cfg.num_heads, cfg.head_dim)
-    frames = rand(1, 512, 6, 176, 320).to(memory_format=torch.channels_last_3d)
-    conv = torch.nn.Conv3d(512, 512, 3, padding=(0, 1, 1), device="cuda", dtype=torch.bfloat16)
-    conv = conv.to(memory_format=torch.channels_last_3d)
-    return {
-        "matmul": 2 * n**3 / seconds(lambda: a @ b),
-        "ffn": 2 * rows * cfg.dim * cfg.ffn_dim / seconds(lambda: linear(x, w)),
-        "attention": 4 * rows * 4 * rows * cfg.dim / seconds(lambda: attention(q, k, k)),
-        "conv3d": 2 * 27 * 512 * 512 * 4 * 176 * 320 / seconds(lambda: conv(frames)),
-    }
-
-
-class Flop(NamedTuple):
-    """What there is to compute, by the ceiling that bounds it."""
-
-    linear: float
-    attention: float
-    conv: float
-
-    def bound(self, rates: dict[str, float]) -> float:
-        """Seconds that it takes at least. rates: as `ceilings` gives them."""
-        seconds = self.linear / rates["ffn"]
-        seconds += self.attention / rates["attention"]
-        seconds += self.conv / rates["conv3d"]
-        return seconds
-
-
-def decoding_flop(vae: VAE22, noise: Tensor) -> float:
-    """Of the clip [1, C, T, H, W], as it is computed: with upsampling folded into convolutions."""
-    with FlopCounterMode(display=False) as counted:
-        state = vae.stream()
-        vae.decode_chunk(noise[:, :, :1], state)
-        first = counted.get_total_flops()
-        vae.decode_chunk(noise[:, :, :2], state)
-    two_more = counted.get_total_flops() - first
-    return first + (noise.shape[2] - 1) / 2 * two_more
 
 
 # -------------------------------------------------------------------------------------------- clips
@@ -178,7 +107,7 @@ class Clip(NamedTuple):
         passes = len(SIGMAS)
         one = forward_flop(cfg, self.noise, chunks=self.chunks, window=self.window)
         products, attended = (passes * flop for flop in one)
-        conv = decoding_flop(vae, self.noise)
+        conv = decoding_flop(vae, self.noise.to(place_of(vae)))
         return {
             "DiT": Flop(products, attended, 0),
             "VAE": Flop(0, 0, conv),
@@ -194,38 +123,63 @@ class Sampler:
     model: WanDiT
     vae: VAE22
     context: Tensor  # [1, L, D]
-    # Here chunks are decoded while the next one is generated.
-    beside: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+
+    def __post_init__(self):
+        # Here chunks are decoded while the next one is generated.
+        self.beside = torch.cuda.Stream(place_of(self.vae))
+        self.cards = {place_of(self.model), self.beside.device}
 
     def play(
-        self, clip: Clip, cache: KVCache, decode: bool = True, generate: bool = True
+        self,
+        clip: Clip,
+        cache: KVCache,
+        decode: bool = True,
+        generate: bool = True,
+        times: int = 1,
     ) -> list[float]:
-        """One clip; the seconds at which each chunk was finished.
+        """The clip so many times on end; the seconds at which each chunk was finished.
 
         A decoded chunk is finished when it is in host memory. Without generating, noise is decoded.
         """
+        self._wait()
+        started = {card: torch.cuda.Event(enable_timing=True) for card in self.cards}
+        for card, event in started.items():
+            event.record(torch.cuda.current_stream(card))
+
+        marks = []
+        for _ in range(times):
+            marks += self._play(clip, cache, decode, generate)
+        self._wait()
+        card = self.beside.device if decode else place_of(self.model)
+        return [started[card].elapsed_time(mark) / 1000 for mark in marks]
+
+    def _wait(self) -> None:
+        for card in self.cards:
+            torch.cuda.synchronize(card)
+
+    def _play(
+        self, clip: Clip, cache: KVCache, decode: bool, generate: bool
+    ) -> list[torch.cuda.Event]:
+        """One clip, of which each event marks the end of a chunk; nothing waits for it."""
         cache.reset()
         state = self.vae.stream()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(clip.chunks) + 1)]
-        torch.cuda.synchronize()
-        events[0].record()
-
+        events = [torch.cuda.Event(enable_timing=True) for _ in clip.chunks]
         source = clip.noise.split(clip.chunks, 2)
         if generate:
             source = rollout(self.model, clip.noise, self.context, SIGMAS, clip.chunks, cache)
         # With the events in front, zip does not ask for more than the last chunk: nothing needs
         # that one in the cache.
-        for event, x0 in zip(events[1:], source, strict=False):
+        for event, x0 in zip(events, source, strict=False):
             if decode:
                 self._decode(x0, state, event)
             else:
                 event.record()
-        torch.cuda.synchronize()
-        return [events[0].elapsed_time(event) / 1000 for event in events[1:]]
+        return events
 
     def _decode(self, x0: Tensor, state: Stream, event: torch.cuda.Event) -> None:
         """Send a chunk through the VAE into host memory; nothing waits for it."""
-        self.beside.wait_stream(torch.cuda.current_stream())
+        x0 = carry(x0, self.beside.device)
+        self.beside.wait_stream(torch.cuda.current_stream(self.beside.device))
         x0.record_stream(self.beside)
         with torch.cuda.stream(self.beside):
             frames = to_frames(self.vae.decode_chunk(x0, state)[0])
@@ -284,7 +238,7 @@ def long_video(sampler: Sampler, clip: Clip, frames: int, chunk: int) -> str:
     part = 120 // 4 // chunk  # chunks of 5 seconds
     first = rate_of(marks, chunks, slice(part))
     last = rate_of(marks, chunks, slice(-part, None))
-    peak = torch.cuda.max_memory_allocated() / GIB
+    peak = peaks() / GIB
     return (
         f"{frames} frames in {marks[-1]:.1f} s, window 21, sink 3: {first:.1f} fps in the first "
         f"5 s, {last:.1f} fps in the last 5 s of the video, peak {peak:.1f} GiB"
@@ -369,7 +323,8 @@ class Bench:
 
         lines = self.speed(variant, cache)
         of_latents = self.errors(variant, cache)
-        of_pixels = seams(self.sampler.vae, self.clip.noise[:, :, :DECODED], self.decoded)
+        some = self.clip.noise[:, :, :DECODED].to(self.decoded.device)
+        of_pixels = seams(self.sampler.vae, some, self.decoded)
         errors = [f"  warm-up {warmup:.0f} s; against float32: {of_pixels}", *of_latents]
         print(*errors, sep="\n", flush=True)
         return lines + errors
@@ -379,20 +334,28 @@ class Bench:
         lines = []
         for part in ("DiT", "VAE", "both"):
             options = {"decode": part != "DiT", "generate": part != "VAE"}
-            torch.cuda.reset_peak_memory_stats()
+            forget_peaks()
             runs = [self.sampler.play(self.clip, cache, **options) for _ in range(self.repeats)]
-            peak = torch.cuda.max_memory_allocated()
+            peak = peaks()
             runs.sort(key=lambda marks: marks[-1])
             median = runs[len(runs) // 2]
             name = f"{variant} {part}"
             lines.append(row(name, median, self.bounds[part], self.clip.pixel_frames, peak))
             print(lines[-1], flush=True)
 
+        if len(self.sampler.cards) > 1:
+            lines.append(self.on_end(variant, cache))
         noise = self.clip.noise
         forward = seconds(lambda: self.sampler.model(noise, 0.5, self.sampler.context), 3, 1)
         share = self.bounds["teacher"] / forward
         lines.append(f"{variant + ' teacher':24}{forward:8.2f}{share:9.0%}")
         return lines
+
+    def on_end(self, variant: str, cache: KVCache) -> str:
+        """Clips one behind the other, so that neither GPU waits for the first or the last chunk."""
+        marks = self.sampler.play(self.clip, cache, times=4)
+        frames = 4 * self.clip.pixel_frames
+        return f"{variant + ' 4 on end':24}{marks[-1]:8.2f}{'':9}{frames / marks[-1]:7.1f}"
 
     def errors(self, variant: str, cache: KVCache) -> list[str]:
         """Of the latents, against float32 and against the compiled ones."""
@@ -410,10 +373,10 @@ class Bench:
 # --------------------------------------------------------------------------------------------- main
 
 
-def make_sampler(cfg: DiTConfig) -> Sampler:
+def make_sampler(cfg: DiTConfig, vae_device: str) -> Sampler:
     device = torch.device("cuda")
     model = random_dit(PRESET, device, torch.bfloat16)
-    vae = random_vae(PRESET, device).to(torch.bfloat16)
+    vae = random_vae(PRESET, vae_device).to(torch.bfloat16)
     context = random_context(["a red fox in deep snow"], cfg.text_len, cfg.text_dim)
     return Sampler(model, vae, context.to(device, torch.bfloat16))
 
@@ -431,13 +394,14 @@ def main(argv: list[str] | None = None) -> None:
     rates = ceilings(cfg, args.chunk * cfg.tokens_per_frame(height, width))
 
     # The networks, a clip, and what these make of it in float32.
-    sampler = make_sampler(cfg)
+    sampler = make_sampler(cfg, args.vae_device)
     noise = torch.randn(1, cfg.in_dim, sum(chunks), height, width, device="cuda")
     clip = Clip(noise, chunks, args.window, args.sink)
     latents = {"float32": exact_latents(sampler, clip)}
-    decoded = copy.deepcopy(sampler.vae).float().decode(noise[:, :, :DECODED])
+    some = noise[:, :, :DECODED].to(args.vae_device)
+    decoded = copy.deepcopy(sampler.vae).float().decode(some)
     torch.cuda.empty_cache()
-    weights = torch.cuda.memory_allocated()
+    weights = sum(map(torch.cuda.memory_allocated, sampler.cards))
 
     flop = clip.flop(cfg, sampler.vae)
     bounds = {name: part.bound(rates) for name, part in flop.items()}
@@ -450,9 +414,9 @@ def main(argv: list[str] | None = None) -> None:
             if args.long and variant == variants[-1]:
                 lines.append(long_video(sampler, clip, args.long, args.chunk))
 
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
-    shown_rates = [f"{name} {rate / 1e12:.0f}" for name, rate in rates.items()]
-    print(f"ceilings, TFLOP/s: {', '.join(shown_rates)}")
+    names = [torch.cuda.get_device_name(card) for card in sampler.cards]
+    print(f"\n{' and '.join(names)}, torch {torch.__version__}, {vars(args)}")
+    print(f"ceilings, TFLOP/s: {shown(rates)}")
     dit = (flop["DiT"].linear + flop["DiT"].attention) / 1e12
     conv = flop["VAE"].conv / 1e12
     print(f"DiT {dit:.0f} TFLOP, VAE {conv:.0f}; weights {weights / GIB:.1f} GiB")

@@ -1,47 +1,50 @@
 """Seconds and memory of the recipes in configs/sample, on random weights of the 5B.
 
     python tools/bench_recipes.py --recipe longlive2 fastwan turbo wan22    # each one's own length
+    python tools/bench_recipes.py --recipe longlive2 --compile --fp8 --fp8-vae
     python tools/bench_recipes.py --recipe longlive2 --low-memory --frames 189
     python tools/bench_recipes.py --recipe fastwan --preset tiny --device cpu --geometry 64x96 \\
         --frames 9
 
 Text to video, decoded into host memory, without text encoder and mp4, in the order that sample.py
-has. `python tools/bench.py --recipe ...` is the same.
+has. In seconds: the DiT alone, the VAE alone, both; until the first frames are there; p50 and p99
+of the times between one chunk's frames and the next one's. GiB: the most in use, of all GPUs.
+`python tools/bench.py --recipe ...` is the same.
 """
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from wan5b import fuse
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import graphs
 from wan5b.extras.budget import GIB
+from wan5b.extras.cards import carried, decode, place_of
 from wan5b.extras.cli import DEVICES, script
+from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.plan import describe, how_sampled
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.extras.recipes import Recipe, load
 from wan5b.extras.sampling import generate
 from wan5b.kvcache import KVCache
-from wan5b.media import to_frames
 from wan5b.vae22 import VAE22
 
-HEADER = f"{'':20}{'frames':>8}{'s':>9}{'fps':>8}{'first':>9}{'DiT':>9}{'GiB':>8}"
-
-
-class Figures(NamedTuple):
-    """Of one clip, in seconds."""
-
-    whole: float
-    first: float  # until the first frames are in host memory
-    latents: float  # until the last latents are there; with --low-memory decoding begins then
+COLUMNS = ("frames", "DiT", "VAE", "both", "fps", "first", "p50", "p99", "GiB")
+HEADER = " " * 20 + "".join(f"{name:>8}" for name in COLUMNS)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,50 +56,120 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--frames", type=int, help="pixel frames, 4k + 1 (default: the recipe's)")
     add("--low-memory", action="store_true", help="decode when the DiT is gone")
     add("--compile", action="store_true", help="fused operations and CUDA graphs")
+    add("--fp8", action="store_true", help="linear layers of the DiT in float8")
+    add("--fp8-vae", action="store_true", help="the decoder's convolutions in float8")
     add("--repeats", type=int, default=1, help="clips of which the median is taken")
     add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"])
     add("--device", default=DEVICES[0], choices=DEVICES)
-    return parser.parse_args(argv)
+    add("--vae-device", choices=DEVICES, help="where the VAE works (default: there too)")
+    args = parser.parse_args(argv)
+    if (args.fp8 or args.fp8_vae) and args.device == "cpu":
+        raise ValueError("--fp8 and --fp8-vae need a GPU: leave them out, or name a --device")
+    return args
 
 
-def now(device: str) -> float:
-    """Seconds of a clock, when all that was asked of the device is done."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+class Figures(NamedTuple):
+    """Of one clip, in seconds."""
+
+    dit: float  # for all latents, undecoded
+    vae: float  # for decoding them
+    marks: list[float]  # both at once: from the start until each chunk's frames are on the host
 
 
-def clip(
-    model: WanDiT, vae: VAE22, shape: tuple[int, ...], sampler: dict, low_memory: bool
-) -> Figures:
-    """Make a clip, as sample.py does. With low_memory the model is gone afterwards.
+class Clock:
+    """Times at which devices are done with what was asked of them so far; nobody waits for it."""
 
-    shape: of the latents, [1, C, T, H, W]. sampler: arguments of `generate`.
-    """
-    cfg = model.cfg
-    like = model.patch_embedding.weight
-    device = str(like.device)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    context = random_context(["a red fox", ""], cfg.text_len, cfg.text_dim)
-    context = context.to(device, like.dtype)
+    def __init__(self, *devices: torch.device):
+        """It begins now, when all these have come to rest."""
+        self.cards = {device for device in devices if device.type == "cuda"}
+        self._rest()
+        self.begun = time.perf_counter()
+        self.events = {card: self.mark(card) for card in self.cards}
+        self.marks = []  # (device, event or time)
 
-    # Chunks are decoded while the next ones are made; with low_memory all of them at the end.
-    start = now(device)
-    made = generate(model, noise, context, **sampler)
-    if low_memory:
-        made = [chunk.cpu() for chunk in made]
-        model.to("meta")
-        if device != "cpu":
-            torch.cuda.empty_cache()
-    latents = first = now(device)
+    def mark(self, device: torch.device) -> torch.cuda.Event | float:
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def stamp(self, device: torch.device) -> None:
+        self.marks.append((device, self.mark(device)))
+
+    def seconds(self) -> list[float]:
+        """From the beginning to each stamp."""
+        self._rest()
+        times = []
+        for device, mark in self.marks:
+            if device in self.cards:
+                times.append(self.events[device].elapsed_time(mark) / 1000)
+            else:
+                times.append(mark - self.begun)
+        return times
+
+    def _rest(self) -> None:
+        for card in self.cards:
+            torch.cuda.synchronize(card)
+
+
+def make(model: WanDiT, noise: Tensor, context: Tensor, sampler: dict) -> tuple[list, list[float]]:
+    """A clip's latents, chunk by chunk, and the seconds at which each is there."""
+    clock = Clock(place_of(model))
+    chunks = []
+    for chunk in generate(model, noise, context, **sampler):
+        chunks.append(chunk)
+        clock.stamp(chunk.device)
+    return chunks, clock.seconds()
+
+
+def show(vae: VAE22, chunks: Iterable[Tensor], clock: Clock) -> list[float]:
+    """Decode chunks, which may be made meanwhile, into host memory -> seconds of each."""
+    place = place_of(vae)
     state = vae.stream()
-    for i, chunk in enumerate(made):
-        if not low_memory:
-            latents = now(device)
-        to_frames(vae.decode_chunk(chunk.to(device), state)[0]).cpu()
-        if i == 0:
-            first = now(device)
-    return Figures(now(device) - start, first - start, latents - start)
+    waiting = deque()  # two chunks of frames, as there are on their way into an mp4
+    for chunk in carried(chunks, place):
+        waiting.append(decode(vae, chunk, state))
+        clock.stamp(place)
+        if len(waiting) > 2:
+            waiting.popleft().wait()
+    for decoded in waiting:
+        decoded.wait()
+    return clock.seconds()
+
+
+def play(
+    model: WanDiT, vae: VAE22, noise: Tensor, context: Tensor, sampler: dict, low_memory: bool
+) -> list[float]:
+    """Make a clip as sample.py does -> the seconds at which each chunk's frames are on the host.
+
+    Chunks are decoded while the next ones are made, or with low_memory when the model is gone,
+    which it is afterwards. noise: [1, C, T, H, W]. sampler: arguments of `generate`.
+    """
+    place = place_of(model)
+    clock = Clock(place, place_of(vae))
+    latents = generate(model, noise, context, **sampler)
+    if low_memory:
+        latents = [chunk.cpu() for chunk in latents]
+        model.to("meta")
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+    return show(vae, latents, clock)
+
+
+def networks(args: argparse.Namespace) -> tuple[WanDiT, VAE22]:
+    """With random weights, as fast as the options make them."""
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    vae = random_vae(args.preset, args.vae_device or args.device).to(dtype)
+    model = random_dit(args.preset, args.device, dtype)
+    if args.fp8_vae:
+        quantize_decoder(vae)
+    if args.fp8:
+        quantize_blocks(model)
+    fuse.enable(args.compile)
+    if args.compile and args.device != "cpu":
+        graphs.record(model)
+    return model, vae
 
 
 def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
@@ -107,36 +180,64 @@ def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
     if not args.low_memory:
         sampler["new_cache"] = functools.cache(KVCache)  # one for all clips, and its CUDA graphs
     frames = sum(sampler["chunks"])
-    shape = (1, PRESETS[args.preset].in_dim, frames, height, width)
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    fuse.enable(args.compile)
+    cfg = PRESETS[args.preset]
+    shape = (1, cfg.in_dim, frames, height, width)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    context = random_context(["a red fox", ""], cfg.text_len, cfg.text_dim)
 
     # The clips. With --low-memory each needs a new model, since the one before has lost its.
-    vae = random_vae(args.preset, args.device).to(dtype)
     model = None
     runs = []
-    peak = 0
     for i in range(args.repeats + 1):
         if model is None or args.low_memory:
-            model = random_dit(args.preset, args.device, dtype)
-            if args.compile and args.device != "cpu":
-                graphs.record(model)
+            model, vae = networks(args)
         # The first clip, which is not counted, has one level: kernels are chosen, or compiled.
         levels = sampler["sigmas"] if i else [sampler["sigmas"][0], 0.0]
-        if args.device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-        figures = clip(model, vae, shape, sampler | {"sigmas": levels}, args.low_memory)
-        if i:
-            runs.append(figures)
-        if args.device != "cpu":
-            peak = max(peak, torch.cuda.max_memory_allocated())
+        how = sampler | {"sigmas": levels}
+        like = model.patch_embedding.weight
+        inputs = (noise, context.to(like), how)
+        if i == 0:
+            play(model, vae, *inputs, args.low_memory)
+            if like.is_cuda:
+                forget_peaks()
+            continue
 
-    # The line.
-    pixels = 4 * frames - 3
-    whole, first, latents = (statistics.median(times) for times in zip(*runs, strict=True))
+        # The parts alone, then both.
+        chunks, made = make(model, *inputs)
+        shown = show(vae, chunks, Clock(place_of(vae)))
+        del chunks
+        marks = play(model, vae, *inputs, args.low_memory)
+        runs.append(Figures(made[-1], shown[-1], marks))
+    return row(name, runs, 4 * frames - 3, describe(recipe, sampler))
+
+
+def forget_peaks() -> None:
+    for card in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(card)
+
+
+def peaks() -> int:
+    """Bytes: the most that each GPU held since then, summed up."""
+    return sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+
+
+def row(name: str, runs: list[Figures], pixels: int, how: str) -> str:
+    """A line of the table, of clips of so many pixel frames."""
+    dit = statistics.median(run.dit for run in runs)
+    vae = statistics.median(run.vae for run in runs)
+    both = statistics.median(run.marks[-1] for run in runs)
+    first = statistics.median(run.marks[0] for run in runs)
+    later = [b - a for run in runs for a, b in pairwise(run.marks)]
+    shares = [f"{share(later, q):8.3f}" if later else f"{'-':>8}" for q in (0.5, 0.99)]
+    peak = peaks() if torch.cuda.is_available() else 0
     memory = f"{peak / GIB:8.1f}" if peak else f"{'-':>8}"
-    times = f"{whole:9.2f}{pixels / whole:8.2f}{first:9.2f}{latents:9.2f}"
-    return f"{name:20}{pixels:8}{times}{memory}  {describe(recipe, sampler)}"
+    times = f"{dit:8.2f}{vae:8.2f}{both:8.2f}{pixels / both:8.2f}{first:8.2f}"
+    return f"{name:20}{pixels:8}{times}{''.join(shares)}{memory}  {how}"
+
+
+def share(values: list[float], q: float) -> float:
+    """The smallest of the values that at least this share of them is not above."""
+    return sorted(values)[math.ceil(q * len(values)) - 1]
 
 
 @torch.no_grad()
@@ -147,8 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     for recipe in recipes.values():
         how_sampled(argparse.Namespace(frames=args.frames, image=None), recipe, prefix=0)
 
-    where = "CPU" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    print(f"{where}, torch {torch.__version__}, {vars(args)}")
+    places = dict.fromkeys((args.device, args.vae_device or args.device))
+    names = ["CPU" if place == "cpu" else torch.cuda.get_device_name(place) for place in places]
+    print(f"{' and '.join(names)}, torch {torch.__version__}, {vars(args)}")
     print(HEADER, flush=True)
     for name, recipe in recipes.items():
         print(measure(args, Path(name).stem, recipe), flush=True)

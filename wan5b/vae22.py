@@ -439,7 +439,9 @@ class VAE22(nn.Module):
         if latent.ndim != 5 or latent.shape[1] != z_dim or 0 in latent.shape:
             raise ValueError(f"latent must be [B, {z_dim}, T, H, W], got {list(latent.shape)}")
         z = latent.movedim(1, -1).float()
-        z = z * z.new_tensor(LATENT_STD) + z.new_tensor(LATENT_MEAN)
+        # A copy that is waited for would be one in line behind the chunk before.
+        mean, std = (torch.tensor(row) for row in (LATENT_MEAN, LATENT_STD))
+        z = z * std.to(z.device, non_blocking=True) + mean.to(z.device, non_blocking=True)
         z = z.to(self.conv2.weight.dtype)
         parts = []
         for part in z.split(DECODE_FRAMES, dim=1):

@@ -7,6 +7,7 @@ import os
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Iterable
 from contextlib import closing
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wan5b.extras.cards import carried, place_of
 from wan5b.extras.files import sheet_indices, write_sheet
 from wan5b.extras.mp4 import VideoWriter
 from wan5b.extras.resume import STATE, Progress
@@ -109,7 +111,10 @@ def read_settings(
     """
     try:
         read = record or json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        # A GPU that is not here is no reason to stop if another is named.
         settings = read["settings"]
+        if given.vae_device:
+            settings = settings | {"vae_device": given.vae_device}
         recorded = {action.dest: _option(action, settings) for action in options(parser)}
         unknown = sorted(settings.keys() - recorded.keys())
         if unknown:
@@ -152,9 +157,9 @@ def _option(action: Action, settings: dict):
     return value
 
 
-def check_finite(flags: list[Tensor], path: Path) -> None:
-    """ValueError unless all flags are true, which say of chunks whether they are finite."""
-    if not all(flags):
+def check_finite(flag: Tensor, path: Path) -> None:
+    """ValueError unless it is true, which says of a chunk whether it is finite."""
+    if not flag:
         raise ValueError(
             f"{path}: a chunk is not finite (damaged weights, or float16?); no picture"
         )
@@ -196,12 +201,13 @@ def write(
 ) -> None:
     """Decode a clip into an mp4 while its latents [1, C, T, H, W] are made, piece by piece.
 
-    Beside it the record as JSON, a sheet (PNG), the latents (safetensors), and what `progress`
-    keeps. frames: how many pixel frames there will be; a sheet needs it. Whatever ends it, Ctrl-C
-    included, leaves what is finished, playable.
+    If the vae is on another GPU than the latents, both work at once. Beside the mp4 the record as
+    JSON, a sheet (PNG), the latents (safetensors), and what `progress` keeps. frames: how many
+    pixel frames there will be; a sheet needs it. Whatever ends it, Ctrl-C included, leaves what is
+    finished, playable.
 
-    ValueError for pixels that are not finite. FileExistsError if another has written the mp4
-    meanwhile, unless `overwrite`: then all is beside the *.partial.mp4.
+    ValueError for pixels that are not finite, in front of which the clip ends. FileExistsError if
+    another has written the mp4 meanwhile, unless `overwrite`: then all is beside the *.partial.mp4.
     """
     # What the writer is to know: the frames of the sheet, and the files that go with the mp4.
     keep = sheet_indices(frames) if sheet else set()
@@ -212,22 +218,21 @@ def write(
     writer = VideoWriter(path, fps, keep, overwrite, written, progress.video)
     state = progress.decoder(vae)
     kept = []
-    finite = []  # whether the last two chunks' pixels are
     ended = False
     try:
         done = progress.pictures
         with tqdm(total=frames, initial=done, unit="frame", desc=path.name) as bar, closing(writer):
-            for chunk in latents:
+            for chunk in carried(latents, place_of(vae)):
                 pixels = vae.decode_chunk(chunk, state)
-                # Asked for now, looked at when the next chunk is there: nobody waits for a GPU.
-                finite = [*finite[-1:], pixels.isfinite().all()]
-                check_finite(finite[:-1], path)
-                writer.add(to_frames(pixels[0]), progress.mark(writer.partial))
+                # On its way to the host like the frames, and looked at when these are there: waited
+                # for here, a second GPU would have nothing to do meanwhile.
+                finite = pixels.isfinite().all().to("cpu", non_blocking=True)
+                check = partial(check_finite, finite, path)
+                writer.add(to_frames(pixels[0]), progress.mark(writer.partial), check)
                 progress.add(chunk, pixels.shape[2])
                 if save_latents:
                     kept.append(chunk)
                 bar.update(pixels.shape[2])
-            check_finite(finite[-1:], path)
         ended = True
     finally:
         clip = writer.where
@@ -239,5 +244,5 @@ def write(
         if record and writer.count:
             record = record | {"frames_written": writer.count}
             write_json(clip.with_suffix(".json"), record)
-        if all(finite) and writer.count == progress.pictures:
+        if writer.count == progress.pictures:
             progress.stop(clip, ended)

@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from argparse import Namespace
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wan5b.dit import DiTConfig
+from wan5b.extras.cards import carried, decode, place_of
 from wan5b.extras.files import parse_size
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
@@ -33,7 +34,6 @@ from wan5b.extras.plan import (
 from wan5b.extras.recipes import Recipe
 from wan5b.extras.sampling import draw_noise, generate
 from wan5b.extras.studio import Wish
-from wan5b.media import to_frames
 from wan5b.vae22 import VAE22
 
 WINDOW = 21  # latent frames, where the recipe has none: what clips of 81 frames have
@@ -151,12 +151,14 @@ class Endless:
     def __init__(
         self, job: Job, model, vae: tuple, contexts: Contexts, interpolate: int, new_cache
     ):
-        """vae: encoder and decoder, see `split_vae`. interpolate: chunks over which a new prompt
-        takes the old one's place. new_cache: see `generate`.
+        """vae: encoder and decoder, see `split_vae`, on another GPU than the model if both are to
+        work at once: see `is_ahead`. interpolate: chunks over which a new prompt takes the old
+        one's place. new_cache: see `generate`.
         """
         self.job = job
         self.model = model
         self.encoder, self.decoder = vae
+        self.place = place_of(self.encoder)
         self.contexts = contexts
         self.interpolate = interpolate
         self.new_cache = new_cache
@@ -173,9 +175,9 @@ class Endless:
         if has_image and True not in job.samplers:
             raise ValueError(f"{job.name} is for text only: leave the image out")
         prefix = None
-        device = next(self.model.parameters()).device
         if has_image:
-            prefix = self.encoder.encode(fit(wish.image, *job.size)[None].to(device))
+            pixels = fit(wish.image, *job.size)[None].to(self.place)
+            prefix = self.encoder.encode(pixels).to(place_of(self.model))
 
         sampler = job.samplers[has_image]
         first, rest = sampler["chunks"]
@@ -184,13 +186,20 @@ class Endless:
         own = {"prefix": prefix, "seed": wish.seed, "new_cache": self.new_cache}
         latents = generate(self.model, noise, self.texts(wish), **sampler, **own)
         state = self.decoder.stream()
-        for chunk in latents:
-            pixels = self.decoder.decode_chunk(chunk, state)
-            if not pixels.isfinite().all():
-                raise FloatingPointError(
-                    "the picture is not finite (damaged weights, or float16?); no video"
-                )
-            yield to_frames(pixels[0]).cpu().numpy()
+        waiting = deque()  # chunks that are being decoded, and the versions of their prompts
+        for chunk in carried(latents, self.place):
+            waiting.append((decode(self.decoder, chunk, state), wish.in_force))
+            if len(waiting) > self.is_ahead:
+                decoded, wish.version = waiting.popleft()
+                yield decoded.wait()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next chunk is begun before this one's frames are waited for: with a GPU for
+        each. One alone would be no faster, and prompts would be a chunk later.
+        """
+        place = place_of(self.model)
+        return self.place != place and {self.place.type, place.type} == {"cuda"}
 
     def texts(self, wish: Wish) -> Iterator[Tensor]:
         """The context of each chunk. A new one takes the old one's place at once, or bit by bit."""

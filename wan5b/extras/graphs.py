@@ -36,6 +36,7 @@ class Graphs:
             WeakKeyDictionary()
         )  # cache -> key -> Recorded, or None after a first forward
         self.pool = None
+        self.stream = None  # in which they are recorded: blocks of a pool belong to one
 
     def __call__(self, x, sigma, rope, frames, attend, context, text=None) -> Tensor:
         cached = isinstance(attend, CachedAttention) and context is None
@@ -61,8 +62,12 @@ class Graphs:
     def _record(self, inputs, frames, attend, text) -> Recorded:
         graph = torch.cuda.CUDAGraph()
         own = tuple(x.clone() for x in inputs)
-        # Thread-local: other threads may copy meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # On the network's GPU, which need not be the current one. Thread-local: other threads may
+        # copy meanwhile.
+        place = own[0].device
+        self.stream = self.stream or torch.cuda.Stream(place)
+        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(place), torch.cuda.graph(graph, **how):
             out = self.compute(*own, frames, attend, None, text)
         self.pool = graph.pool()
         return Recorded(graph, own, out)

@@ -6,7 +6,7 @@ them into an ordinary file. FFmpeg calls that a hybrid.
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from secrets import token_hex
@@ -82,18 +82,28 @@ class VideoWriter:
             self._copy(*after)
 
         self.thread = ThreadPoolExecutor(1)
-        # The encoding of the chunk added last; so far, of nothing.
-        self.pending = self.thread.submit(lambda: None)
+        self.refused: ValueError | None = None  # what ended the clip before its time
+        # The encoding of the chunk added last, and of the one before; so far, of nothing.
+        self.pending = self.before = self.thread.submit(lambda: None)
 
     # ------------------------------------------------------------------------------------- frames
 
-    def add(self, frames: Tensor, whole: Callable[[], None] | None = None) -> None:
-        """Append uint8 frames [T, H, W, 3]. Waits only while the chunk before is being encoded.
+    def add(
+        self,
+        frames: Tensor,
+        whole: Callable[[], None] | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """Append uint8 frames [T, H, W, 3]. Waits while two chunks before are not encoded yet: on a
+        GPU one is still being decoded then, and what makes the next ones may be another GPU.
 
         whole: the first of these frames becomes a keyframe, across which no picture refers to
         another, so that `after` can go on from here. `whole` is called, in the encoding thread,
         when all in front of it is on the disk: some two seconds of video later, or by `close`. What
         it raises ends the clip like an error of the encoder. ValueError for another size.
+        check: called in that thread when what was asked of a GPU so far is done. The ValueError
+        that it raises ends the clip in front of these frames, whole, and is raised here or by
+        `close`.
         """
         size = tuple(frames.shape[1:3])
         assert not any(side % 2 for side in size), size  # of a colour there is one for 2x2 pixels
@@ -110,17 +120,33 @@ class VideoWriter:
         ready = None
         if frames.is_cuda:
             ready = torch.cuda.current_stream(frames.device).record_event()
-        self.pending.result()
-        self.pending = self.thread.submit(self._encode, host, ready, whole)
+        self.before.result()
+        if self.refused:
+            raise self.refused
+        self.before = self.pending
+        self.pending = self.thread.submit(self._encode, host, ready, whole, check, self.before)
 
     def _encode(
-        self, host: Tensor, ready: torch.cuda.Event | None, whole: Callable[[], None] | None
+        self,
+        host: Tensor,
+        ready: torch.cuda.Event | None,
+        whole: Callable[[], None] | None,
+        check: Callable[[], None] | None,
+        before: Future,
     ) -> None:
+        before.result()  # behind frames that are missing there are none
         if ready is not None:
             ready.synchronize()
         if whole:
             self.marks.append((self.count, whole))
             self._end_encoder()
+        if check and not self.refused:
+            try:
+                check()
+            except ValueError as error:
+                self.refused = error
+        if self.refused:
+            return
         for frame in host.numpy():
             self._write(frame)
             if self.count in self.keep:
@@ -225,7 +251,8 @@ class VideoWriter:
         """End the file; without frames there is none.
 
         Raises what encoding or a `whole` raised, and FileExistsError if another has written the
-        file since the start, unless `overwrite`; the name stays *.partial.mp4 then.
+        file since the start, unless `overwrite`; the name stays *.partial.mp4 then. At last, the
+        file having its name, what a `check` raised.
         """
         ended = self.thread.submit(self._end)
         self.thread.shutdown(wait=True)
@@ -233,9 +260,12 @@ class VideoWriter:
             self.partial.unlink()
         self.pending.result()
         ended.result()
-        if not self.count:
-            return
+        if self.count:
+            self._rename()
+        if self.refused:
+            raise self.refused
 
+    def _rename(self) -> None:
         if self.replaces:
             # A record of another clip would be worse than none.
             for suffix in self.beside:

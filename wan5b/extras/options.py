@@ -12,6 +12,7 @@ from wan5b.extras.sampling import MODES
 PATHS = ("release", "weights", "prompts", "image", "video", "settings", "resume", "recipe")
 # What may stand beside --resume.
 MAY_MOVE = ("resume", "release", "weights", "lora", "recipe", "image", "video", "state_every")
+MAY_MOVE += ("vae_device",)  # GPUs of one kind make the same pixels
 
 
 class Parser(argparse.ArgumentParser):

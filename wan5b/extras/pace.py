@@ -16,10 +16,13 @@ COUNTED = 4096  # chunks, of which `chunks` tells
 class Pace:
     """The schedule of one studio: it knows from each video how long the next one's chunks take."""
 
-    def __init__(self, fps: float, seconds: float | None = None):
-        """seconds: what a chunk takes to be made, if that is known already."""
+    def __init__(self, fps: float, seconds: float | None = None, is_ahead: bool = False):
+        """seconds: what a chunk takes to be made, if that is known already. is_ahead: one is made
+        before it is asked for, so that what the asking takes may be next to nothing.
+        """
         self.fps = fps
         self.seconds = seconds  # smoothed
+        self.least = seconds if is_ahead and seconds else 0.0
         self.recent = deque(maxlen=RECENT)
         self.took = deque(maxlen=COUNTED)
         self.largest = 0  # frames of a chunk
@@ -66,12 +69,14 @@ class Pace:
 
     def made(self) -> float | None:
         """Frames a second that the model makes when nothing holds it up."""
-        return self.largest / self.seconds if self.seconds and self.largest else None
+        if not (self.seconds and self.largest):
+            return None
+        return self.largest / max(self.seconds, self.least)
 
     def chunks(self) -> list[float]:
         """Seconds that chunks took: the median, and what one in a hundred surpasses."""
         took = sorted(self.took)
-        return [took[len(took) * share // 100] for share in (50, 99)] if took else []
+        return [round(took[len(took) * share // 100], 4) for share in (50, 99)] if took else []
 
     def ahead(self, now: float) -> float:
         """Seconds of video that are made and not shown yet."""

@@ -25,7 +25,10 @@ def random_vae(preset: str, device: str | torch.device) -> VAE22:
     cfg = VAEConfig()
     if preset == "tiny":
         cfg = VAEConfig(dim=8, dec_dim=8)
-    with torch.device(device), torch.random.fork_rng():
+    device = torch.device(device)
+    # Not of all GPUs: torch would warn of that where there are several.
+    drawn_on = [] if device.type == "cpu" else [device]
+    with device, torch.random.fork_rng(drawn_on):
         torch.manual_seed(0)
         return VAE22(cfg)
 

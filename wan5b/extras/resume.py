@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from wan5b.extras.cards import place_of
 from wan5b.extras.past import Commit, Past
 from wan5b.util import finite, first_line, read_json, reading, rng, write_tensors
 from wan5b.vae22 import Stream
@@ -100,9 +101,10 @@ class KeptProgress(Progress):
     def decoder(self, vae) -> Stream:
         self.reach = decoder_reach(vae)
         stream = vae.stream()
-        place = next(vae.parameters()).device
+        # All of them where those to come will be: a state joins them.
+        self.tail = [piece.to(place_of(vae)) for piece in self.tail]
         for piece in self.tail:
-            vae.decode_chunk(piece.to(place), stream)
+            vae.decode_chunk(piece, stream)
         return stream
 
     def mark(self, video: Path) -> Callable[[], None] | None:

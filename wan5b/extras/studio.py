@@ -76,6 +76,7 @@ class Wish:
         self.prompts = [prompt]  # the version of a prompt is its place here
         self.arrived = {0: time.monotonic()}  # version -> when
         self.in_force = 0
+        self.version = 0  # that the frames handed out last were made under: an earlier one, maybe
         self.stopped = False
 
     def prompt(self, ready: Callable[[str], bool] = lambda text: True) -> str:
@@ -85,7 +86,7 @@ class Wish:
         for version, text in reversed(newer):
             if ready(text):
                 with self.lock:
-                    self.in_force = version
+                    self.in_force = self.version = version
                 break
         return self.prompts[self.in_force]
 
@@ -117,6 +118,7 @@ class Studio:
         seconds: float | None = None,
         memory: Callable[[], dict[str, int]] = dict,
         heard: Callable[[str], None] = lambda prompt: None,
+        is_ahead: bool = False,
         grace: float = GRACE,
         example: str = "A red fox in deep snow, morning light",
     ):
@@ -124,7 +126,8 @@ class Studio:
 
         size: height and width. seconds: what a chunk takes, if known. memory: bytes in use, by
         name. heard: called with each prompt as it comes, so that what it needs can be begun.
-        grace: seconds that windows may be gone. example: of a prompt, for who has none yet.
+        is_ahead: see Pace. grace: seconds that windows may be gone. example: of a prompt, for who
+        has none yet.
         """
         self.make = make
         self.size = size
@@ -133,7 +136,7 @@ class Studio:
         self.heard = heard
         self.grace = grace
         self.example = example
-        self.pace = Pace(fps, seconds)
+        self.pace = Pace(fps, seconds, is_ahead)
         self.changed = threading.Condition()  # the lock, and word that something has changed
         self.windows: list[Window] = []
         self.gone: dict[str, float] = {}  # who -> when their last window went
@@ -300,13 +303,15 @@ class Studio:
             made = self.pace.made()
             figures = {"made": made and round(made, 2), "rate": round(1 / self.pace.step, 2)}
             figures |= {"ahead": round(self.pace.ahead(now), 3) if self.running else 0}
-            figures["chunks"] = [round(seconds, 4) for seconds in self.pace.chunks()]
-            figures |= {"stalls": self.pace.stalls, "stalled": round(self.pace.stalled, 2)}
+            figures |= {
+                "chunks": self.pace.chunks(),
+                "stalls": self.pace.stalls,
+                "stalled": round(self.pace.stalled, 2),
+            }
             figures |= {"memory": self.memory(), "dropped": window.dropped}
             state = {"size": self.size, "fps": self.fps, "error": self.error}
-            state["example"] = self.example
             state |= {"running": self.running, "windows": len(self.windows), "figures": figures}
-            state |= {"video": 0, "yours": True, "now": now}
+            state |= {"video": 0, "yours": True, "now": now, "example": self.example}
             if video is None:
                 return state
 
@@ -391,7 +396,7 @@ class Studio:
                 if delivered is not None:
                     delivered.result()
                 delivered = self.deliverer.submit(
-                    self._deliver, video, frames, first, video.wish.in_force, dues
+                    self._deliver, video, frames, first, video.wish.version, dues
                 )
                 video.recording.add(frames, dues)
                 if not self._may_go_on(video):
