@@ -10,7 +10,7 @@ from collections import deque
 LEAD = 0.08  # from a chunk's being made to its first frame's display: for encoding and the network
 SLACK = 0.05  # by which a chunk may be later than the ones before it
 RECENT = 8  # chunks, of which the slowest is reckoned with
-COUNTED = 4096  # chunks, of which `chunks` tells
+COUNTED = 4096  # chunks, of which `figures` tells
 
 
 class Pace:
@@ -73,10 +73,19 @@ class Pace:
             return None
         return self.largest / max(self.seconds, self.least)
 
-    def chunks(self) -> list[float]:
-        """Seconds that chunks took: the median, and what one in a hundred surpasses."""
+    def figures(self) -> dict:
+        """made and rate: frames a second that the model makes and that are shown. chunks: seconds
+        that they took, the median and what one in a hundred surpasses. stalls, and their seconds.
+        """
+        made = self.made()
         took = sorted(self.took)
-        return [round(took[len(took) * share // 100], 4) for share in (50, 99)] if took else []
+        chunks = [round(took[len(took) * share // 100], 4) for share in (50, 99)] if took else []
+        figures = {"made": made and round(made, 2), "rate": round(1 / self.step, 2)}
+        return figures | {
+            "chunks": chunks,
+            "stalls": self.stalls,
+            "stalled": round(self.stalled, 2),
+        }
 
     def ahead(self, now: float) -> float:
         """Seconds of video that are made and not shown yet."""

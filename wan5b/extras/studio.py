@@ -300,14 +300,8 @@ class Studio:
         with self.changed:
             video = self.video
             now = time.monotonic()
-            made = self.pace.made()
-            figures = {"made": made and round(made, 2), "rate": round(1 / self.pace.step, 2)}
+            figures = self.pace.figures()
             figures |= {"ahead": round(self.pace.ahead(now), 3) if self.running else 0}
-            figures |= {
-                "chunks": self.pace.chunks(),
-                "stalls": self.pace.stalls,
-                "stalled": round(self.pace.stalled, 2),
-            }
             figures |= {"memory": self.memory(), "dropped": window.dropped}
             state = {"size": self.size, "fps": self.fps, "error": self.error}
             state |= {"running": self.running, "windows": len(self.windows), "figures": figures}
