@@ -41,8 +41,6 @@ def fused(piece: Callable) -> Callable:
 
     @wraps(piece)
     def call(*args):
-        if _enabled:
-            return compiled()(*args)
-        return piece(*args)
+        return (compiled() if _enabled else piece)(*args)
 
     return call
