@@ -95,9 +95,9 @@ def distance(a: dict, b: dict) -> float:
 
 def wide_run(folder, stage: str, dtype: str) -> stages.Run:
     """Two layers of the 5B's, 6 frames of 24x40 tokens, on the GPU."""
-    options = ["--stage", stage, "--preset", "wide", "--size", "768x1280", "--frames", "6"]
-    args = bench_training.parse([*options, "--batch", "1"])
-    sizes = PRESETS["wide"]
+    options = ["--stage", stage, "--size", "768x1280", "--frames", "6", "--batch", "1"]
+    args = bench_training.parse(options)
+    sizes = PRESETS[args.preset]
     stores = bench_training.make_data(folder, stage, sizes, (sizes.in_dim, 6, 48, 80))
     cfg = bench_training.make_config(args, stores)
     return bench_training.build(dataclasses.replace(cfg, dtype=dtype), World("cuda"))
@@ -107,7 +107,7 @@ def wide_run(folder, stage: str, dtype: str) -> stages.Run:
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_in_bfloat16(tmp_path, monkeypatch, stage):
     """As far from float32's as those of plain bfloat16, compiled and arranged in any way."""
-    monkeypatch.setitem(PRESETS, "wide", DiTConfig(num_layers=2))
+    monkeypatch.setitem(PRESETS, "ti2v-5B", DiTConfig(num_layers=2))
     run = wide_run(tmp_path, stage, "bfloat16")
     exact = wide_run(tmp_path, stage, "float32")
     for model, like in zip(networks(exact), networks(run), strict=True):

@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras.offload import HostStorage
+from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.optim import state_groups
@@ -244,6 +245,18 @@ def forward_flop(
     return cfg.num_layers * linear, cfg.num_layers * attention
 
 
+def recomputed_flop(model: WanDiT, x: Tensor, **options) -> float:
+    """FLOP of a forward that checkpointing does once more; options as in `forward_flop`."""
+    linear, attention = forward_flop(model.cfg, x, **options)
+    if not keeps_results(model, x, options):
+        return linear + attention
+    tokens = model.cfg.tokens_per_frame(*x.shape[3:]) * len(x) * x.shape[2]
+    if options.get("clean") is not None:
+        tokens *= 2
+    # Attention to the text alone.
+    return linear + model.cfg.num_layers * 4 * model.cfg.dim * tokens * model.cfg.text_len
+
+
 class FlopCount:
     """FLOP done so far by the networks that it watches, by arithmetic.
 
@@ -266,7 +279,7 @@ class FlopCount:
         if not torch.is_grad_enabled():
             return
         if model.checkpointing:
-            self.done += linear + attention
+            self.done += recomputed_flop(model, args[0], **known)
         # Two products of a layer's backward, or one where the input needs grad and the weights
         # don't (SiD); attention's recomputes the scores: 2.5 forwards.
         products = 1 if args[0].requires_grad else 2

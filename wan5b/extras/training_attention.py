@@ -9,7 +9,7 @@ faster on a GPU than flex_attention with one. Equal but for rounding.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from itertools import accumulate
 
@@ -47,19 +47,20 @@ class Kept:
             self.out = None
             return out.requires_grad_()
 
-        # The innermost hooks are the ones that act, so checkpointing sees nothing of this.
-        with saved_tensors_hooks(partial(self._pack, qkv), self._unpack):
+        # The innermost hooks are the ones that act, so checkpointing sees nothing of this. They
+        # live as long as the graph does, so they know q, k and v by where they lie alone.
+        places = [place(x) for x in qkv]
+        with saved_tensors_hooks(partial(self._pack, places), self._unpack):
             out = attention(*qkv)
         if out.requires_grad:
             self.out = out.detach()
             self.strides = strides
         return out
 
-    def _pack(self, qkv: tuple[Tensor, ...], saved: Tensor) -> Tensor | tuple:
+    def _pack(self, places: list[tuple[int, int, int]], saved: Tensor) -> Tensor | tuple:
         """A saved tensor; of q, k or v, seen along other axes, only which one and how it lies."""
-        for i, x in enumerate(qkv):
-            if saved.data_ptr() == x.data_ptr() and saved.numel() == x.numel():
-                return i, saved.shape, saved.stride()
+        if place(saved) in places:
+            return places.index(place(saved)), saved.shape, saved.stride()
         return saved
 
     def _unpack(self, packed: Tensor | tuple) -> Tensor:
@@ -68,6 +69,13 @@ class Kept:
         i, shape, strides = packed
         x = self.again.pop(i)  # each is asked for once; what stays here stays in memory
         return x.as_strided(shape, strides, x.storage_offset())
+
+
+def place(x: Tensor) -> tuple[int, int, int]:
+    """Where a tensor's values lie, in whatever order of its axes. Tensors without memory have it
+    too.
+    """
+    return x.untyped_storage()._cdata, x.storage_offset(), x.numel()
 
 
 class Layout:
@@ -126,24 +134,32 @@ class Arranged:
         self.compute = model.compute
         self.keep = keep
         self.split = split
-        self.layout: Layout | None = None  # of the forward that is under way
-        if split:
-            model.register_forward_pre_hook(self._note, with_kwargs=True)
+        # Of the forward that is under way.
+        self.layout: Layout | None = None
+        self.keeping = False
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
 
-    def _note(self, model: WanDiT, args: tuple, options: dict) -> None:
-        self.layout = None
-        if options.get("chunks") and options.get("cache") is None:
-            x = args[0]
-            tokens = model.cfg.tokens_per_frame(*x.shape[3:])
-            teacher = options.get("clean") is not None
-            chunks = tuple(options["chunks"])
-            self.layout = layout_of(chunks, options.get("window"), teacher, tokens)
+    def _note(self, model: WanDiT, args: tuple, options: Mapping) -> None:
+        self.layout = self.layout_for(args[0], options)
+        self.keeping = torch.is_grad_enabled() and self.keeps(args[0], options)
+
+    def layout_for(self, x: Tensor, options: Mapping) -> Layout | None:
+        """Of a whole causal sequence, if it is split. x, options: the forward's."""
+        if not (self.split and is_masked(options)):
+            return None
+        tokens = self.model.cfg.tokens_per_frame(*x.shape[3:])
+        teacher = options.get("clean") is not None
+        return layout_of(tuple(options["chunks"]), options.get("window"), teacher, tokens)
+
+    def keeps(self, x: Tensor, options: Mapping) -> bool:
+        """Whether a forward with grad keeps its results; under a mask it does not."""
+        unmasked = not is_masked(options) or self.layout_for(x, options) is not None
+        return self.keep and self.model.checkpointing and unmasked
 
     def __call__(self, x, sigma, rope, frames, attend, context, text=None) -> Tensor:
-        kept = self.keep and self.model.checkpointing and torch.is_grad_enabled()
-        masked = not isinstance(attend, CachedAttention) and attend.args[0] is not None
-        if self.layout is not None or (kept and not masked):
-            attend = partial(self.attend, attend, self.layout, defaultdict(Kept) if kept else None)
+        if self.layout is not None or self.keeping:
+            kept = defaultdict(Kept) if self.keeping else None
+            attend = partial(self.attend, attend, self.layout, kept)
         return self.compute(x, sigma, rope, frames, attend, context, text)
 
     def attend(self, attend, layout, kept, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -164,3 +180,13 @@ def arrange(model: WanDiT, keep: bool = False, split: bool = False) -> None:
     """Run the model's self-attention like this from now on; with neither, as it is."""
     if keep or split:
         model.compute = Arranged(model, keep, split)
+
+
+def is_masked(options: Mapping) -> bool:
+    """Whether a forward with these options goes over a whole causal sequence."""
+    return bool(options.get("chunks")) and options.get("cache") is None
+
+
+def keeps_results(model: WanDiT, x: Tensor, options: Mapping) -> bool:
+    """Whether a forward with grad keeps the results of its self-attention for the backward."""
+    return isinstance(model.compute, Arranged) and model.compute.keeps(x, options)
