@@ -99,9 +99,9 @@ class Config(Options):
         ("bfloat16", "float32"), "bfloat16" if torch.cuda.is_available() else "float32"
     )
     checkpointing: bool = True
-    keep_attention: bool = False  # checkpointing keeps its results: less arithmetic, more memory
-    split_attention: bool = False  # ar, ode: chunk by chunk, faster on a GPU than under a mask
-    compile: bool = False  # small operations are fused: two minutes at the start, then a fifth off
+    keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
+    split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
+    compile: bool = False  # small operations are fused: half a minute, then a fifth off a step
     offload: bool = False  # the optimizers' state in host memory: 60 GB of a 5B's dmd leave the GPU
     shard: int = at_least(0, 0)  # processes that share one copy of the weights; 0: those of a node
     seed: int = 0

@@ -30,6 +30,7 @@ ONLY_IN = {
     "trajectories": ("ode",),
     "alpha": ("sid",),
     "forcing": ("ar", "ode"),
+    "split_attention": ("ar", "ode"),
     "window": STAGES[1:],
 }
 READS = ("text", "latents", "trajectories", "weights", "teacher")
