@@ -2,6 +2,7 @@
 
     python tools/bench_training.py --stage dmd                   # one H200
     python tools/bench_training.py --stage dmd --offload         # one H100 80 GB
+    python tools/bench_training.py --stage dmd --offload --compile --keep-attention   # dmd-5b.toml
     python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
     python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB)
     python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9
