@@ -33,6 +33,7 @@ from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import sample_videos
+from wan5b.extras.training_attention import arrange
 from wan5b.flow import FEW_STEPS
 from wan5b.kvcache import KVCache
 from wan5b.optim import AdamW
@@ -98,7 +99,9 @@ class Config(Options):
         ("bfloat16", "float32"), "bfloat16" if torch.cuda.is_available() else "float32"
     )
     checkpointing: bool = True
-    compile: bool = False  # what runs without grad: a minute, then a tenth off a step (one GPU)
+    keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
+    split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
+    compile: bool = False  # small operations are fused: half a minute, then a fifth off a step
     offload: bool = False  # the optimizers' state in host memory: 60 GB of a 5B's dmd leave the GPU
     shard: int = at_least(0, 0)  # processes that share one copy of the weights; 0: those of a node
     seed: int = 0
@@ -165,6 +168,7 @@ def network(
     model = world.shard(model)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
+    arrange(model, cfg.keep_attention, cfg.split_attention)
     return model, tensors
 
 

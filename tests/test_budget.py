@@ -27,6 +27,7 @@ from wan5b import attention, fsdp, stages
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.extras import budget
 from wan5b.extras.budget import Backward, FlopCount, afford, expected
+from wan5b.extras.training_attention import arrange
 from wan5b.kvcache import KVCache
 from wan5b.weights import save_dit
 
@@ -96,10 +97,16 @@ class FusedNorm(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "graphs", "replayed"),
-    [(False, 1, False), (True, 1, False), (True, 3, False), (True, 1, True)],
+    ("checkpointing", "graphs", "replayed", "keeps"),
+    [
+        (False, 1, False, False),
+        (True, 1, False, False),
+        (True, 3, False, False),
+        (True, 1, True, False),
+        pytest.param(True, 3, False, True, marks=pytest.mark.slow),
+    ],
 )
-def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graphs, replayed):
+def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graphs, replayed, keeps):
     """The peak of blocks as wide as the 5B's, at the size it is trained at, on tensors that hold no
     memory.
 
@@ -114,6 +121,7 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
         torch.set_default_dtype(torch.float32)
         for model in models:
             model.checkpointing = checkpointing
+            arrange(model, keeps)
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         context = torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
@@ -136,7 +144,7 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     peak -= weights + cache.memory.nbytes
     keys = 63 * 880 if replayed else 0  # 3 + 6 + ... + 21 frames seen, 21 of them one's own
-    told = Backward(21 * 880, 2, checkpointing, graphs, keys=keys).activations(dit)
+    told = Backward(21 * 880, 2, checkpointing, graphs, keys=keys, keeps=keeps).activations(dit)
     assert told == pytest.approx(peak, rel=0.1)
 
 
@@ -339,3 +347,23 @@ def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage,
         stages.iteration(run, 0)
     share = (flop.done - extra) / counter.get_total_flops()
     assert 0.9 < share < 0.94
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flop_that_are_not_done_again(monkeypatch, causal):
+    """What attention's kept results save, to the last one."""
+    monkeypatch.setattr(attention, "_BACKENDS", [torch.nn.attention.SDPBackend.MATH])
+    x = torch.randn(2, *SIZES)
+    options = {"chunks": [3, 3], "clean": x} if causal else {}
+    counted = []
+    told = []
+    for keep in (False, True):
+        model = WanDiT(DIT).init_weights()
+        model.checkpointing = True
+        arrange(model, keep, split=True)
+        with FlopCounterMode(display=False) as counter:
+            model(x, 0.5, torch.randn(2, 8, 16), **options).mean().backward()
+        counted.append(counter.get_total_flops())
+        told.append(budget.recomputed_flop(model, x, **options))
+    assert counted[0] > counted[1]
+    assert counted[0] - counted[1] == told[0] - told[1]

@@ -301,5 +301,23 @@ def test_hybrid_sharding_is_one_process(data, tmp_path):
     assert apart(load_file(tmp_path / "four/dmd.safetensors"), expected) < 1e-2
 
 
+@pytest.mark.slow
+def test_compiled_processes_are_one(data, tmp_path):
+    """Weights that FSDP gathers and frees, gradients that it reduces: compiled, attention kept and
+    split.
+    """
+    options = {"compile": True, "keep_attention": True, "split_attention": True}
+    changes = {"ar": {"steps": 2}}
+    changes["dmd"] = changes["sid"] = {"steps": 2, "ratio": 1}
+    jobs = []
+    for stage, own in changes.items():
+        keys = values(data, stage, tmp_path / stage, micro_batch=1, **own, **options)
+        jobs.append(job("train", keys))
+    torchrun(2, tmp_path, jobs)
+    for stage, own in changes.items():
+        one = finish(config(data, stage, tmp_path / f"{stage}-one", **own))
+        assert apart(load_file(tmp_path / stage / f"{stage}.safetensors"), one) < 1e-2
+
+
 if __name__ == "__main__":
     worker(sys.argv[1])

@@ -918,8 +918,6 @@ def test_compiled_piece_gives_the_same(monkeypatch):
     x, scale = randn(64, 48), randn(48, seed=1)
     with compiling():
         fuse.enable()
-        piece(x, scale)
-        assert calls == [], "with grad nothing is compiled"
         with torch.no_grad():
             fused = piece(x, scale), piece(2 * x, scale)
     assert len(calls) == 1

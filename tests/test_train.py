@@ -109,8 +109,9 @@ def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, prefix
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["dmd", "sid"])
-def test_compiled_rollouts_train_alike(data, tmp_path, stage):
+@pytest.mark.parametrize("stage", STAGES)
+def test_compiled_runs_train_alike(data, tmp_path, stage):
+    """Also one that goes on compiled from what it saved without."""
     plain = finish(config(data, stage, tmp_path / "plain"))
     torch._dynamo.reset()  # so what the other stage has compiled does not count
     counts = torch._dynamo.utils.counters["stats"]
@@ -119,6 +120,13 @@ def test_compiled_rollouts_train_alike(data, tmp_path, stage):
         compiled = finish(config(data, stage, tmp_path / "compiled", compile=True))
     assert counts["unique_graphs"] - before >= 3
     assert apart(compiled, plain) < 1e-2
+
+    out = tmp_path / "plain"
+    (out / f"{stage}.safetensors").unlink()
+    shutil.rmtree(out / "step-0000004")
+    with compiling():
+        resumed = finish(config(data, stage, out, compile=True))
+    assert apart(resumed, plain) < 1e-2
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])

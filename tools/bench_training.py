@@ -2,6 +2,7 @@
 
     python tools/bench_training.py --stage dmd                   # one H200
     python tools/bench_training.py --stage dmd --offload         # one H100 80 GB
+    python tools/bench_training.py --stage dmd --offload --compile --keep-attention   # dmd-5b.toml
     python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
     python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB)
     python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9
@@ -46,7 +47,14 @@ from wan5b import fuse, stages
 from wan5b.data import write_shard
 from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras.budget import GIB, FlopCount, forward_flop, matmul_rate, memory_gib
+from wan5b.extras.budget import (
+    GIB,
+    FlopCount,
+    forward_flop,
+    matmul_rate,
+    memory_gib,
+    recomputed_flop,
+)
 from wan5b.extras.cli import script
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
@@ -78,7 +86,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-5, help="of both networks")
     add("--forcing", default="teacher", choices=["teacher", "diffusion"])
     add("--offload", action="store_true", help="the optimizers' state in host memory")
-    add("--compile", action="store_true", help="what runs without grad")
+    add("--compile", action="store_true", help="fuse small operations")
+    text = "checkpointing keeps the results of self-attention"
+    add("--keep-attention", action="store_true", help=text)
+    text = "ar, ode: chunk by chunk, without a mask"
+    add("--split-attention", action="store_true", help=text)
     add("--no-checkpointing", action="store_true")
     text = "start all networks from it; made, with random weights, if missing"
     add("--release", type=Path, metavar="DIR", help=text)
@@ -93,7 +105,7 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
     """The run's config. stores: those of `make_data`."""
     options = dict(stores)
     same = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
-    for name in (*same, "device", "offload"):
+    for name in (*same, "device", "offload", "keep_attention", "split_attention"):
         options[name] = getattr(args, name)
     if args.release:
         options["weights"] = str(args.release)
@@ -203,7 +215,7 @@ class RepeatedFlop:
             return
         linear, attention = forward_flop(model.cfg, args[0], **options)
         if model.checkpointing:
-            self.done += linear + attention
+            self.done += recomputed_flop(model, args[0], **options)
         if "cache" in options:  # a replay, of what the rollout has done
             self.done += linear + attention
         self.done += 0.5 * attention  # the scores, in the backward

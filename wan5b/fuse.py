@@ -2,7 +2,11 @@
 
 `@fused` marks the pieces of the networks that are bound by memory traffic when run op by op.
 Attention, convolutions and caches stay outside, so a piece compiles once per shape of its inputs,
-whatever the cache holds.
+whatever the cache holds. With grad it compiles to a forward and a backward of its own, once more
+for each combination of inputs and weights that carry grad (a teacher's weights don't). All layers,
+and networks of the same sizes, share what is compiled: weights are inputs, read anew at each call.
+Hooks and checkpointing are around whole layers, outside the pieces too: FSDP gathers before a piece
+runs, and checkpointing runs it again as it is.
 """
 
 from collections.abc import Callable
@@ -14,9 +18,11 @@ _enabled = False
 
 
 def enable(on: bool = True) -> None:
-    """Compile the marked pieces at their next call without grad, or run them op by op again.
+    """Compile the marked pieces at their next call, with grad and without, or run them op by op
+    again.
 
-    Compiling takes tens of seconds once per process.
+    Compiling takes tens of seconds once per process. A piece has about four kinds of inputs in a
+    stage of training, and more where lengths are drawn (rollout = "data"); over 256 are an error.
     """
     global _enabled
     _enabled = on
@@ -25,7 +31,10 @@ def enable(on: bool = True) -> None:
 
 
 def fused(piece: Callable) -> Callable:
-    """Mark a function of positional arguments: compiled while enabled and without grad."""
+    """Mark a function of positional arguments: compiled while enabled.
+
+    One that works in place is called without grad only.
+    """
 
     @cache
     def compiled() -> Callable:
@@ -33,8 +42,6 @@ def fused(piece: Callable) -> Callable:
 
     @wraps(piece)
     def call(*args):
-        if _enabled and not torch.is_grad_enabled():
-            return compiled()(*args)
-        return piece(*args)
+        return (compiled() if _enabled else piece)(*args)
 
     return call

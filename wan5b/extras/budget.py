@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras.offload import HostStorage
+from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.optim import state_groups
@@ -35,7 +36,8 @@ class Backward:
     tokens: of the forward, all samples together. graphs: forwards that share one backward (SiD's).
     late: bytes of weight gradients, counted elsewhere, that come only as the activations go, so
     that the larger of the two makes the peak. keys: how many keys self-attention reads besides the
-    tokens' own (copies of a cache's).
+    tokens' own (copies of a cache's, or of other chunks'). keeps: whether checkpointing keeps the
+    results of self-attention.
     """
 
     tokens: int
@@ -44,6 +46,7 @@ class Backward:
     graphs: int = 1
     late: float = 0
     keys: int = 0
+    keeps: bool = False
 
     def activations(self, cfg: DiTConfig) -> float:
         """Bytes held at the peak."""
@@ -65,7 +68,7 @@ class Backward:
 
         # With checkpointing only the inputs of all layers and one layer's values are there at once.
         if self.checkpointing:
-            kept = cfg.num_layers * self.graphs * tokens * width
+            kept = cfg.num_layers * self.graphs * tokens * width * (2 if self.keeps else 1)
         else:
             kept = (cfg.num_layers * self.graphs - 1) * layer
 
@@ -129,28 +132,32 @@ def activations(
     """Of the longest forward with grad, over a whole sequence."""
     size = getattr(torch, cfg.dtype).itemsize
     tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
-    common = (size, cfg.checkpointing)
+    common = {"itemsize": size, "checkpointing": cfg.checkpointing, "keeps": cfg.keep_attention}
 
     # With one micro-batch a phase, weight gradients come as activations go.
     one = len(world.share(cfg.batch)) == cfg.micro_batch
-    late = gradients if one else 0
+    common["late"] = gradients if one else 0
+
+    # The keys that all chunks see, in tokens; each chunk's own among them.
+    ends = accumulate(chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix))
+    seen = sum(min(end, cfg.window or end) for end in ends) * tokens // cfg.frames
 
     if scores is None:
-        clean_half = cfg.stage in ("ar", "ode") and cfg.forcing == "teacher"
-        whole = 2 * tokens if clean_half else tokens
-        return Backward(whole, *common, late=late).activations(model)
+        halves = 2 if cfg.stage in ("ar", "ode") and cfg.forcing == "teacher" else 1
+        # Under a mask nothing is copied, and nothing kept.
+        if cfg.stage != "teacher":
+            common["keeps"] = cfg.keep_attention and cfg.split_attention
+            common["keys"] = halves * seen if cfg.split_attention else 0
+        return Backward(halves * tokens, **common).activations(model)
 
     # The critic's step; for SiD its forward and both of the teacher's are in one graph.
     graphs = 1
     if cfg.stage == "sid":
         graphs = 3 if cfg.guidance else 2
-    scored = Backward(tokens, *common, graphs, late).activations(scores)
+    scored = Backward(tokens, graphs=graphs, **common).activations(scores)
 
-    # The replay, which reads all committed keys that its chunks see.
-    ends = accumulate(chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix))
-    seen = sum(min(end, cfg.window or end) for end in ends)
-    keys = (seen - cfg.frames) * tokens // cfg.frames
-    replayed = Backward(tokens, *common, 1, late, keys).activations(model)
+    # The replay, which copies the committed keys that its chunks see.
+    replayed = Backward(tokens, keys=seen - tokens, **common).activations(model)
     return max(scored, replayed)
 
 
@@ -238,6 +245,18 @@ def forward_flop(
     return cfg.num_layers * linear, cfg.num_layers * attention
 
 
+def recomputed_flop(model: WanDiT, x: Tensor, **options) -> float:
+    """FLOP of a forward that checkpointing does once more; options as in `forward_flop`."""
+    linear, attention = forward_flop(model.cfg, x, **options)
+    if not keeps_results(model, x, options):
+        return linear + attention
+    tokens = model.cfg.tokens_per_frame(*x.shape[3:]) * len(x) * x.shape[2]
+    if options.get("clean") is not None:
+        tokens *= 2
+    # Attention to the text alone.
+    return linear + model.cfg.num_layers * 4 * model.cfg.dim * tokens * model.cfg.text_len
+
+
 class FlopCount:
     """FLOP done so far by the networks that it watches, by arithmetic.
 
@@ -260,7 +279,7 @@ class FlopCount:
         if not torch.is_grad_enabled():
             return
         if model.checkpointing:
-            self.done += linear + attention
+            self.done += recomputed_flop(model, args[0], **known)
         # Two products of a layer's backward, or one where the input needs grad and the weights
         # don't (SiD); attention's recomputes the scores: 2.5 forwards.
         products = 1 if args[0].requires_grad else 2

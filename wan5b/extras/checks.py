@@ -30,12 +30,14 @@ ONLY_IN = {
     "trajectories": ("ode",),
     "alpha": ("sid",),
     "forcing": ("ar", "ode"),
+    "split_attention": ("ar", "ode"),
     "window": STAGES[1:],
 }
 READS = ("text", "latents", "trajectories", "weights", "teacher")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
+    *("keep_attention", "split_attention"),
     *("save_every", "keep", "vae", "sample_every", "sample_prompts", "sample_guidance"),
 }
 
