@@ -2,7 +2,7 @@
 (recache), or in another process (a long video that was interrupted).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -59,6 +59,17 @@ class Past:
         seen = self._since(start)
         self.commits = [made._replace(context=context, chunk=self.chunks) for made in seen]
         self.refill(generator, cache)
+
+    def recached(
+        self, contexts: Iterator[Tensor], generator: Callable, cache: KVCache
+    ) -> Iterator[Tensor]:
+        """The texts of the next chunks, asked for as each begins: behind `recache`, where the text
+        is not the same tensor as before.
+        """
+        for context in contexts:
+            if self.commits and context is not self.commits[-1].context:
+                self.recache(generator, cache, context)
+            yield context
 
     def _since(self, frame: int) -> list[Commit]:
         """The commits with frames of the sink, or from a frame on."""
