@@ -105,10 +105,7 @@ def generate(
     rows = branches * len(piece)
     text, texts = peek(repeat(context[:rows]) if isinstance(context, Tensor) else context)
     assert len(text) == rows, f"{len(text)} rows of text, not {rows}"
-    draws = draws or rng(text.device, seed, "renoise")
-
-    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draws, device=like.device)
+    fresh = drawn_from(draws or rng(text.device, seed, "renoise"))
 
     # The whole clip at once.
     if not causal:
@@ -132,8 +129,7 @@ def generate(
     if recache:
         texts = past.recached(texts, field, cache)
 
-    # Past takes in what the cache does: a prefix in front, which `rollout` commits; then each
-    # chunk, of which the first may have the prefix inside.
+    # Past takes in what the cache does: first a prefix in front, which `rollout` commits.
     inside = prefix if prefix_inside else None
     if prefix is not None and not prefix_inside:
         for part in split_prefix(prefix, chunks):
@@ -141,11 +137,17 @@ def generate(
     how = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
     made = rollout(field, pieces, texts, sigmas, chunks, cache, solver=solver, **how)
     # Asked for one more than there are, it would commit the last one for nothing.
-    for x0 in made if endless else islice(made, len(chunks)):
-        past.add(x0 if inside is None else torch.cat([inside, x0], 2), cache.context)
-        past.chunks += 1
-        inside = None
-        yield x0
+    made = made if endless else islice(made, len(chunks))
+    yield from past.taking_in(made, cache, inside)
+
+
+def drawn_from(draws: torch.Generator) -> Callable:
+    """The noise that "renoise" adds, as `rollout` asks for it, drawn one after the other."""
+
+    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draws, device=like.device)
+
+    return fresh
 
 
 def peek(items: Iterable) -> tuple[Any, Iterator]:
