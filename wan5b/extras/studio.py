@@ -249,6 +249,7 @@ class Studio:
         with self.changed:
             window.open = False
             self.windows.remove(window)
+            self.gone.pop(window.who, None)  # so that the newest stand last
             self.gone[window.who] = time.monotonic()
             while len(self.gone) > 100:
                 self.gone.pop(next(iter(self.gone)))
@@ -371,7 +372,8 @@ class Studio:
 
     def _make(self, video: Video) -> None:
         """Until it is stopped, or nobody watches, or `make` has no more."""
-        self.pace.start()
+        with self.changed:
+            self.pace.start()
         chunks = iter(self.make(video.wish))
         delivered: Future | None = None
         try:
