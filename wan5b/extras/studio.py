@@ -98,7 +98,7 @@ class Video:
         self.wish = wish
         self.who = who  # controls it
         self.recording = recording
-        self.frames = 0
+        self.frames = 0  # that are made
         self.first: float | None = None  # seconds from its start to its first frame's display
         self.sent: float | None = None  # seconds from the last change's arrival to its frame's ...
         self.shown: float | None = None  # ... being sent first, and its display
