@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     args = parser.parse_args()
     if args.seconds < 2:
-        raise ValueError(f"--seconds {args.seconds:g}: the first one is left out, so give 2 or more")
+        raise ValueError(f"--seconds {args.seconds:g}: give 2 or more, of which one is left out")
     frames = scene(*parse_size(args.size))
     for way in args.ways:
         found = Bench(way, args.browser, frames, args.seconds).run()

@@ -22,6 +22,7 @@ from wan5b.dit import DiTConfig
 from wan5b.extras.files import parse_size
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
+from wan5b.extras.graphs import Graphs
 from wan5b.extras.plan import (
     check_numbers,
     choose,
@@ -224,7 +225,7 @@ class Endless:
         """Run until all that is made once is made (compiled code, CUDA graphs) -> seconds that a
         chunk takes then.
         """
-        compiles = hasattr(self.model.compute, "of_cache")  # it records CUDA graphs
+        compiles = isinstance(self.model.compute, Graphs)
         turns = 2 * -(-self.job.recipe.window // self.job.recipe.chunk) + 3 if compiles else 3
         for has_image in self.job.samplers:
             image = np.full((1, *self.job.size, 3), 128, np.uint8) if has_image else None
