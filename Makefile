@@ -13,10 +13,11 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,plot]'
 	touch $@
 
-# Two files of tests at a time, each on one thread, whose idle ones must not spin where a test starts more processes.
+# Two files of tests at a time, each on one thread of torch and one of numpy's BLAS; idle ones must not spin where a
+# test starts more processes.
 # The demo has the machine for itself: threads spin, and malloc keeps its memory (a tenth of a training step).
 test: .venv/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: .venv/.installed
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python examples/tiny/demo.py

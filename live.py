@@ -52,6 +52,7 @@ import argparse
 import functools
 import os
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -156,10 +157,11 @@ def bind(args: argparse.Namespace) -> Server:
         wrong = f"cannot listen on {args.host}, port {args.port}: {error}"
         raise ValueError(f"{wrong}; give another --port (0: any), or --host") from error
     if not server.is_local():
+        port = server.server_port
         note(
             f"listens on {args.host}: whoever reaches this machine there may watch and use the "
             "page; nothing asks for a password or is encrypted. For yourself alone leave --host "
-            "out and forward the port: ssh -L 8000:127.0.0.1:8000 this-machine"
+            f"out and forward the port: ssh -L {port}:127.0.0.1:{port} this-machine"
         )
     return server
 
@@ -195,7 +197,8 @@ def main(args: argparse.Namespace) -> None:
     held = functools.partial(memory, {args.device, decoder})
     about = {"seconds": seconds, "memory": held, "heard": contexts.begin}
     about |= {"example": args.example, "is_ahead": make.is_ahead}
-    with Studio(make, job.size, job.recipe.fps, **about) as studio, server:
+    studio = Studio(make, job.size, job.recipe.fps, **about)
+    with closing(contexts), studio, server:
         server.studio = studio
         print(f"{server.address()} (Ctrl-C ends it)", flush=True)
         server.serve_forever()

@@ -12,7 +12,7 @@ from wan5b.extras.measures import measure
 from wan5b.extras.videos import Shown
 
 H, W = 64, 112
-FRAMES = 193
+FRAMES = 157
 
 
 @lru_cache
@@ -22,7 +22,7 @@ def landscape(seed=0, height=500, width=1100):
     blobs = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     grain = np.random.default_rng(seed + 1).normal(0, 24, (height, width, 1))
     grain = (grain + np.roll(grain, 1, 0) + np.roll(grain, 1, 1)) / 3
-    return np.clip(0.6 * np.asarray(blobs) + 50 + grain, 40, 215)
+    return np.clip(0.6 * np.asarray(blobs) + 50 + grain, 40, 215).astype(np.float32)
 
 
 def journey(frames=FRAMES, seed=0, speed=2.0):
@@ -42,7 +42,8 @@ def still(frames=FRAMES):
 
 def sawtooth(frames=FRAMES, period=12):
     """From 0 to 1 over each chunk, the first of which is 3 frames shorter: [T, 1, 1, 1]."""
-    return ((np.arange(frames) + 3) % period / (period - 1))[:, None, None, None]
+    phase = (np.arange(frames, dtype=np.float32) + 3) % period
+    return (phase / (period - 1))[:, None, None, None]
 
 
 def softened(clip):
@@ -55,7 +56,8 @@ def softened(clip):
 
 def dissolve(a, b, start, frames):
     """From clip a to clip b: the first frame with something of b is start + 1."""
-    share = np.clip((np.arange(len(a)) - start) / frames, 0, 1)[:, None, None, None]
+    share = np.clip((np.arange(len(a)) - start) / frames, 0, 1).astype(np.float32)
+    share = share[:, None, None, None]
     return a * (1 - share) + b * share
 
 

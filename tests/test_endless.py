@@ -14,7 +14,7 @@ from common import compiling, gpu
 import live
 from wan5b import fuse
 from wan5b.extras import graphs, random_weights
-from wan5b.extras.endless import Contexts, Endless, plan, split_vae
+from wan5b.extras.endless import PATIENCE, TEXTS, Contexts, Endless, plan, split_vae
 from wan5b.extras.server import Server
 from wan5b.extras.studio import Wish
 from wan5b.kvcache import KVCache
@@ -107,6 +107,7 @@ def test_a_prompt_waits_for_its_context_and_the_video_does_not():
     texts = make.texts(asked := wish())
     first = next(texts)
     asked.prompts.append("slow")
+    make.contexts.begin("slow")
     assert next(texts) is first
     assert next(texts) is first
     assert asked.in_force == 0
@@ -114,6 +115,32 @@ def test_a_prompt_waits_for_its_context_and_the_video_does_not():
     make.contexts.of("slow")
     assert next(texts) is make.contexts.of("slow")
     assert asked.in_force == 1
+
+
+def test_a_chunk_waits_for_many_prompts_no_longer_than_for_one():
+    free = threading.Event()
+    encoded = []
+
+    def encode(text):
+        assert text == "a red ball" or free.wait(10)
+        encoded.append(text)
+        return torch.zeros(1, 2, 4)
+
+    make = maker("--window", "6", encode=encode)
+    texts = make.texts(asked := wish())
+    first = next(texts)
+    asked.prompts += [f"prompt {i}" for i in range(TEXTS + 8)]
+    for prompt in asked.prompts:
+        make.contexts.begin(prompt)
+    begun = time.monotonic()
+    for _ in range(3):
+        assert next(texts) is first
+    assert time.monotonic() - begun < 3 * PATIENCE + 0.5
+    free.set()
+    newest = make.contexts.of(asked.prompts[-1])
+    assert next(texts) is newest
+    assert len(encoded) == len(set(encoded))
+    make.contexts.close()
 
 
 def test_a_prompt_may_come_in_over_several_chunks():

@@ -397,6 +397,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_killed(tmp_path):
     command = [sys.executable, "-c", CHILD, str(tmp_path / "a.mp4")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:

@@ -25,6 +25,7 @@ import socketserver
 import statistics
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -35,6 +36,10 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from wan5b.extras.cli import script
+from wan5b.extras.files import parse_size
 
 FPS = 24
 BITS = 16  # of the bar code
@@ -156,6 +161,7 @@ def scene(height: int, width: int, count: int = 48) -> list[np.ndarray]:
 
 
 def numbered(frame: np.ndarray, index: int) -> np.ndarray:
+    """A copy [H, W, 3] that says its number in a bar code of BITS squares at the top left."""
     frame = frame.copy()
     for bit in range(BITS):
         on = index >> (BITS - 1 - bit) & 1
@@ -188,6 +194,8 @@ def jpeg(frame: np.ndarray, quality: int = 85) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Serves the page, and frames in each of WAYS by the method of that name."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
@@ -286,15 +294,22 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
 
 
 def browser_command(name: str, folder: str, address: str) -> list[str]:
+    """How a browser is started that shows a page, with a profile of its own in the folder.
+
+    ValueError if it is not installed.
+    """
+    program = shutil.which({"chromium": "chromium", "firefox": "firefox-esr"}[name])
+    if program is None:
+        raise ValueError(f"{name} is not installed: install it, or name another --browser")
     if name == "chromium":
         flags = ["--headless=new", "--no-sandbox", "--no-first-run", "--window-size=1280,800"]
         flags += ["--autoplay-policy=no-user-gesture-required", "--disable-dev-shm-usage"]
-        return [shutil.which("chromium"), *flags, f"--user-data-dir={folder}", address]
+        return [program, *flags, f"--user-data-dir={folder}", address]
     prefs = {"privacy.reduceTimerPrecision": "false", "media.autoplay.default": "0"}
     prefs |= {"datareporting.policy.dataSubmissionEnabled": "false"}
     lines = [f'user_pref("{key}", {value});' for key, value in prefs.items()]
     Path(folder, "user.js").write_text("\n".join(lines))
-    return [shutil.which("firefox-esr"), "--headless", "--profile", folder, "--no-remote", address]
+    return [program, "--headless", "--profile", folder, "--no-remote", address]
 
 
 def tree_seconds(root: int) -> float:
@@ -318,6 +333,8 @@ def tree_seconds(root: int) -> float:
 
 
 class Bench:
+    """One way in one browser: its page, what it has reported, and the figures of that."""
+
     def __init__(self, way: str, browser: str, frames: list[np.ndarray], seconds: float):
         self.source = Source(frames, seconds)
         self.report = None
@@ -372,13 +389,16 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--browser", default="chromium", choices=["chromium", "firefox"])
     parser.add_argument("--size", default="704x1280")
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     args = parser.parse_args()
-    frames = scene(*map(int, args.size.split("x")))
+    if args.seconds < 2:
+        raise ValueError(f"--seconds {args.seconds:g}: give 2 or more, of which one is left out")
+    frames = scene(*parse_size(args.size))
     for way in args.ways:
         found = Bench(way, args.browser, frames, args.seconds).run()
         text = [f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()]
@@ -386,4 +406,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

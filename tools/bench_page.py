@@ -29,7 +29,6 @@ class Page:
     def __init__(self, address: str):
         self.address = urlsplit(address)
         self.shown: list[tuple[float, float, int]] = []  # when due and when come, of which version
-        self.clock = 0.0  # this process's less the server's
         self.state: dict = {}
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -83,7 +82,7 @@ def measure(page: Page, seconds: float) -> None:
     while time.monotonic() < end:
         time.sleep(3.0 + 0.37 * len(came) % 1)  # at another place in the chunk each time
         asked = time.monotonic()
-        version = page.change(f"a red fox, seen for the {len(came)}. time")
+        version = page.change(f"a red fox, picture number {len(came)}")
         page.wait(lambda version=version: page.shown[-1][2] >= version)
         due, at, _ = next(frame for frame in page.shown if frame[2] >= version)
         came.append(at - asked)
@@ -104,7 +103,8 @@ def measure(page: Page, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("options", nargs="*")
     args = parser.parse_args()

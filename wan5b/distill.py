@@ -44,7 +44,7 @@ def rollout(
       from which it is moved chunk by chunk. Or an iterable of every chunk's, drawn when the chunk
       begins; without an end there is no end to the video.
     - context [B, L, D], or one for every chunk: a list, or an iterable that is asked when the chunk
-      begins, the cache being of the chunks before. sigmas: the levels, falling, the last one 0.
+      begins; the cache then holds the chunks before. sigmas: the levels, falling, the last one 0.
     - chunks: frames of each; with an iterable noise, at least the sizes that occur.
     - exit_step: index of the level whose x0 is the result (None: the last). Grad, where enabled,
       flows through that level's forward alone; none crosses chunks, since committed keys carry

@@ -10,7 +10,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from itertools import chain, islice, repeat
+from functools import partial
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from wan5b.extras.cards import carried, decode, place_of
 from wan5b.extras.files import parse_size
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
+from wan5b.extras.graphs import Graphs
 from wan5b.extras.plan import (
     check_numbers,
     choose,
@@ -38,7 +40,7 @@ from wan5b.vae22 import VAE22
 
 WINDOW = 21  # latent frames, where the recipe has none: what clips of 81 frames have
 TEXTS = 32  # whose contexts are kept
-PATIENCE = 0.04  # seconds that a chunk waits for a text on the way: less than a chunk later
+PATIENCE = 0.04  # seconds that a chunk waits for texts on the way: less than a chunk later
 
 
 class Job(NamedTuple):
@@ -113,9 +115,15 @@ class Contexts:
         """Make it, if it is not there; this does not wait."""
         self._future(text)
 
-    def ready(self, text: str) -> bool:
-        """Whether it is there, or will be in a moment."""
-        done, _ = wait([self._future(text)], PATIENCE)
+    def ready(self, text: str, until: float) -> bool:
+        """Whether it is there, or will be at that time by time.monotonic. It must have been begun:
+        of more than TEXTS on the way the oldest are given up.
+        """
+        with self.lock:
+            future = self.made.get(text)
+        if future is None:
+            return False
+        done, _ = wait([future], max(until - time.monotonic(), 0))
         return bool(done)
 
     def of(self, text: str) -> Tensor:
@@ -204,14 +212,18 @@ class Endless:
     def texts(self, wish: Wish) -> Iterator[Tensor]:
         """The context of each chunk. A new one takes the old one's place at once, or bit by bit."""
         over = self.interpolate
-        shown = target = old = self.contexts.of(wish.prompt())
+        prompt = wish.prompt()
+        shown = target = old = self.contexts.of(prompt)
         step = over  # of `over` from the old one to the target
         while True:
             yield shown
-            newest = self.contexts.of(wish.prompt(self.contexts.ready))
-            if newest is not target:
+            # However many prompts are on the way: a chunk waits for all of them together.
+            ready = partial(self.contexts.ready, until=time.monotonic() + PATIENCE)
+            newest = wish.prompt(ready)
+            if newest != prompt:
+                prompt = newest
                 old = shown
-                target = newest
+                target = self.contexts.of(prompt)
                 step = 0
             if step < over:
                 step += 1
@@ -222,14 +234,14 @@ class Endless:
         """Run until all that is made once is made (compiled code, CUDA graphs) -> seconds that a
         chunk takes then.
         """
-        compiles = hasattr(self.model.compute, "of_cache")  # it records CUDA graphs
-        turns = 2 * -(-self.job.recipe.window // self.job.recipe.chunk) + 3
+        compiles = isinstance(self.model.compute, Graphs)
+        turns = 2 * -(-self.job.recipe.window // self.job.recipe.chunk) + 3 if compiles else 3
         for has_image in self.job.samplers:
             image = np.full((1, *self.job.size, 3), 128, np.uint8) if has_image else None
             wish = Wish("a gray wall", 0, image, threading.Condition())
             chunks = self(wish)
             took = []
-            for _ in islice(repeat(None), turns if compiles else 3):
+            for _ in range(turns):
                 begun = time.monotonic()
                 next(chunks)
                 took.append(time.monotonic() - begun)

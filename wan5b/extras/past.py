@@ -2,9 +2,10 @@
 (recache), or in another process (a long video that was interrupted).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from wan5b.distill import commit
@@ -45,6 +46,19 @@ class Past:
         if self.reach:
             self.commits = self._since(self.frames - self.reach)
 
+    def taking_in(
+        self, made: Iterable[Tensor], cache: KVCache, inside: Tensor | None
+    ) -> Iterator[Tensor]:
+        """The chunks of a rollout [B, C, T, H, W], each of which is added before it is handed on.
+
+        inside: the prefix that is the first frames of the first one, if any.
+        """
+        for x0 in made:
+            self.add(x0 if inside is None else torch.cat([inside, x0], 2), cache.context)
+            self.chunks += 1
+            inside = None
+            yield x0
+
     def refill(self, generator: Callable, cache: KVCache) -> None:
         """Make the cache's memory again by the same commits, with the same gaps between them."""
         for made in self.commits:
@@ -59,6 +73,17 @@ class Past:
         seen = self._since(start)
         self.commits = [made._replace(context=context, chunk=self.chunks) for made in seen]
         self.refill(generator, cache)
+
+    def recached(
+        self, contexts: Iterable[Tensor], generator: Callable, cache: KVCache
+    ) -> Iterator[Tensor]:
+        """The texts of the next chunks, asked for as each begins: behind `recache`, where the text
+        is not the same tensor as before.
+        """
+        for context in contexts:
+            if self.commits and context is not self.commits[-1].context:
+                self.recache(generator, cache, context)
+            yield context
 
     def _since(self, frame: int) -> list[Commit]:
         """The commits with frames of the sink, or from a frame on."""

@@ -382,8 +382,8 @@ def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
 
 
 def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> list[Clip]:
-    """The clips, with the text that each chunk is shown. Puts what there is to changes of the
-    prompt into `sampler`.
+    """The clips, with the text that each chunk is shown. `sampler` gets what else happens where
+    the text changes: scene cuts, and whether the window is run again.
 
     ValueError without prompts, for scenes that don't fit, and if a file is in a clip's way.
     """

@@ -12,11 +12,13 @@ import av
 import numpy as np
 import torch
 
+from wan5b.extras import remux
 from wan5b.extras.mp4 import VideoWriter
 from wan5b.util import first_line
 
 SECONDS = 600  # that are kept, at the video's rate
 WAITING = 6  # chunks that may wait to be written; then the model waits
+FAULTS = (OSError, ValueError, av.FFmpegError)  # of writing: a full disk, say
 
 
 class Recording:
@@ -94,8 +96,11 @@ class Recording:
                 self.writer.add(torch.from_numpy(frames))
             self.room -= len(frames)
             self.count += len(frames)
-        except (OSError, ValueError, av.FFmpegError) as error:  # a full disk, say
-            self.error = f"what is shown is no longer kept: {first_line(error)}"
+        except FAULTS as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.error = self.error or f"what is shown is no longer kept: {first_line(error)}"
 
     def save(self) -> Path | None:
         """An mp4 of what has been shown and written so far, or None if that is nothing.
@@ -103,33 +108,53 @@ class Recording:
         It is the caller's to remove. OSError if the disk is full.
         """
         with self.files:
-            if self.writer is not None:
-                writer, self.writer = self.writer, None
-                writer.close()
-                self.parts.append(writer.where)
+            self._end_part()
             if not self.parts:
                 return None
             target = self.folder / f"saved-{time.monotonic_ns()}.mp4"
             try:
                 join(self.parts, target)
-            except (OSError, av.FFmpegError) as error:
+            except FAULTS as error:
                 target.unlink(missing_ok=True)
                 raise OSError(f"cannot save the video: {first_line(error)}") from error
             return target
 
     def close(self) -> None:
-        """End the thread and the part at work."""
+        """End the thread and the part at work. It raises nothing: what goes wrong is in `error`."""
         self.stop()
         self.thread.join(timeout=10)
         with self.files:
-            if self.writer is not None:
-                self.writer.close()
-                self.parts.append(self.writer.where)
-                self.writer = None
+            self._end_part()
+
+    def _end_part(self) -> None:
+        """It becomes one of the parts; where the disk was full, as far as it is there."""
+        writer = self.writer
+        if writer is None:
+            return
+        self.writer = None
+        try:
+            writer.close()
+        except FAULTS as error:
+            self._give_up(error)
+            if not has_header(writer.where):
+                return
+        self.parts.append(writer.where)
+
+
+def has_header(path: Path) -> bool:
+    """Whether so much of an mp4 is there that it can be read at all."""
+    try:
+        with av.open(str(path)):
+            return True
+    except (OSError, av.FFmpegError):
+        return False
 
 
 def join(parts: list[Path], target: Path) -> None:
-    """One mp4 of several by the same encoder, packet by packet: no picture changes."""
+    """One mp4 of several by the same encoder, packet by packet: no picture changes.
+
+    A part may break off, where the disk was full.
+    """
     with av.open(str(target), "w", options={"movflags": "+faststart"}) as out:
         stream = None
         start = 0  # of the part, in units of the stream's time
@@ -140,9 +165,7 @@ def join(parts: list[Path], target: Path) -> None:
                     stream = out.add_stream_from_template(source)
                     stream.time_base = source.time_base
                 end = start
-                for packet in file.demux(source):
-                    if packet.dts is None:  # the end
-                        continue
+                for packet in remux.whole_packets(file):
                     packet.pts += start
                     packet.dts += start
                     end = max(end, packet.pts + packet.duration)

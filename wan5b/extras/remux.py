@@ -47,7 +47,7 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
     tick = Fraction(1, fps)
     gop = []
     count = 0
-    for packet in _whole_packets(file):
+    for packet in whole_packets(file):
         if packet.is_keyframe and gop:
             _check_complete(gop, count, file)
             yield gop
@@ -76,8 +76,10 @@ def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.P
         yield gop
 
 
-def _whole_packets(file: InputContainer) -> Iterator[av.Packet]:
-    """All that can be read: where a process was killed, half a packet or half a box may follow."""
+def whole_packets(file: InputContainer) -> Iterator[av.Packet]:
+    """All of a video that can be read: where a process was killed or a disk full, half a packet or
+    half a box may follow.
+    """
     packets = file.demux(video=0)
     while True:
         try:

@@ -99,7 +99,11 @@ def describe(
     opening: int,
     notes: list[str],
 ) -> dict:
-    """The report of what was measured. opening: the frames that similarity looks back to."""
+    """The report of what was measured, as JSON values.
+
+    path: of the video, of which the name is told. chunk, source: as of `recorded_chunk`. opening:
+    how many frames similarity looks back to. notes: what else is to be said.
+    """
     frames = len(series.luma)
     fps = (frames - 1) / series.seconds if series.seconds else None
     cuts = find_cuts(series.jump, chunk)
@@ -239,8 +243,8 @@ def find_pulse(series: Series, chunk: int | None, breaks: list[int]) -> dict:
     the chunk is not known, with the period that is strongest. See `pulse.pulse`.
 
     - period: in frames; None if nothing was found. known: whether it is the chunk's.
-    - tested: false if the clip is too short, which has fewer than 6 of the period, or, of the
-      shortest that is looked for.
+    - tested: false if the clip is too short: fewer than 6 times the period, or, where that is not
+      known, than 6 times the shortest one that is looked for.
     - of: for each series its strength, amplitude, unit and mean cycle. `visible` says whether it
       passes the limits.
 
@@ -312,7 +316,7 @@ def findings(found: dict) -> list[str]:
         words.append("too short to tell a pulse")
 
     if found["cuts"]:
-        words.append(f"{count(len(found['cuts']), 'cut')} at {listed(found['cuts'])}")
+        words.append(f"{plural(len(found['cuts']), 'cut')} at {listed(found['cuts'])}")
     if found["returns"]:
         frames = [f"{item['frame']} (latent {item['latent']})" for item in found["returns"]]
         words.append(f"BACK TO THE START at {listed(frames)}")
@@ -323,9 +327,9 @@ def line(found: dict) -> str:
     """A report in one line."""
     words = []
     for name, show in SHOWN.items():
-        ends = found["drift"][name]
-        if ends["change"] is not None:
-            words.append(f"{name} {show(ends['start'])} -> {show(ends['end'])}")
+        drifted = found["drift"][name]
+        if drifted["change"] is not None:
+            words.append(f"{name} {show(drifted['start'])} -> {show(drifted['end'])}")
     numbers = ", ".join(words) or "a single frame, which cannot drift"
     return "; ".join([f"{found['video']}: {numbers}", *found["findings"]])
 
@@ -362,17 +366,19 @@ def _pulse_cell(beat: dict) -> str:
     return "none" if beat["tested"] else "-"
 
 
-def _changed(name: str, ends: dict) -> str:
+def _changed(name: str, drifted: dict) -> str:
     """Levels as a difference, all else in percent of the start."""
-    if ends["change"] is None or (name == "motion" and ends["start"] < STILL):
+    start = drifted["start"]
+    change = drifted["change"]
+    if change is None or (name == "motion" and start < STILL):
         return "-"
     if name in ("luma", "spread"):
-        return f"{ends['change']:+.1f}"
-    return f"{100 * ends['change'] / ends['start']:+.0f}%" if ends["start"] else "-"
+        return f"{change:+.1f}"
+    return f"{100 * change / start:+.0f}%" if start else "-"
 
 
-def count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def listed(items: list) -> str:
@@ -409,5 +415,6 @@ def write(path: str | Path, found: dict, overwrite: bool = False) -> None:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
+    """ValueError if the file exists, unless `overwrite`."""
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another --out, or --overwrite")

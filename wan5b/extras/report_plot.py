@@ -127,14 +127,14 @@ def _row(panel, found: dict, name: str) -> None:
     if name != "luma":
         panel.set_ylim(0, 1.15 * panel.get_ylim()[1])
 
-    ends = found["drift"][name]
-    if ends["change"] is None:
+    drifted = found["drift"][name]
+    if drifted["change"] is None:
         return
     last = found["frames"] - 1
     count = found["drift_frames"]
-    panel.hlines(ends["start"], 0, count - 1, color=INK, linewidth=2)
-    panel.hlines(ends["end"], last - count + 1, last, color=INK, linewidth=2)
-    panel.set_title(f"{ends['start']:.3g} → {ends['end']:.3g}", loc="right", pad=2)
+    panel.hlines(drifted["start"], 0, count - 1, color=INK, linewidth=2)
+    panel.hlines(drifted["end"], last - count + 1, last, color=INK, linewidth=2)
+    panel.set_title(f"{drifted['start']:.3g} → {drifted['end']:.3g}", loc="right", pad=2)
 
 
 def _marks(panels, found: dict) -> None:

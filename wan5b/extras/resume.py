@@ -129,7 +129,11 @@ class KeptProgress(Progress):
         if whole:
             self.path.unlink(missing_ok=True)
             self._forget_source()
-        elif self.last and (self.path.exists() or time.monotonic() - self.marked >= self.every):
+            return
+        # A state behind the last chunk would leave nothing to go on with: the one before stays.
+        unfinished = self.last and self.last.counts["chunks"] < len(self.contexts)
+        wanted = self.path.exists() or time.monotonic() - self.marked >= self.every
+        if unfinished and wanted:
             self._save(self.last, video)
 
     def _save(self, moment: Moment, video: Path) -> None:

@@ -5,8 +5,8 @@ Used by sample.py, by the sample videos of train.py and by the demo.
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, repeat
-from typing import NamedTuple
+from itertools import chain, islice, repeat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,21 +96,16 @@ def generate(
     if prefix is not None:
         yield prefix
 
-    # The first chunk's noise and text tell sizes and place.
-    pieces = iter(noise.split(chunks, dim=2) if isinstance(noise, Tensor) else noise)
-    piece = next(pieces)
-    pieces = chain([piece], pieces)
-    rows = len(piece) if guidance in (None, 1) else 2 * len(piece)
     # At guidance 1 the unconditional branch counts for nothing: leaving it out halves the work.
-    texts = repeat(context[:rows]) if isinstance(context, Tensor) else iter(context)
-    text = next(texts)
-    texts = chain([text], texts)
-    assert len(text) == rows, f"{len(text)} rows of text, not {rows}"
-    field = model if guidance in (None, 1) else guided(model, guidance)
-    draws = draws or rng(text.device, seed, "renoise")
+    branches = 1 if guidance in (None, 1) else 2
+    field = model if branches == 1 else guided(model, guidance)
 
-    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draws, device=like.device)
+    # The first chunk's noise and text tell sizes and place.
+    piece, pieces = peek(noise.split(chunks, dim=2) if isinstance(noise, Tensor) else noise)
+    rows = branches * len(piece)
+    text, texts = peek(repeat(context[:rows]) if isinstance(context, Tensor) else context)
+    assert len(text) == rows, f"{len(text)} rows of text, not {rows}"
+    fresh = drawn_from(draws or rng(text.device, seed, "renoise"))
 
     # The whole clip at once.
     if not causal:
@@ -119,34 +114,44 @@ def generate(
         yield solve(partial(field, context=text), x, sigmas, solver, partial(fresh, 0))
         return
 
-    # Chunk by chunk, over a cache that is filled again where the video goes on.
+    # Or chunk by chunk, over a cache with room for all that a chunk sees.
     past = past or Past(1, window, sink)
-    if prefix is not None and not prefix_inside:
-        for part in split_prefix(prefix, chunks):
-            past.add(part, text)
-    total = past.frames + sum(chunks)
-    if prefix_inside and prefix is not None:
-        total += prefix.shape[2]
+    given = 0 if prefix is None else prefix.shape[2]
+    total = past.frames + given + sum(chunks)
     capacity = window if endless else min(window or total, total)
     sizes = (rows, capacity, model.cfg.tokens_per_frame(*piece.shape[3:]))
     cache = new_cache(model.cfg, *sizes, window, sink, text.device, text.dtype, sink_rope)
     cache.reset()
+
+    # What it holds is made again where the video goes on, or anew where the text changes.
     if going_on:
         past.refill(field, cache)
+    if recache:
+        texts = past.recached(texts, field, cache)
 
-    def shown() -> Iterator[Tensor]:
-        for text in texts:
-            if recache and past.commits and text is not past.commits[-1].context:
-                past.recache(field, cache, text)
-            yield text
-
+    # Past takes in what the cache does: first a prefix in front, which `rollout` commits.
+    inside = prefix if prefix_inside else None
+    if prefix is not None and not prefix_inside:
+        for part in split_prefix(prefix, chunks):
+            past.add(part, text)
     how = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
-    made = rollout(field, pieces, shown(), sigmas, chunks, cache, solver=solver, **how)
-    for count, x0 in enumerate(made, 1):
-        joined = prefix_inside and prefix is not None and count == 1
-        past.add(torch.cat([prefix, x0], 2) if joined else x0, cache.context)
-        past.chunks += 1
-        yield x0
-        # Asked for another, the rollout would commit the last one too.
-        if count == len(chunks) and not endless:
-            return
+    made = rollout(field, pieces, texts, sigmas, chunks, cache, solver=solver, **how)
+    # Asked for one more than there are, it would commit the last one for nothing.
+    made = made if endless else islice(made, len(chunks))
+    yield from past.taking_in(made, cache, inside)
+
+
+def drawn_from(draws: torch.Generator) -> Callable:
+    """The noise that "renoise" adds, as `rollout` asks for it, drawn one after the other."""
+
+    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draws, device=like.device)
+
+    return fresh
+
+
+def peek(items: Iterable) -> tuple[Any, Iterator]:
+    """The first of some items, of which there is one at least, and all of them."""
+    items = iter(items)
+    first = next(items)
+    return first, chain([first], items)

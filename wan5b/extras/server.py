@@ -18,17 +18,20 @@ import struct
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from secrets import randbelow
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from wan5b.extras.pictures import read_image
 from wan5b.extras.studio import Busy, Frame, Studio
+from wan5b.util import first_line
 
 PAGE = Path(__file__).parent / "page"
 # What a path of the page is: the file, and its type. Nothing else of the disk is ever sent.
@@ -62,8 +65,8 @@ JSON_BYTES = 16 << 10
 IMAGE_BYTES = 32 << 20
 PROMPT = 2000  # characters
 WHO = 64  # characters
-ASKING = 10.0  # seconds that a whole request may take to come in; uploads
-UPLOADING = 60.0  # those with a picture
+ASKING = 10.0  # seconds that a request may take to come in
+UPLOADING = 60.0  # seconds, of one with a picture
 SENDING = 10.0  # seconds that a window may take no data before it counts as gone
 SAVING = 2  # at a time: each has a copy of the video on the disk
 DECODING = 2  # pictures at a time
@@ -76,6 +79,15 @@ class Refused(Exception):
     def __init__(self, status: HTTPStatus, line: str):
         super().__init__(line)
         self.status = status
+
+
+@contextmanager
+def needing_room() -> Iterator[None]:
+    """Inside, files are written: Refused where that can't be, on a full disk say."""
+    try:
+        yield
+    except OSError as wrong:
+        raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, first_line(wrong)) from wrong
 
 
 class Bounded(io.RawIOBase):
@@ -252,8 +264,10 @@ class Handler(BaseHTTPRequestHandler):
         if type(seed) is not int or not 0 <= seed < 2**32:
             raise ValueError(f"the seed must be a number from 0 to {2**32 - 1}")
         content = body[4 + length :]
-        image = self.server.picture(content) if content else None
-        return {"video": self.server.studio.start(who, prompt, seed, image), "version": 0}
+        with needing_room():
+            image = self.server.picture(content) if content else None
+            number = self.server.studio.start(who, prompt, seed, image)
+        return {"video": number, "version": 0}
 
     def prompt(self) -> dict:
         asked = parse(self.body(JSON_BYTES, ASKING))
@@ -305,18 +319,26 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.saving.acquire(blocking=False):
             raise Refused(HTTPStatus.CONFLICT, f"{SAVING} windows save already: try again soon")
         try:
-            path, name = self.server.studio.save()
-            with path.open("rb") as file:
-                path.unlink()
+            file, name = self.saved()
+            with file:
                 size = os.fstat(file.fileno()).st_size
                 disposition = f'attachment; filename="{name}"'
                 self.head(200, "video/mp4", size, Content_Disposition=disposition)
                 while part := file.read(1 << 18):
                     self.wfile.write(part)
-        except ValueError as wrong:
-            raise Refused(HTTPStatus.NOT_FOUND, str(wrong)) from wrong
         finally:
             self.server.saving.release()
+
+    def saved(self) -> tuple[BinaryIO, str]:
+        """An mp4, open, which has no name on the disk any more, and a name for it."""
+        try:
+            with needing_room():
+                path, name = self.server.studio.save()
+                file = path.open("rb")
+                path.unlink()
+        except ValueError as wrong:
+            raise Refused(HTTPStatus.NOT_FOUND, str(wrong)) from wrong
+        return file, name
 
 
 def parse(body: bytes) -> dict:
@@ -331,9 +353,7 @@ def parse(body: bytes) -> dict:
 
 
 def text(asked: dict, name: str, limit: int) -> str:
-    """An entry that is a text, without what no UTF-8 can hold. ValueError if it is not, or too
-    long.
-    """
+    """An entry that is a text, as UTF-8 can hold it. ValueError if it is none, or too long."""
     value = asked.get(name)
     if not isinstance(value, str):
         raise ValueError(f"the request has no {name}")
@@ -388,15 +408,15 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
         An address is: only a name can be bound to it anew by somebody else (DNS rebinding).
         """
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-            port = urlsplit(f"//{host}").port  # noqa: F841 (raises for what is no number)
+            address = urlsplit(f"//{host}")
+            name = address.hostname or ""
+            address.port  # noqa: B018 (raises for what is no number)
         except ValueError:
             return False
-        try:
+        with suppress(ValueError):
             ipaddress.ip_address(name)
-        except ValueError:
-            return name in self.names
-        return True
+            return True
+        return name in self.names
 
     def process_request(self, request, client_address) -> None:
         """A thread for each connection, as long as there are not too many."""
@@ -419,9 +439,7 @@ class Server(socketserver.ThreadingMixIn, HTTPServer):
             self.free.release()
 
     def picture(self, content: bytes) -> np.ndarray:
-        """An uploaded image, uint8 [1, H, W, 3], by the project's own reader. ValueError if it is
-        none.
-        """
+        """An uploaded image, uint8 [1, H, W, 3]. ValueError, which names no file, if it is none."""
         with self.decoding, tempfile.NamedTemporaryFile(dir=self.studio.folder) as file:
             file.write(content)
             file.flush()

@@ -99,7 +99,7 @@ class Video:
         self.wish = wish
         self.who = who  # controls it
         self.recording = recording
-        self.frames = 0
+        self.frames = 0  # that are made
         self.first: float | None = None  # seconds from its start to its first frame's display
         self.sent: float | None = None  # seconds from the last change's arrival to its frame's ...
         self.shown: float | None = None  # ... being sent first, and its display
@@ -254,6 +254,7 @@ class Studio:
         with self.changed:
             window.open = False
             self.windows.remove(window)
+            self.gone.pop(window.who, None)  # so that the newest stand last
             self.gone[window.who] = time.monotonic()
             while len(self.gone) > 100:
                 self.gone.pop(next(iter(self.gone)))
@@ -373,7 +374,8 @@ class Studio:
 
     def _make(self, video: Video) -> None:
         """Until it is stopped, or nobody watches, or `make` has no more."""
-        self.pace.start()
+        with self.changed:
+            self.pace.start()
         chunks = iter(self.make(video.wish))
         delivered: Future | None = None
         try:
