@@ -1,6 +1,7 @@
 """Interrupted clips go on: bit for bit, from a state that does not grow, whatever ended them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,21 +11,19 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
-from PIL import Image
 from release import make_release
+from resuming import LONG, OFTEN, Stop, runner
 from safetensors.torch import load_file, save_file
 
 import sample
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras import clips, mp4
+from wan5b.extras import clips
 from wan5b.extras.formats import load_vae
 from wan5b.extras.resume import decoder_reach, read_state
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
 
 SCRIPT = Path(sample.__file__)
-LONG = ["--window", "9", "--sink", "3", "--frames", "129"]  # 11 chunks of 3 latent frames
-OFTEN = ["--state-every", "1e-9"]
 
 
 @pytest.fixture(scope="module")
@@ -32,44 +31,9 @@ def release(tmp_path_factory):
     return make_release(tmp_path_factory.mktemp("resume") / "release")
 
 
-class Stop(Exception):
-    """In the place of whatever ends a process."""
-
-
 @pytest.fixture
 def run(release, tmp_path, monkeypatch):
-    """run(*options, stop=None) -> the pictures that were made. stop: how many chunks until Stop."""
-    (tmp_path / "a.png").exists() or Image.new("RGB", (64, 32), (200, 40, 90)).save(
-        tmp_path / "a.png"
-    )
-    add = mp4.VideoWriter.add
-    made = []
-
-    def call(*options, stop=None, out="a"):
-        def watched(self, frames, *rest):
-            if stop is not None and len(made) >= stop:
-                raise Stop
-            made.append(frames.clone())
-            add(self, frames, *rest)
-
-        monkeypatch.setattr(mp4.VideoWriter, "add", watched)
-        made.clear()
-        base = ["--release", release, "--device", "cpu", "--mode", "few", "--size", "32x64"]
-        base += [*LONG, *OFTEN, "--out", tmp_path / out]
-        if "--resume" in options:
-            base = []
-        elif "--prompt" not in options:
-            base += ["--prompt", "a red ball"]
-        sample.main(sample.parse([str(option) for option in (*base, *options)]))
-        return torch.cat(made)
-
-    def stopped(*options, after, **how):
-        with pytest.raises(Stop):
-            call(*options, stop=after, **how)
-        return torch.cat(made)
-
-    call.until = stopped
-    return call
+    return runner(release, tmp_path, monkeypatch)
 
 
 def pictures(path):
@@ -165,17 +129,22 @@ def test_states_that_do_not_fit(run, tmp_path, release, monkeypatch):
     with pytest.raises(ValueError, match=r"state\.safetensors exists; go on with it \(--resume"):
         run()
 
-    # Its video is gone, or another's.
+    # Its video is gone, another's, or shorter.
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    run("--seed", "1", out="other")
+    shutil.copy(tmp_path / "other.mp4", tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    run("--frames", "33", "--overwrite", out="other")
+    assert about["pictures"] > 33
+    shutil.copy(tmp_path / "other.mp4", tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    (tmp_path / "a.mp4").write_text("a note")
     with pytest.raises(ValueError, match="its video is not there"):
         run("--resume", state)
     (tmp_path / "away.mp4").rename(tmp_path / "a.mp4")
-    with pytest.raises(ValueError, match="its video is not there"):
-        run("--resume", state)
-    said = read_json(tmp_path / "away.json")
-    (tmp_path / "a.json").write_text(json.dumps(said | {"frames_written": about["pictures"] - 1}))
-    with pytest.raises(ValueError, match="its video is not there"):
-        run("--resume", state)
-    (tmp_path / "away.json").rename(tmp_path / "a.json")
 
     # Options that would make another clip; other weights.
     for options in (["--steps", "3"], ["--prompt", "x"], ["--out", "y"], ["--seed", "1"]):
@@ -215,6 +184,8 @@ def test_damaged_states_are_refused_in_a_line(run, tmp_path):
         lambda: wrong(tensors | {"latents": tensors["latents"] * torch.nan}, about),
         lambda: wrong(tensors | {"latents": tensors["latents"][:, :, :, :1].contiguous()}, about),
         lambda: wrong(tensors | {"draws": tensors["draws"][:7]}, about),
+        lambda: wrong(tensors, about | {"begins": ""}),
+        lambda: wrong(tensors, about | {"begins": 1}),
         lambda: wrong(tensors, about | {"settings": about["settings"] | {"novel": 1}}),
         lambda: wrong(tensors, about | {"settings": about["settings"] | {"steps": "x"}}),
         lambda: wrong(tensors, about | {"commits": [[0, 3, 999], *about["commits"][1:]]}),

@@ -41,7 +41,7 @@ def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Cli
     """
     if out.rpartition("/")[2] in ("", ".", ".."):
         out += "/sample"
-    path = Path(out.removesuffix(".mp4") + ".mp4").expanduser()
+    path = Path(os.path.expanduser(out.removesuffix(".mp4") + ".mp4"))  # ~nobody is a name
     seeds = list(dict.fromkeys(seeds))  # one given twice makes one clip
     if len(prompts) * len(seeds) == 1:
         return [Clip(prompts[0], seeds[0], path)]
@@ -239,5 +239,6 @@ def write(
         if record and writer.count:
             record = record | {"frames_written": writer.count}
             write_json(clip.with_suffix(".json"), record)
-        if all(finite) and writer.count == progress.pictures:
+        # Not what a full disk has cut short: the state before is better.
+        if all(finite) and writer.on_disk == progress.pictures:
             progress.stop(clip, ended)

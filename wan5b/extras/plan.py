@@ -43,7 +43,7 @@ from wan5b.extras.recipes import (
     recognise,
     sampled_part,
 )
-from wan5b.extras.resume import State, read_state
+from wan5b.extras.resume import State, check_place, read_state
 from wan5b.extras.sampling import MODES
 from wan5b.media import FPS, latent_frames
 from wan5b.vae22 import VAEConfig
@@ -122,6 +122,8 @@ def _plan(args: Namespace) -> Job:
     sampler = how_sampled(args, recipe, prefix)
     state = read_state(args.resume) if args.resume else None
     clips = make_clips(args, recipe, prefix, sampler)
+    if state:
+        check_place(args, state)
     frames = 4 * (prefix + sum(sampler["chunks"])) - 3
 
     # For the user.

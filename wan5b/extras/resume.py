@@ -7,6 +7,7 @@ network and of the decoder reach back. From these both are made again.
 
 import json
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
@@ -17,18 +18,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from wan5b.extras import remux
 from wan5b.extras.past import Commit, Past
-from wan5b.util import finite, first_line, read_json, reading, rng, write_tensors
+from wan5b.util import finite, first_line, reading, rng, write_tensors
 from wan5b.vae22 import Stream
 
 STATE = ".state.safetensors"  # the suffix, in place of the clip's .mp4
+KNOWN_BY = 48  # frames of a video, at most, by which a state knows it again
 
 
 class State(NamedTuple):
     """What a state file holds."""
 
-    # The clip's record, and: weights (their fingerprint), video (the mp4's name), pictures in it,
-    # chunks, commits [[first frame, frames, chunk], ...], tail (frames of each piece).
+    # The clip's record, and: weights (their fingerprint), video (the mp4's name), begins (what it
+    # is known by), pictures in it, chunks, commits [[first frame, frames, chunk], ...], tail
+    # (frames of each piece).
     about: dict
     latents: Tensor  # of all commits, [1, C, T, H, W]
     tail: Tensor  # of all pieces
@@ -95,6 +99,7 @@ class KeptProgress(Progress):
         self.last: Moment | None = None  # behind the last piece
         self.marked = time.monotonic()  # when a state was last asked for
         self.source = None  # the partial mp4 of the process before, while it is needed
+        self.held = None  # its mp4, partial or not, which is for this process alone
 
     def decoder(self, vae) -> Stream:
         self.reach = decoder_reach(vae)
@@ -123,6 +128,8 @@ class KeptProgress(Progress):
             self.last = Moment(counts, made, [*self.tail], self.draws.get_state())
 
     def stop(self, video: Path, whole: bool) -> None:
+        if self.held:
+            self.held.close()
         if whole:
             self.path.unlink(missing_ok=True)
             self._forget_source()
@@ -134,6 +141,7 @@ class KeptProgress(Progress):
         tail = [piece.shape[2] for piece in moment.tail]
         about = self.record | moment.counts
         about |= {"video": video.name, "commits": commits, "tail": tail}
+        about["begins"] = remux.known_by(video, min(moment.counts["pictures"], KNOWN_BY))
 
         latents = [made.latents for made in moment.commits]
         tensors = {"latents": torch.cat(latents, 2), "tail": torch.cat(moment.tail, 2)}
@@ -152,7 +160,8 @@ class KeptProgress(Progress):
     def take_up(self, state: State, size: tuple[int, int, int]) -> None:
         """Go on where another process left the clip. size: (C, H, W) of its latents.
 
-        ValueError if its mp4 is not there, if other weights made it, or if it is of another clip.
+        ValueError if its mp4 is not there or in use, if other weights made it, or if it is of
+        another clip.
         """
         about = state.about
         shapes = [(tensor.shape[:2], tensor.shape[3:]) for tensor in (state.latents, state.tail)]
@@ -179,6 +188,7 @@ class KeptProgress(Progress):
         self.pictures = about["pictures"]
 
         video = find_video(self.path, about)
+        self.held = remux.hold(video)
         self.video = (video, self.pictures)
         if video.name.endswith(".partial.mp4"):
             self.source = video
@@ -205,27 +215,43 @@ def sizes(commits: list[list[int]]) -> list[int]:
     return [frames for _, frames, _ in commits]
 
 
+def clip_of(state: Path) -> Path:
+    """The mp4 that a state's clip becomes: it lies beside it, wherever both were moved."""
+    return state.with_name(state.name.removesuffix(STATE) + ".mp4")
+
+
 def find_video(path: Path, about: dict) -> Path:
     """The mp4 of a state: the one it names, or the clip, which that became when the process ended.
 
     ValueError if it is not there, or another clip has its name by now.
     """
-    clip = path.with_name(path.name.removesuffix(STATE) + ".mp4")
+    clip = clip_of(path)
     named = path.with_name(Path(about["video"]).name)
-    if named.is_file() and named != clip:
-        return named
-
-    # The clip is this one if its record says so.
-    record = clip.with_suffix(".json")
-    if clip.is_file() and record.is_file():
-        said = read_json(record)
-        ours = said.get("settings") == about["settings"]
-        if ours and said.get("frames_written", 0) >= about["pictures"]:
-            return clip
+    for video in (named, clip):
+        if is_of(video, about):
+            return video
+    names = " nor as ".join(dict.fromkeys([named.name, clip.name]))
     raise ValueError(
-        f"{path}: its video is not there, neither as {named.name} nor, with its record, as {clip}; "
-        "bring it back, or begin the clip anew"
+        f"its video is not there, or is another's, as {names}; bring it back, or begin the clip "
+        "anew"
     )
+
+
+def is_of(video: Path, about: dict) -> bool:
+    """Whether a video begins as the one that a state is of."""
+    frames = min(about["pictures"], KNOWN_BY)
+    return video.is_file() and remux.known_by(video, frames) == about["begins"]
+
+
+def check_place(args: Namespace, state: State) -> None:
+    """ValueError if the clip's video is not there, or if another has come to lie where it is to
+    go, unless it may be replaced.
+    """
+    path = Path(args.resume)
+    clip = clip_of(path)
+    find_video(path, state.about)
+    if clip.exists() and not (args.overwrite or is_of(clip, state.about)):
+        raise ValueError(f"{clip} is another clip, not this state's; move it away, or --overwrite")
 
 
 def read_state(path: str | Path) -> State:
@@ -243,6 +269,7 @@ def read_state(path: str | Path) -> State:
             sum(sizes(about["commits"])) == state.latents.shape[2],
             sum(about["tail"]) == state.tail.shape[2],
             about["chunks"] > 0 and isinstance(about["video"], str),
+            about["pictures"] > 0 and isinstance(about["begins"], str) and about["begins"],
             finite(state.latents) and finite(state.tail),
         ]
         if not all(fits):
