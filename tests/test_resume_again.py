@@ -161,3 +161,11 @@ def test_clips_of_one_image_are_told_apart(run, tmp_path, state):
     os.replace(tmp_path / "other.mp4", tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="its video is not there, or is another's"):
         run("--resume", state)
+
+
+def test_no_report_of_another_clip(run, tmp_path, state):
+    """The clip that is replaced had one; the part that replaces it has none yet."""
+    run("--frames", "33", "--report")
+    assert (tmp_path / "a.report.json").exists()
+    run.until("--overwrite", after=3)
+    assert names(tmp_path) == {"a.mp4", "a.json", "a.state.safetensors"}

@@ -25,7 +25,7 @@ from wan5b.extras.chunking import (
     spread,
     switches,
 )
-from wan5b.extras.clips import Clip, claim, name_clips
+from wan5b.extras.clips import REPORTS, Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
 from wan5b.extras.framing import fit
@@ -413,7 +413,7 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
     read = [args.image, args.video, args.prompts, args.weights, args.recipe]
     read += [parse_lora(text)[0] for text in args.lora]
     suffixes = {".png": args.sheet, ".safetensors": args.latents}
-    suffixes |= {".report.json": args.report, ".report.png": args.report}
+    suffixes |= dict.fromkeys(REPORTS, args.report)
     asked = [suffix for suffix, wanted in suffixes.items() if wanted]
     claim(clips, list(filter(None, read)), asked, overwrite=args.overwrite, resume=args.resume)
 

@@ -152,7 +152,8 @@ class KeptProgress(Progress):
 
     def _forget_source(self) -> None:
         if self.source:
-            self.source.unlink(missing_ok=True)
+            for file in (self.source, self.source.with_suffix(".json")):
+                file.unlink(missing_ok=True)
             self.source = None
 
     # ------------------------------------------------------------------------------------ going on
