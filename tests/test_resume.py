@@ -1,6 +1,5 @@
 """Interrupted clips go on: bit for bit, from a state that does not grow, whatever ended them."""
 
-import json
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import sample
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import clips
 from wan5b.extras.formats import load_vae
-from wan5b.extras.resume import decoder_reach, read_state
+from wan5b.extras.resume import decoder_reach, read_state, write_state
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
 
@@ -171,12 +170,21 @@ def test_damaged_states_are_refused_in_a_line(run, tmp_path):
     about = read_state(state).about
     good = state.read_bytes()
 
+    def flipped(content, at):
+        content = bytearray(content)
+        content[at] ^= 1
+        return bytes(content)
+
     def wrong(tensors, about):
-        save_file(tensors, state, {"state": json.dumps(about)})
+        write_state(state, about, tensors)
 
     spoiled = [
         lambda: state.write_bytes(good[: len(good) // 2]),
         lambda: save_file(tensors, state),
+        lambda: state.write_bytes(flipped(good, -1)),
+        lambda: state.write_bytes(flipped(good, len(good) // 2)),
+        lambda: state.write_bytes(flipped(good, good.index(b"seed") + 11)),
+        lambda: state.write_bytes(flipped(good, good.index(b"a red ball"))),
         lambda: wrong(tensors, about | {"chunks": 0}),
         lambda: wrong(tensors, about | {"tail": [1]}),
         lambda: wrong(tensors, about | {"commits": [[0, 3]]}),

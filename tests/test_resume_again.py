@@ -2,7 +2,6 @@
 other people's files. What was made is never lost, and never joined to another clip.
 """
 
-import json
 import os
 import shutil
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from release import make_release
 from resuming import runner
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import sample
 from wan5b.extras import mp4
-from wan5b.extras.resume import read_state
+from wan5b.extras.resume import read_state, write_state
 from wan5b.util import read_json
 
 
@@ -47,7 +46,7 @@ def names(folder):
 def kill(state):
     """The files of an ended process as those of a killed one: a partial mp4, and no record."""
     about = read_state(state).about | {"video": "a.0.partial.mp4"}
-    save_file(load_file(state), state, {"state": json.dumps(about)})
+    write_state(state, about, load_file(state))
     state.with_name("a.mp4").rename(state.with_name("a.0.partial.mp4"))
     state.with_name("a.json").unlink()
 

@@ -147,7 +147,7 @@ class KeptProgress(Progress):
         tensors = {"latents": torch.cat(latents, 2), "tail": torch.cat(moment.tail, 2)}
         tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
         tensors["draws"] = moment.draws
-        write_tensors(self.path, tensors, {"state": json.dumps(about)})
+        write_state(self.path, about, tensors)
         self._forget_source()
 
     def _forget_source(self) -> None:
@@ -255,15 +255,32 @@ def check_place(args: Namespace, state: State) -> None:
         raise ValueError(f"{clip} is another clip, not this state's; move it away, or --overwrite")
 
 
+def write_state(path: Path, about: dict, tensors: dict[str, Tensor]) -> None:
+    """tensors: latents, tail and draws, on the CPU."""
+    text = json.dumps(about)
+    write_tensors(path, tensors, {"state": text, "checksum": checksum(text, tensors)})
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a state holds: one bit in it that flips would be another video."""
+    digest = blake2b(text.encode(), digest_size=16)
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def read_state(path: str | Path) -> State:
     """A state file. ValueError, naming it, if it is damaged or none."""
     path = Path(path)
     if not path.name.endswith(STATE):
         raise ValueError(f"--resume {path}: the state of a clip is named like clip{STATE}")
     with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {})["state"])
-        tensors = [file.get_tensor(name).clone() for name in ("latents", "tail", "draws")]
-        state = State(about, *tensors)
+        said = file.metadata() or {}
+        about = json.loads(said["state"])
+        tensors = {name: file.get_tensor(name).clone() for name in ("latents", "tail", "draws")}
+        if checksum(said["state"], tensors) != said["checksum"]:
+            raise ValueError("not what was written: its checksum is another")
+        state = State(about, **tensors)
         numbers = [about["pictures"], about["chunks"], *about["tail"], *sum(about["commits"], [])]
         fits = [
             all(type(number) is int and number >= 0 for number in numbers),
