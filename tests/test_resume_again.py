@@ -168,3 +168,42 @@ def test_no_report_of_another_clip(run, tmp_path, state):
     assert (tmp_path / "a.report.json").exists()
     run.until("--overwrite", after=3)
     assert names(tmp_path) == {"a.mp4", "a.json", "a.state.safetensors"}
+
+
+RECIPE = """
+about = "A test's."
+source = "it"
+causal = true
+solver = "renoise"
+levels = [1000, 750, 500, 250]
+chunk = 3
+"""
+
+
+def test_a_recipe_that_was_changed_meanwhile(run, tmp_path, state):
+    recipe = tmp_path / "my.toml"
+    recipe.write_text(RECIPE)
+    run.until("--recipe", recipe, after=3)
+    recipe.write_text(RECIPE.replace("750, ", ""))
+    with pytest.raises(ValueError, match="begun with another sampler.*name the recipe"):
+        run("--resume", state)
+    recipe.write_text(RECIPE)
+    recipe.rename(tmp_path / "mine.toml")
+    assert run.until("--resume", state, "--recipe", tmp_path / "mine.toml", after=1) is not None
+
+
+def test_another_vae(run, tmp_path, state, monkeypatch):
+    run.until(after=3)
+    before = names(tmp_path)
+    load = sample.load_vae
+
+    def other(*arguments):
+        vae = load(*arguments)
+        next(vae.parameters()).data[0] += 1
+        return vae
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "load_vae", other)
+        with pytest.raises(ValueError, match="another VAE decoded the clip so far"):
+            run("--resume", state)
+    assert names(tmp_path) == before

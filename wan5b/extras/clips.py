@@ -226,8 +226,8 @@ def write(
     beside = {".json": record, ".png": sheet, ".safetensors": save_latents}
     written = tuple(suffix for suffix, asked in beside.items() if asked) + REPORTS
 
-    writer = VideoWriter(path, fps, keep, overwrite, written, progress.video)
     state = progress.decoder(vae)
+    writer = VideoWriter(path, fps, keep, overwrite, written, progress.video)
     kept = []
     finite = []  # whether the last two chunks' pixels are
     ended = False

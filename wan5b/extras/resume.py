@@ -30,9 +30,9 @@ KNOWN_BY = 48  # frames of a video, at most, by which a state knows it again
 class State(NamedTuple):
     """What a state file holds."""
 
-    # The clip's record, and: weights (their fingerprint), video (the mp4's name), begins (what it
-    # is known by), pictures in it, chunks, commits [[first frame, frames, chunk], ...], tail
-    # (frames of each piece).
+    # The clip's record, and: weights and vae (their fingerprints), video (the mp4's name), begins
+    # (what it is known by), pictures in it, chunks, commits [[first frame, frames, chunk], ...],
+    # tail (frames of each piece).
     about: dict
     latents: Tensor  # of all commits, [1, C, T, H, W]
     tail: Tensor  # of all pieces
@@ -99,9 +99,15 @@ class KeptProgress(Progress):
         self.last: Moment | None = None  # behind the last piece
         self.marked = time.monotonic()  # when a state was last asked for
         self.source = None  # the partial mp4 of the process before, while it is needed
+        self.vae = None  # the fingerprint of the decoder, if it is known yet
         self.held = None  # its mp4, partial or not, which is for this process alone
 
     def decoder(self, vae) -> Stream:
+        """ValueError if another VAE has decoded the clip so far."""
+        known_by = fingerprint(vae)
+        if self.vae not in (None, known_by):
+            raise ValueError(f"{self.path}: another VAE decoded the clip so far; name its release")
+        self.vae = known_by
         self.reach = decoder_reach(vae)
         stream = vae.stream()
         place = next(vae.parameters()).device
@@ -141,6 +147,7 @@ class KeptProgress(Progress):
         tail = [piece.shape[2] for piece in moment.tail]
         about = self.record | moment.counts
         about |= {"video": video.name, "commits": commits, "tail": tail}
+        about["vae"] = self.vae
         about["begins"] = remux.known_by(video, min(moment.counts["pictures"], KNOWN_BY))
 
         latents = [made.latents for made in moment.commits]
@@ -161,8 +168,8 @@ class KeptProgress(Progress):
     def take_up(self, state: State, size: tuple[int, int, int]) -> None:
         """Go on where another process left the clip. size: (C, H, W) of its latents.
 
-        ValueError if its mp4 is not there or in use, if other weights made it, or if it is of
-        another clip.
+        ValueError if its mp4 is not there or in use, if other weights or another recipe made it, or
+        if it is of another clip.
         """
         about = state.about
         shapes = [(tensor.shape[:2], tensor.shape[3:]) for tensor in (state.latents, state.tail)]
@@ -172,6 +179,13 @@ class KeptProgress(Progress):
             raise ValueError(f"{self.path} is not of a clip of this length and size")
         if about["weights"] != self.record["weights"]:
             raise ValueError(f"{self.path}: other weights made the clip so far; name those")
+        for name in ("size", "sampler"):
+            if json.loads(json.dumps(self.record[name])) != about[name]:
+                raise ValueError(
+                    f"{self.path}: the clip was begun with another {name}, {about[name]}; name the "
+                    "recipe that it was begun with, as it was"
+                )
+        self.vae = about["vae"]
         place = self.contexts[0].device
         parts = state.latents.split(sizes(about["commits"]), 2)
         for (start, frames, chunk), part in zip(about["commits"], parts, strict=True):
@@ -288,6 +302,7 @@ def read_state(path: str | Path) -> State:
             sum(about["tail"]) == state.tail.shape[2],
             about["chunks"] > 0 and isinstance(about["video"], str),
             about["pictures"] > 0 and isinstance(about["begins"], str) and about["begins"],
+            all(name in about for name in ("size", "sampler", "weights", "vae")),
             finite(state.latents) and finite(state.tail),
         ]
         if not all(fits):
