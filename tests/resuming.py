@@ -15,7 +15,7 @@ class Stop(Exception):
     """In the place of whatever ends a process."""
 
 
-def runner(release, folder, monkeypatch):
+def runner(release, folder, monkeypatch, frames=129):
     """run(*options, stop=None) -> the pictures that were made. stop: how many chunks until Stop.
 
     run.until(*options, after=4): those of a run that is stopped. meanwhile: called behind each
@@ -37,7 +37,7 @@ def runner(release, folder, monkeypatch):
         monkeypatch.setattr(mp4.VideoWriter, "add", watched)
         made.clear()
         base = ["--release", release, "--device", "cpu", "--mode", "few", "--size", "32x64"]
-        base += [*LONG, *OFTEN, "--out", folder / out]
+        base += [*LONG, *OFTEN, "--frames", frames, "--out", folder / out]
         if "--resume" in options:
             base = []
         elif "--prompt" not in options:

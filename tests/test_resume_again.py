@@ -26,12 +26,12 @@ def release(tmp_path_factory):
 def whole(release, tmp_path_factory):
     """The pictures of a clip that was never interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        return runner(release, tmp_path_factory.mktemp("whole"), patch)()
+        return runner(release, tmp_path_factory.mktemp("whole"), patch, 69)()
 
 
 @pytest.fixture
 def run(release, tmp_path, monkeypatch):
-    return runner(release, tmp_path, monkeypatch)
+    return runner(release, tmp_path, monkeypatch, 69)
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_one_process_at_a_time(run, whole, tmp_path, state):
     refused = []
 
     def second(made):
-        if state.exists():
+        if state.exists() and len(refused) < 2:
             with pytest.raises(ValueError, match="in use by another process") as caught:
                 sample.main(sample.parse(["--resume", str(state)]))
             refused.append(str(caught.value))
@@ -136,7 +136,7 @@ def test_one_process_at_a_time(run, whole, tmp_path, state):
     kill(state)
     refused.clear()
     rest = run("--resume", state, "--state-every", "60", meanwhile=second)
-    assert len(refused) >= 5
+    assert len(refused) == 2
     assert torch.equal(torch.cat([first, rest]), whole)
     assert names(tmp_path) == {"a.mp4", "a.json"}
 
@@ -155,8 +155,8 @@ def test_what_has_come_in_the_way_is_kept(run, whole, tmp_path, state):
 
 def test_clips_of_one_image_are_told_apart(run, tmp_path, state):
     """Two seeds begin with the same picture."""
-    run.until("--image", tmp_path / "a.png", "--frames", "133", after=3)
-    run("--image", tmp_path / "a.png", "--frames", "133", "--seed", "1", out="other")
+    run.until("--image", tmp_path / "a.png", "--frames", "73", after=3)
+    run("--image", tmp_path / "a.png", "--frames", "73", "--seed", "1", out="other")
     os.replace(tmp_path / "other.mp4", tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="its video is not there, or is another's"):
         run("--resume", state)
