@@ -885,6 +885,8 @@ def test_what_is_no_image_or_video(tmp_path):
     write_video(tmp_path / "codec.mp4", numbered(3))
     content = (tmp_path / "codec.mp4").read_bytes()
     (tmp_path / "codec.mp4").write_bytes(content.replace(b"avc1", b"Shr9"))
+    (tmp_path / "unknown.mp4").write_bytes(content.replace(b"avc1", b"nope"))
+    (tmp_path / "nothing.y4m").write_bytes(b"YUV4MPEG2 W16 H16 F24:1\nFRAME\n")
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 8000, 0, "NONE", None))
         file.writeframes(bytes(1600))
@@ -897,6 +899,7 @@ def test_what_is_no_image_or_video(tmp_path):
                 read(tmp_path / name)
             assert str(tmp_path / name) in str(error.value)
             assert "\n" not in str(error.value)
+            assert "NoneType" not in str(error.value)
 
 
 @pytest.mark.parametrize(

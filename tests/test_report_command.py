@@ -139,6 +139,15 @@ def test_a_name_that_terminals_would_obey(command):
     assert lines[0].startswith("a\\x1b[31m$b$.mkv: ")
 
 
+@pytest.mark.parametrize("name", ["", "/", "nothing.y4m"])
+def test_what_is_no_video_is_named(command, name):
+    Path("nothing.y4m").write_bytes(b"YUV4MPEG2 W16 H16 F24:1\nFRAME\n")
+    code, lines, errors = command("--", name)
+    assert (code, lines, len(errors)) == (2, [], 1)
+    assert name in errors[0]
+    assert "PosixPath" not in errors[0]
+
+
 # ------------------------------------------------------------------------------------------- chunks
 
 

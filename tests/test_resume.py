@@ -20,7 +20,7 @@ import sample
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import clips, mp4
 from wan5b.extras.formats import load_vae
-from wan5b.extras.resume import decoder_reach, read_state
+from wan5b.extras.resume import decoder_reach, read_state, write_state
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
 
@@ -220,17 +220,22 @@ def test_states_that_do_not_fit(run, tmp_path, dit, monkeypatch):
     with pytest.raises(ValueError, match=r"state\.safetensors exists; go on with it \(--resume"):
         run()
 
-    # Its video is gone, or another's.
+    # Its video is gone, another's, or shorter.
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    run("--seed", "1", out="other")
+    shutil.copy(tmp_path / "other.mp4", tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    run("--frames", "33", "--overwrite", out="other")
+    assert about["pictures"] > 33
+    shutil.copy(tmp_path / "other.mp4", tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="its video is not there"):
+        run("--resume", state)
+    (tmp_path / "a.mp4").write_text("a note")
     with pytest.raises(ValueError, match="its video is not there"):
         run("--resume", state)
     (tmp_path / "away.mp4").rename(tmp_path / "a.mp4")
-    with pytest.raises(ValueError, match="its video is not there"):
-        run("--resume", state)
-    said = read_json(tmp_path / "away.json")
-    (tmp_path / "a.json").write_text(json.dumps(said | {"frames_written": about["pictures"] - 1}))
-    with pytest.raises(ValueError, match="its video is not there"):
-        run("--resume", state)
-    (tmp_path / "away.json").rename(tmp_path / "a.json")
 
     # Options that would make another clip; other weights.
     for options in (["--steps", "3"], ["--prompt", "x"], ["--out", "y"], ["--seed", "1"]):
@@ -253,12 +258,23 @@ def test_damaged_states_are_refused_in_a_line(run, tmp_path):
     about = read_state(state).about
     good = state.read_bytes()
 
+    def flipped(at):
+        content = bytearray(good)
+        content[at] ^= 1
+        state.write_bytes(bytes(content))
+
     def wrong(tensors, about):
-        save_file(tensors, state, {"state": json.dumps(about)})
+        write_state(state, about, tensors)
 
     spoiled = [
         lambda: state.write_bytes(good[: len(good) // 2]),
         lambda: save_file(tensors, state),
+        lambda: flipped(-1),
+        lambda: flipped(len(good) // 2),
+        lambda: flipped(good.index(b"seed") + 11),
+        lambda: flipped(good.index(b"a red ball")),
+        lambda: wrong(tensors, about | {"begins": ""}),
+        lambda: wrong(tensors, about | {"begins": 1}),
         lambda: wrong(tensors, about | {"chunks": 0}),
         lambda: wrong(tensors, about | {"tail": [1]}),
         lambda: wrong(tensors, about | {"commits": [[0, 3]]}),

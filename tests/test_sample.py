@@ -695,7 +695,7 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--fp8", "--fp8 needs bfloat16 on a GPU"),
         ("--release {dir}/none", "{dir}/none: no such file or folder"),
         ("--weights {dir}/none.pt", "{dir}/none.pt: no such file or folder"),
-        ("--out {text}/a", "File exists: '{text}'"),
+        ("--out {text}/a", "cannot make the folder {text} (File exists: {text})"),
     ],
 )
 def test_refusals(run, tmp_path, no_networks, options, message, capsys):

@@ -139,3 +139,18 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, fail):
     assert line.startswith("sample.py: error: out of memory; take a smaller size")
     with pytest.raises(RuntimeError, match="a fault of the program"):
         cli.script(lambda: (_ for _ in ()).throw(RuntimeError("a fault of the program")))
+
+
+@pytest.mark.parametrize("out", ["file/a", "/dev/null/a", "n" * 230, "ü" * 120])
+def test_what_cannot_be_written_is_refused_before_anything_is_made(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"(cannot make the folder|bytes too long).*another --out"):
+        planned("--prompt", "a", "--out", out)
+    planned("--prompt", "a", "--out", "n" * 120)
+
+
+def test_a_home_that_is_none_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (clip,) = planned("--prompt", "a", "--out", "~nobody-here/a").clips
+    assert str(clip.path) == "~nobody-here/a.mp4"

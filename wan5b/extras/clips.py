@@ -4,6 +4,7 @@ repeats it.
 
 import json
 import os
+import platform
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Iterable
 from contextlib import closing
@@ -22,6 +23,9 @@ from wan5b.extras.mp4 import VideoWriter
 from wan5b.extras.resume import STATE, Progress
 from wan5b.media import FPS, to_frames
 from wan5b.util import write_json, write_tensors
+
+NAME_BYTES = 255  # of a file's name, at most, where files usually lie
+REPORTS = (".report.json", ".report.png")  # what --report leaves beside a clip, by suffix
 
 
 class Clip(NamedTuple):
@@ -43,7 +47,7 @@ def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Cli
     """
     if out.rpartition("/")[2] in ("", ".", ".."):
         out += "/sample"
-    path = Path(out.removesuffix(".mp4") + ".mp4").expanduser()
+    path = Path(os.path.expanduser(out.removesuffix(".mp4") + ".mp4"))  # ~nobody is a name
     seeds = list(dict.fromkeys(seeds))  # one given twice makes one clip
     if len(prompts) * len(seeds) == 1:
         return [Clip(prompts[0], seeds[0], path)]
@@ -58,11 +62,18 @@ def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Cli
 def claim(
     clips: list[Clip], read: list[str], asked: list[str], *, overwrite: bool, resume: bool
 ) -> None:
-    """Make the folder. ValueError if it can't be written to, or if a file is in the way.
+    """Make the folder. ValueError if it can't be written to, if a file is in the way, or if a name
+    is too long for what will lie beside it, half a clip later.
 
     That is an mp4, a record, a state or what else is asked for, by suffix. read: the files that the
     run reads, which it never replaces. resume: the clip is there, as far as it goes.
     """
+    for clip in clips:
+        name = clip.path.with_suffix(f"{STATE}.{platform.node()}-{2**22}.partial").name
+        spare = NAME_BYTES - len(os.fsencode(name))
+        if spare < 0:
+            wrong = f"{clip.path.name} is a name {-spare} bytes too long for the files beside it"
+            raise ValueError(f"{wrong}; choose another --out")
     suffixes = [] if resume else [".mp4", ".json", STATE, *asked]
     for clip, suffix in product(clips, suffixes):
         file = clip.path.with_suffix(suffix)
@@ -73,7 +84,12 @@ def claim(
             raise ValueError(f"{file} is what this run reads; choose another --out")
 
     folder = clips[0].path.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cause = f"{error.strerror}: {error.filename}"
+        wrong = f"cannot make the folder {folder} ({cause})"
+        raise ValueError(f"{wrong}; choose another --out") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write to the folder {folder}; choose another --out")
 
@@ -212,11 +228,12 @@ def write(
     # What the writer is to know: the frames of the sheet, and the files that go with the mp4.
     keep = sheet_indices(frames) if sheet else set()
     progress = progress or Progress()
+    # A report is made only of a whole clip: an older one must not lie beside a part of this one.
     beside = {".json": record, ".png": sheet, ".safetensors": save_latents}
-    written = tuple(suffix for suffix, asked in beside.items() if asked)
+    written = tuple(suffix for suffix, asked in beside.items() if asked) + REPORTS
 
-    writer = VideoWriter(path, fps, keep, overwrite, written, progress.video)
     state = progress.decoder(vae)
+    writer = VideoWriter(path, fps, keep, overwrite, written, progress.video)
     kept = []
     ended = False
     try:
@@ -244,5 +261,6 @@ def write(
         if record and writer.count:
             record = record | {"frames_written": writer.count}
             write_json(clip.with_suffix(".json"), record)
-        if writer.count == progress.pictures:
+        # Not what a full disk has cut short: the state before is better.
+        if writer.on_disk == writer.count == progress.pictures:
             progress.stop(clip, ended)

@@ -62,6 +62,7 @@ class VideoWriter:
         self.path = Path(path).absolute()  # a relative a:b.mp4 would be taken for an address
         self.partial = self.path.with_suffix(f".{token_hex(4)}.partial.mp4")
         self.partial.touch(exist_ok=False)
+        self.held = remux.hold(self.partial)  # nobody goes on from it while it grows
         self.where = self.partial  # the clip's name so far
         self.replaces = overwrite or self.path.exists()
         self.beside = beside
@@ -242,6 +243,7 @@ class VideoWriter:
             self.count = frames
         except BaseException:
             self.file.close()
+            self.held.close()
             self.partial.unlink()
             raise
 
@@ -256,6 +258,7 @@ class VideoWriter:
         """
         ended = self.thread.submit(self._end)
         self.thread.shutdown(wait=True)
+        self.held.close()
         if not self.count:
             self.partial.unlink()
         self.pending.result()

@@ -2,17 +2,18 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from wan5b.extras.cli import DEVICES, Gathered
 from wan5b.extras.clips import options, read_settings
-from wan5b.extras.resume import read_state
+from wan5b.extras.resume import clip_of, read_state
 from wan5b.extras.sampling import MODES
 
 # Options that name files and folders to read.
 PATHS = ("release", "weights", "prompts", "image", "video", "settings", "resume", "recipe")
 # What may stand beside --resume.
-MAY_MOVE = ("resume", "release", "weights", "lora", "recipe", "image", "video", "state_every")
-MAY_MOVE += ("vae_device",)  # GPUs of one kind make the same pixels
+MAY_MOVE = ("resume", "release", "weights", "lora", "recipe", "image", "video")
+MAY_MOVE += ("state_every", "overwrite", "vae_device")  # GPUs of one kind make the same pixels
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,4 +83,5 @@ def resumed(args: argparse.Namespace, parser: Parser, argv: list[str] | None) ->
             f"--resume goes on with the clip as it was begun: leave out {', '.join(others)}"
         )
     recorded = read_settings(args.resume, parser, args, read_state(args.resume).about)
+    recorded["out"] = str(clip_of(Path(args.resume)))
     return argparse.Namespace(**(recorded | given))

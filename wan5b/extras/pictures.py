@@ -28,10 +28,7 @@ def read_image(path: str | Path) -> np.ndarray:
     with _reading("image", path):
         picture = read_still(path)
         if picture is None:
-            shown = next(videos.frames(path), None)
-            if shown is None:
-                raise ValueError("there is no picture in it")
-            picture = shown.picture
+            picture = next(videos.frames(path)).picture
         return picture[None]
 
 

@@ -25,7 +25,7 @@ from wan5b.extras.chunking import (
     spread,
     switches,
 )
-from wan5b.extras.clips import Clip, claim, name_clips
+from wan5b.extras.clips import REPORTS, Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
 from wan5b.extras.framing import fit
@@ -43,7 +43,7 @@ from wan5b.extras.recipes import (
     recognise,
     sampled_part,
 )
-from wan5b.extras.resume import State, read_state
+from wan5b.extras.resume import State, check_place, read_state
 from wan5b.extras.sampling import MODES
 from wan5b.media import FPS, latent_frames
 from wan5b.vae22 import VAEConfig
@@ -122,6 +122,8 @@ def _plan(args: Namespace) -> Job:
     sampler = how_sampled(args, recipe, prefix)
     state = read_state(args.resume) if args.resume else None
     clips = make_clips(args, recipe, prefix, sampler)
+    if state:
+        check_place(args, state)
     frames = 4 * (prefix + sum(sampler["chunks"])) - 3
 
     # For the user.
@@ -411,7 +413,7 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
     read = [args.image, args.video, args.prompts, args.weights, args.recipe]
     read += [parse_lora(text)[0] for text in args.lora]
     suffixes = {".png": args.sheet, ".safetensors": args.latents}
-    suffixes |= {".report.json": args.report, ".report.png": args.report}
+    suffixes |= dict.fromkeys(REPORTS, args.report)
     asked = [suffix for suffix, wanted in suffixes.items() if wanted]
     claim(clips, list(filter(None, read)), asked, overwrite=args.overwrite, resume=args.resume)
 

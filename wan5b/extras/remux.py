@@ -2,10 +2,13 @@
 that they state.
 """
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +38,39 @@ def source(path: str | Path) -> Iterator[InputContainer]:
         if "mp4" not in file.format.name or codecs != ["h264"]:
             raise ValueError(f"cannot go on from {path}: it is no mp4 of H.264; {OTHERWISE}")
         yield file
+
+
+def hold(path: Path) -> BinaryIO:
+    """A video for this process alone, until the file that comes back is closed. ValueError if
+    another process has it.
+    """
+    file = open(path, "rb")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(
+            f"{path} is in use by another process, which makes this clip: wait for it, or end it"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def known_by(path: Path, frames: int) -> str:
+    """By which an mp4 is known again, under whatever name, growing or ended: a digest of its first
+    packets. "" if it has fewer frames, or is no mp4 of this writer.
+    """
+    digest = blake2b(digest_size=8)
+    count = 0
+    try:
+        with source(path) as file:
+            for packet in islice(whole_packets(file), frames):
+                digest.update(bytes(packet))
+                count += 1
+    except ValueError:
+        return ""
+    return digest.hexdigest() if count == frames else ""
 
 
 def read_gops(file: InputContainer, frames: int, fps: int) -> Iterator[list[av.Packet]]:

@@ -404,7 +404,11 @@ def thinned(series: Series) -> dict:
 
 
 def beside(video: Path) -> Path:
-    """Where a video's report goes by default: clip.mp4 has clip.report.json."""
+    """Where a video's report goes by default: clip.mp4 has clip.report.json. ValueError if that is
+    no name of a file.
+    """
+    if not video.name:
+        raise ValueError(f"{str(video)!r} is no video: name a file")
     return video.with_suffix(".report.json")
 
 

@@ -146,7 +146,7 @@ def _marks(panels, found: dict) -> None:
             panel.axvline(frame, height, color=GREY, linewidth=0.8, linestyle="--")
         for frame in returns:
             panel.axvline(frame, height, color=RED, linewidth=1)
-    for item in found["returns"][: MARKED // 4]:
+    for item in found["returns"] if height == 0 else []:
         panels[-1].annotate(
             f"latent {item['latent']}",
             (item["frame"], 0.02),

@@ -8,6 +8,7 @@ network and of the decoder reach back. From these both are made again.
 import json
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from hashlib import blake2b
@@ -18,19 +19,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from wan5b.extras import remux
 from wan5b.extras.cards import place_of
 from wan5b.extras.past import Commit, Past
 from wan5b.util import finite, first_line, read_json, reading, rng, write_tensors
 from wan5b.vae22 import Stream
 
 STATE = ".state.safetensors"  # the suffix, in place of the clip's .mp4
+KNOWN_BY = 48  # frames of a video, at most, by which a state knows it again
 
 
 class State(NamedTuple):
     """What a state file holds."""
 
-    # The clip's record, and: weights (their fingerprint), video (the mp4's name), pictures in it,
-    # chunks, commits [[first frame, frames, chunk], ...], tail (frames of each piece).
+    # The clip's record, and: weights and vae (their fingerprints), video (the mp4's name), begins
+    # (what it is known by), pictures in it, chunks, commits [[first frame, frames, chunk], ...],
+    # tail (frames of each piece).
     about: dict
     latents: Tensor  # of all commits, [1, C, T, H, W]
     tail: Tensor  # of all pieces
@@ -97,8 +101,15 @@ class KeptProgress(Progress):
         self.last: Moment | None = None  # behind the last piece
         self.marked = time.monotonic()  # when a state was last asked for
         self.source = None  # the partial mp4 of the process before, while it is needed
+        self.vae = None  # the fingerprint of the decoder, if it is known yet
+        self.held = None  # its mp4, partial or not, which is for this process alone
 
     def decoder(self, vae) -> Stream:
+        """ValueError if another VAE has decoded the clip so far."""
+        known_by = fingerprint(vae)
+        if self.vae not in (None, known_by):
+            raise ValueError(f"{self.path}: another VAE decoded the clip so far; name its release")
+        self.vae = known_by
         self.reach = decoder_reach(vae)
         stream = vae.stream()
         # All of them where those to come will be: a state joins them.
@@ -126,6 +137,8 @@ class KeptProgress(Progress):
             self.last = Moment(counts, made, [*self.tail], self.draws.get_state())
 
     def stop(self, video: Path, whole: bool) -> None:
+        if self.held:
+            self.held.close()
         if whole:
             self.path.unlink(missing_ok=True)
             self._forget_source()
@@ -141,17 +154,20 @@ class KeptProgress(Progress):
         tail = [piece.shape[2] for piece in moment.tail]
         about = self.record | moment.counts
         about |= {"video": video.name, "commits": commits, "tail": tail}
+        about["vae"] = self.vae
+        about["begins"] = remux.known_by(video, min(moment.counts["pictures"], KNOWN_BY))
 
         latents = [made.latents for made in moment.commits]
         tensors = {"latents": torch.cat(latents, 2), "tail": torch.cat(moment.tail, 2)}
         tensors = {name: tensor.float().cpu() for name, tensor in tensors.items()}
         tensors["draws"] = moment.draws
-        write_tensors(self.path, tensors, {"state": json.dumps(about)})
+        write_state(self.path, about, tensors)
         self._forget_source()
 
     def _forget_source(self) -> None:
         if self.source:
-            self.source.unlink(missing_ok=True)
+            for file in (self.source, self.source.with_suffix(".json")):
+                file.unlink(missing_ok=True)
             self.source = None
 
     # ------------------------------------------------------------------------------------ going on
@@ -159,7 +175,8 @@ class KeptProgress(Progress):
     def take_up(self, state: State, size: tuple[int, int, int]) -> None:
         """Go on where another process left the clip. size: (C, H, W) of its latents.
 
-        ValueError if its mp4 is not there, if other weights made it, or if it is of another clip.
+        ValueError if its mp4 is not there or in use, if other weights or another recipe made it, or
+        if it is of another clip.
         """
         about = state.about
         shapes = [(tensor.shape[:2], tensor.shape[3:]) for tensor in (state.latents, state.tail)]
@@ -169,6 +186,13 @@ class KeptProgress(Progress):
             raise ValueError(f"{self.path} is not of a clip of this length and size")
         if about["weights"] != self.record["weights"]:
             raise ValueError(f"{self.path}: other weights made the clip so far; name those")
+        for name in ("size", "sampler"):
+            if json.loads(json.dumps(self.record[name])) != about[name]:
+                raise ValueError(
+                    f"{self.path}: the clip was begun with another {name}, {about[name]}; name the "
+                    "recipe that it was begun with, as it was"
+                )
+        self.vae = about["vae"]
         place = self.contexts[0].device
         parts = state.latents.split(sizes(about["commits"]), 2)
         for (start, frames, chunk), part in zip(about["commits"], parts, strict=True):
@@ -186,6 +210,7 @@ class KeptProgress(Progress):
         self.pictures = about["pictures"]
 
         video = find_video(self.path, about)
+        self.held = remux.hold(video)
         self.video = (video, self.pictures)
         if video.name.endswith(".partial.mp4"):
             self.source = video
@@ -212,27 +237,57 @@ def sizes(commits: list[list[int]]) -> list[int]:
     return [frames for _, frames, _ in commits]
 
 
+def clip_of(state: Path) -> Path:
+    """The mp4 that a state's clip becomes: it lies beside it, wherever both were moved."""
+    return state.with_name(state.name.removesuffix(STATE) + ".mp4")
+
+
 def find_video(path: Path, about: dict) -> Path:
     """The mp4 of a state: the one it names, or the clip, which that became when the process ended.
 
     ValueError if it is not there, or another clip has its name by now.
     """
-    clip = path.with_name(path.name.removesuffix(STATE) + ".mp4")
+    clip = clip_of(path)
     named = path.with_name(Path(about["video"]).name)
-    if named.is_file() and named != clip:
-        return named
-
-    # The clip is this one if its record says so.
-    record = clip.with_suffix(".json")
-    if clip.is_file() and record.is_file():
-        said = read_json(record)
-        ours = said.get("settings") == about["settings"]
-        if ours and said.get("frames_written", 0) >= about["pictures"]:
-            return clip
+    for video in (named, clip):
+        if is_of(video, about):
+            return video
+    names = " nor as ".join(dict.fromkeys([named.name, clip.name]))
     raise ValueError(
-        f"{path}: its video is not there, neither as {named.name} nor, with its record, as {clip}; "
-        "bring it back, or begin the clip anew"
+        f"its video is not there, or is another's, as {names}; bring it back, or begin the clip "
+        "anew"
     )
+
+
+def is_of(video: Path, about: dict) -> bool:
+    """Whether a video begins as the one that a state is of."""
+    frames = min(about["pictures"], KNOWN_BY)
+    return video.is_file() and remux.known_by(video, frames) == about["begins"]
+
+
+def check_place(args: Namespace, state: State) -> None:
+    """ValueError if the clip's video is not there, or if another has come to lie where it is to
+    go, unless it may be replaced.
+    """
+    path = Path(args.resume)
+    clip = clip_of(path)
+    find_video(path, state.about)
+    if clip.exists() and not (args.overwrite or is_of(clip, state.about)):
+        raise ValueError(f"{clip} is another clip, not this state's; move it away, or --overwrite")
+
+
+def write_state(path: Path, about: dict, tensors: dict[str, Tensor]) -> None:
+    """tensors: latents, tail and draws, on the CPU."""
+    text = json.dumps(about)
+    write_tensors(path, tensors, {"state": text, "checksum": checksum(text, tensors)})
+
+
+def checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    """Of all that a state holds: one bit in it that flips would be another video."""
+    digest = blake2b(text.encode(), digest_size=16)
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_state(path: str | Path) -> State:
@@ -241,15 +296,20 @@ def read_state(path: str | Path) -> State:
     if not path.name.endswith(STATE):
         raise ValueError(f"--resume {path}: the state of a clip is named like clip{STATE}")
     with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {})["state"])
-        tensors = [file.get_tensor(name).clone() for name in ("latents", "tail", "draws")]
-        state = State(about, *tensors)
+        said = file.metadata() or {}
+        about = json.loads(said["state"])
+        tensors = {name: file.get_tensor(name).clone() for name in ("latents", "tail", "draws")}
+        if checksum(said["state"], tensors) != said["checksum"]:
+            raise ValueError("not what was written: its checksum is another")
+        state = State(about, **tensors)
         numbers = [about["pictures"], about["chunks"], *about["tail"], *sum(about["commits"], [])]
         fits = [
             all(type(number) is int and number >= 0 for number in numbers),
             sum(sizes(about["commits"])) == state.latents.shape[2],
             sum(about["tail"]) == state.tail.shape[2],
             about["chunks"] > 0 and isinstance(about["video"], str),
+            about["pictures"] > 0 and isinstance(about["begins"], str) and about["begins"],
+            all(name in about for name in ("size", "sampler", "weights", "vae")),
             finite(state.latents) and finite(state.tail),
         ]
         if not all(fits):

@@ -64,11 +64,12 @@ def frames(path: str | Path) -> Iterator[Shown]:
                 interval = start - held.start
                 yield held._replace(until=(held.start + start) / 2)
             held = shown
+        if held is None:
+            raise ValueError("there are no pictures in it")
 
         # The last one is shown to its end, but for half an interval: the next would be nearer then.
-        if held:
-            length = held.until - held.start
-            yield held._replace(until=held.until - min(interval, length) / 2)
+        length = held.until - held.start
+        yield held._replace(until=held.until - min(interval, length) / 2)
 
 
 def _open(path: str | Path) -> InputContainer:
@@ -89,6 +90,8 @@ def _picture_stream(file: InputContainer) -> av.VideoStream:
     stream = file.streams.best("video")
     if stream is None or stream.disposition & Disposition.attached_pic:
         raise ValueError("there is no video in it")
+    if stream.codec_context is None:
+        raise ValueError("its pictures are of no format that is read here")
     height = stream.codec_context.height
     width = stream.codec_context.width
     if height * width > PIXELS:
