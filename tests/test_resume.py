@@ -11,6 +11,7 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
+import resuming
 import torch
 from PIL import Image
 from release import make_release
@@ -155,11 +156,21 @@ def test_goes_on_with_what_a_kill_would_leave(run, tmp_path, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_goes_on_after_a_kill(release, tmp_path, run):
+def test_goes_on_after_a_kill(release, tmp_path, monkeypatch):
     """SIGKILL, at any time: the last state and the video that grew are enough."""
+    run = resuming.runner(release, tmp_path, monkeypatch)  # with the release's own VAE
     whole = run(out="whole")
     command = [sys.executable, SCRIPT, "--release", release, "--device", "cpu", "--mode", "few"]
-    command += ["--size", "32x32", *LONG, *OFTEN, "--out", tmp_path / "b", "--prompt", "a red ball"]
+    command += [
+        "--size",
+        "32x64",
+        *resuming.LONG,
+        *OFTEN,
+        "--out",
+        tmp_path / "b",
+        "--prompt",
+        "a red ball",
+    ]
     state = tmp_path / "b.state.safetensors"
     with subprocess.Popen([str(part) for part in command], stderr=subprocess.DEVNULL) as process:
         end = time.monotonic() + 60
