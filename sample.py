@@ -154,19 +154,16 @@ def main(args: argparse.Namespace) -> None:
     if args.compile and args.device != "cpu":
         graphs.record(model)
 
-    # How far each clip is: nowhere, but for --resume.
-    rows = rows_of(texts, context.to(args.device, job.dtype), job.sampler["guidance"])
-    begun = []
-    for clip in job.clips:
-        record = make_record(vars(args), clip, job.frames, job.found) | {"weights": known_by}
-        about = (record, contexts(clip, rows), job.cfg.num_layers, job.sampler)
-        begun.append(begin(clip.path, *about, args.state_every if job.keeps_state else 0))
-    size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
-    if job.state:
-        begun[0].take_up(job.state, size)
-
     # The clips. All share one cache, and with it its CUDA graphs.
     new_cache = functools.cache(KVCache)
+    size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
+    rows = rows_of(texts, context.to(args.device, job.dtype), job.sampler["guidance"])
+
+    def start(clip: Clip) -> Progress:
+        """How far a clip is: nowhere, but for --resume."""
+        record = make_record(vars(args), clip, job.frames, job.found) | {"weights": known_by}
+        about = (record, contexts(clip, rows), job.cfg.num_layers, job.sampler)
+        return begin(clip.path, *about, job.state_every, job.state, size)
 
     def latents(clip: Clip, progress: Progress) -> Iterator[Tensor]:
         """Piece by piece, made as they are asked for."""
@@ -177,14 +174,17 @@ def main(args: argparse.Namespace) -> None:
         own |= {"past": progress.past, "draws": progress.draws}
         return generate(model, noise, progress.contexts[done:], **(job.sampler | own))
 
-    made = map(latents, job.clips, begun)
+    held = []
     if args.low_memory:
         # First the latents of all clips; then the DiT goes; then they are decoded.
-        made = [[chunk.cpu() for chunk in tqdm(chunks, "chunks")] for chunks in made]
+        made = map(latents, job.clips, map(start, job.clips))
+        held = [[chunk.cpu() for chunk in tqdm(chunks, "chunks")] for chunks in made]
         model.to("meta")  # its CUDA graphs still refer to it
         del model, new_cache
         torch.cuda.empty_cache()
-    for clip, progress, chunks in zip(job.clips, begun, made, strict=True):
+    for index, clip in enumerate(job.clips):
+        progress = start(clip)
+        chunks = held[index] if held else latents(clip, progress)
         files = {"record": progress.record, "sheet": args.sheet, "save_latents": args.latents}
         files |= {"overwrite": args.overwrite, "fps": job.fps, "progress": progress}
         write(vae, chunks, clip.path, frames=job.frames, **files)

@@ -300,10 +300,10 @@ class KVCache:
         free.sort(key=lambda slot: frame_at.get(slot, -1))
         for frame in frames:
             if frame not in self.slots:
-                own = frame
+                home = frame
                 if frame >= self.capacity:
-                    own = self.sink + (frame - self.sink) % (self.capacity - self.sink)
-                slot = own if own in free else free[0]
+                    home = self.sink + (frame - self.sink) % (self.capacity - self.sink)
+                slot = home if home in free else free[0]
                 free.remove(slot)
                 self.slots.pop(frame_at.get(slot), None)
                 self.slots[frame] = slot

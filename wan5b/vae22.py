@@ -439,9 +439,9 @@ class VAE22(nn.Module):
         if latent.ndim != 5 or latent.shape[1] != z_dim or 0 in latent.shape:
             raise ValueError(f"latent must be [B, {z_dim}, T, H, W], got {list(latent.shape)}")
         z = latent.movedim(1, -1).float()
-        # A copy that is waited for would be one in line behind the chunk before.
-        mean, std = (torch.tensor(row) for row in (LATENT_MEAN, LATENT_STD))
-        z = z * std.to(z.device, non_blocking=True) + mean.to(z.device, non_blocking=True)
+        std = torch.tensor(LATENT_STD).to(z.device, non_blocking=True)  # new_tensor would wait
+        mean = torch.tensor(LATENT_MEAN).to(z.device, non_blocking=True)
+        z = z * std + mean
         z = z.to(self.conv2.weight.dtype)
         parts = []
         for part in z.split(DECODE_FRAMES, dim=1):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from wan5b.extras.cli import DEVICES, Gathered
 from wan5b.extras.clips import options, read_settings
-from wan5b.extras.resume import clip_of, read_state
+from wan5b.extras.resume import clip_of, read_about
 from wan5b.extras.sampling import MODES
 
 # Options that name files and folders to read.
@@ -82,6 +82,6 @@ def resumed(args: argparse.Namespace, parser: Parser, argv: list[str] | None) ->
         raise ValueError(
             f"--resume goes on with the clip as it was begun: leave out {', '.join(others)}"
         )
-    recorded = read_settings(args.resume, parser, args, read_state(args.resume).about)
+    recorded = read_settings(args.resume, parser, args, read_about(args.resume))
     recorded["out"] = str(clip_of(Path(args.resume)))
     return argparse.Namespace(**(recorded | given))

@@ -66,7 +66,7 @@ class Job(NamedTuple):
     sampler: dict  # arguments of `generate` that all clips share
     clips: list[Clip]
     found: dict  # what goes into each clip's record, beside its options
-    keeps_state: bool  # whether clips can go on in another process
+    state_every: float  # seconds between states of a clip; 0: none, it can't go on elsewhere
     state: State | None  # of the one clip, if it does
 
 
@@ -136,7 +136,8 @@ def _plan(args: Namespace) -> Job:
     about_clips = (pixels, size, frames, recipe.fps, sampler, clips, record)
     # With scenes, with latents that are all kept or decoded late, a state would not be small.
     keeps = recipe.causal and not (sampler["cuts"] or args.low_memory or args.latents)
-    return Job(weights.cfg, weights.options, dtype, *about_clips, keeps, state)
+    every = args.state_every if keeps else 0
+    return Job(weights.cfg, weights.options, dtype, *about_clips, every, state)
 
 
 def for_record(found: Found, weights: Weights, size: tuple[int, int], sampler: dict) -> dict:
@@ -415,7 +416,9 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
     suffixes = {".png": args.sheet, ".safetensors": args.latents}
     suffixes |= dict.fromkeys(REPORTS, args.report)
     asked = [suffix for suffix, wanted in suffixes.items() if wanted]
-    claim(clips, list(filter(None, read)), asked, overwrite=args.overwrite, resume=args.resume)
+    claim(
+        clips, list(filter(None, read)), asked, overwrite=args.overwrite, resume=bool(args.resume)
+    )
 
     # What each chunk is shown.
     filled = []

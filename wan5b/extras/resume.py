@@ -6,6 +6,7 @@ network and of the decoder reach back. From these both are made again.
 """
 
 import json
+import math
 import sys
 import time
 from argparse import Namespace
@@ -178,6 +179,36 @@ class KeptProgress(Progress):
         ValueError if its mp4 is not there or in use, if other weights or another recipe made it, or
         if it is of another clip.
         """
+        self._check_same(state, size)
+
+        # The network's memory, and the noise that goes on.
+        about = state.about
+        self.past.chunks = about["chunks"]
+        place = self.contexts[0].device
+        parts = state.latents.split(sizes(about["commits"]), 2)
+        for (start, frames, chunk), part in zip(about["commits"], parts, strict=True):
+            self.past.commits.append(Commit(start, part.to(place), self.contexts[chunk], chunk))
+            self.past.frames = start + frames
+        try:
+            self.draws.set_state(state.draws)
+        except (RuntimeError, TypeError) as error:
+            cause = first_line(error)
+            raise ValueError(
+                f"{self.path}: it is damaged, or of another device ({cause})"
+            ) from error
+
+        # The decoder's, and the video so far.
+        self.vae = about["vae"]
+        self.tail = list(state.tail.split(about["tail"], 2))
+        self.pictures = about["pictures"]
+        video = find_video(self.path, about)
+        self.held = remux.hold(video)
+        self.video = (video, self.pictures)
+        if video.name.endswith(".partial.mp4"):
+            self.source = video
+
+    def _check_same(self, state: State, size: tuple[int, int, int]) -> None:
+        """ValueError for the state of another clip, or of other weights or another recipe."""
         about = state.about
         shapes = [(tensor.shape[:2], tensor.shape[3:]) for tensor in (state.latents, state.tail)]
         wanted = ((1, size[0]), size[1:])
@@ -192,48 +223,39 @@ class KeptProgress(Progress):
                     f"{self.path}: the clip was begun with another {name}, {about[name]}; name the "
                     "recipe that it was begun with, as it was"
                 )
-        self.vae = about["vae"]
-        place = self.contexts[0].device
-        parts = state.latents.split(sizes(about["commits"]), 2)
-        for (start, frames, chunk), part in zip(about["commits"], parts, strict=True):
-            self.past.commits.append(Commit(start, part.to(place), self.contexts[chunk], chunk))
-            self.past.frames = start + frames
-        self.past.chunks = about["chunks"]
-        try:
-            self.draws.set_state(state.draws)
-        except (RuntimeError, TypeError) as error:
-            cause = first_line(error)
-            raise ValueError(
-                f"{self.path}: it is damaged, or of another device ({cause})"
-            ) from error
-        self.tail = list(state.tail.split(about["tail"], 2))
-        self.pictures = about["pictures"]
-
-        video = find_video(self.path, about)
-        self.held = remux.hold(video)
-        self.video = (video, self.pictures)
-        if video.name.endswith(".partial.mp4"):
-            self.source = video
 
 
 def begin(
-    path: Path, record: dict, contexts: list[Tensor], layers: int, sampler: dict, every: float
+    path: Path,
+    record: dict,
+    contexts: list[Tensor],
+    layers: int,
+    sampler: dict,
+    every: float,
+    state: State | None,
+    size: tuple[int, int, int],
 ) -> Progress:
-    """A clip of which nothing is made yet.
+    """Where a clip is to begin: at its start, or where its state has left it.
 
     record: what goes beside it. contexts: of its chunks. layers: of the network. sampler: arguments
-    of `generate`. every: seconds between states; 0: none is kept.
+    of `generate`. every: seconds between states; 0: none is kept. size: (C, H, W) of its latents.
+    ValueError for a state that is not of this clip.
     """
     (seed,) = record["settings"]["seed"]
     draws = rng(contexts[0].device, seed, "renoise")
     memory = (sampler.get("window"), sampler.get("sink", 0))
-    if every:
-        past = Past(layers, *memory)
-        return KeptProgress(path, every, record, contexts, past, draws)
-    return Progress(record, contexts, Past(1, *memory), draws)
+    if not (every or state):
+        return Progress(record, contexts, Past(1, *memory), draws)
+    # With --state-every 0 a clip that goes on has its state renewed where it is interrupted alone.
+    about = (record, contexts, Past(layers, *memory), draws)
+    progress = KeptProgress(path, every or math.inf, *about)
+    if state:
+        progress.take_up(state, size)
+    return progress
 
 
 def sizes(commits: list[list[int]]) -> list[int]:
+    """How many frames each of a state's commits has."""
     return [frames for _, frames, _ in commits]
 
 
@@ -290,14 +312,23 @@ def checksum(text: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_state(path: str | Path) -> State:
-    """A state file. ValueError, naming it, if it is damaged or none."""
+def read_about(path: str | Path) -> dict:
+    """What a state says of its clip, not checked against its checksum yet. ValueError, naming the
+    file, if it can't be read or is none.
+    """
     path = Path(path)
     if not path.name.endswith(STATE):
         raise ValueError(f"--resume {path}: the state of a clip is named like clip{STATE}")
     with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {})["state"])
+
+
+def read_state(path: str | Path) -> State:
+    """A state file. ValueError, naming it, if it is damaged or none."""
+    path = Path(path)
+    about = read_about(path)
+    with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
         said = file.metadata() or {}
-        about = json.loads(said["state"])
         tensors = {name: file.get_tensor(name).clone() for name in ("latents", "tail", "draws")}
         if checksum(said["state"], tensors) != said["checksum"]:
             raise ValueError("not what was written: its checksum is another")
