@@ -267,7 +267,7 @@ def pictures(tmp_path, monkeypatch):
     "options",
     [
         "",
-        "--image IMAGE",
+        "--image IMAGE --frames 49",
         "--low-memory",
         "--mode bidirectional --steps 2",
         "--compile --seed 0 1",
