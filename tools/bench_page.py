@@ -77,7 +77,7 @@ def measure(page: Page, seconds: float) -> None:
     page.wait(lambda: page.shown)
     print(f"first frame: came after {page.shown[0][1] - begun:.2f} s")
 
-    came, shown = [], []
+    came, shown, memory = [], [], []
     end = begun + seconds
     while time.monotonic() < end:
         time.sleep(3.0 + 0.37 * len(came) % 1)  # at another place in the chunk each time
@@ -87,6 +87,7 @@ def measure(page: Page, seconds: float) -> None:
         due, at, _ = next(frame for frame in page.shown if frame[2] >= version)
         came.append(at - asked)
         shown.append(max(due, at) - asked)
+        memory.append(page.state["figures"]["memory"])
     for name, delays in (("came", came), ("shown", shown)):
         middle = statistics.median(delays)
         print(f"prompt to picture, {name}: {middle:.2f} s (at most {max(delays):.2f})")
@@ -98,6 +99,10 @@ def measure(page: Page, seconds: float) -> None:
     print(
         f"between frames: {1000 * steps[len(steps) // 2]:.1f} ms (at most {1000 * steps[-1]:.1f})"
     )
+    for place in ("host", "gpu"):
+        used = [now[place] / 2**20 for now in memory[:: max(1, len(memory) // 8)] if place in now]
+        if used:
+            print(f"MiB, {place}, from the start to the end:", *(f"{one:.0f}" for one in used))
     print(json.dumps(page.state["figures"]))
     print(f"kept for saving: {page.state['kept']} of {page.state['frames']} {page.state['lost']}")
 
