@@ -25,7 +25,7 @@ from tqdm import tqdm
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import log
+from wan5b.extras import checkpoints, log
 from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
 from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
 from wan5b.extras.cli import DEVICES, script
@@ -202,7 +202,7 @@ def main(cfg: Config, world: fsdp.World) -> None:
             check_finished(cfg, data, final)
             print(f"{final} is there: this run is finished")
             return
-        saved = fsdp.checkpoints(out)
+        saved = checkpoints.complete(out)
         if saved:
             check_unchanged(cfg, data, saved[-1])
         run = train(cfg, world, data, saved[-1] if saved else None)
@@ -224,14 +224,15 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
     flop = FlopCount()
     for model in filter(None, (run.generator, run.critic, run.teacher)):
         flop.watch(model)
-    start = fsdp.load(world, saved, run.optimizers)["step"] if saved else 0
+    start = checkpoints.load(world, saved, run.optimizers)["step"] if saved else 0
     if leading:
         log.begin(out, asdict(cfg), world.size, start)
     ceiling = matmul_rate(world.device, run.dtype)
     tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
 
     def checkpoint(done: int) -> None:
-        fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done, data), cfg.keep)
+        said = facts(cfg, run.generator.cfg, done, data)
+        checkpoints.save(world, out, run.optimizers, said, cfg.keep)
         if leading:
             log.curves([out])
 

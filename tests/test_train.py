@@ -22,7 +22,7 @@ from training import (
 import train
 from wan5b import fsdp
 from wan5b.data import write_shard
-from wan5b.extras import log, previews
+from wan5b.extras import checkpoints, log, previews
 from wan5b.extras.log import curves
 from wan5b.flow import few_step_sigmas
 from wan5b.vae22 import VAE22
@@ -140,7 +140,7 @@ def test_runs_in_bfloat16(data, tmp_path, stage, device):
         """Four steps, or what is left of them; the average's float32 in the last checkpoint."""
         changes = {"device": device, "dtype": "bfloat16", **changes}
         train.main(config(data, stage, tmp_path / out, **changes), fsdp.World(device))
-        return fsdp.read_weights(tmp_path / out / "step-0000004")
+        return checkpoints.read_weights(tmp_path / out / "step-0000004")
 
     plain = run("plain")
     assert all(value.isfinite().all() for value in plain.values())

@@ -26,14 +26,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wan5b import fsdp, weights
+from wan5b import weights
 from wan5b.dit import DiTConfig, WanDiT
-from wan5b.extras import layouts, lora, untrusted
+from wan5b.extras import checkpoints, layouts, lora, untrusted
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.exports import export_diffusers as export_diffusers  # one of the public names
 from wan5b.extras.layouts import Kind
 from wan5b.extras.refusals import refuse_file, refuse_held, refuse_sizes
-from wan5b.fsdp import read_facts, read_weights
 from wan5b.t5 import T5Config, T5Encoder, Tokenizer
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
@@ -88,12 +87,12 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
     """
     path = Path(path)
     if is_checkpoint(path):
-        facts = untrusted.metadata(path, read_facts(path))
+        facts = untrusted.metadata(path, checkpoints.read_facts(path))
         check_checkpoint(path, "generator.")
         config = {}
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
-        held = _of(path, read_weights(path))
+        held = _of(path, checkpoints.read_weights(path))
         return Source(path / CHECKPOINT, held, facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
@@ -215,8 +214,8 @@ def check_checkpoint(path: Path, prefix: str = "") -> None:
 
     prefix: of the names of the tensors that are looked at.
     """
-    with fsdp.opening(path):
-        index = fsdp.Reader(path).read_metadata()
+    with checkpoints.opening(path):
+        index = checkpoints.Reader(path).read_metadata()
         untrusted.check_index(path, index)
         untrusted.check_sums(path, index, prefix)
 
@@ -364,7 +363,7 @@ def read_metadata(path: str | Path) -> dict:
     known = {}
     file = _headed(path)
     if is_checkpoint(path):
-        known = read_facts(path)
+        known = checkpoints.read_facts(path)
     elif file.suffix == ".safetensors":
         known = weights.open_tensors(file).metadata
     said = untrusted.metadata(path, known)

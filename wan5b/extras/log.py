@@ -19,7 +19,7 @@ from typing import TextIO
 
 from torch import Tensor
 
-from wan5b import fsdp
+from wan5b.extras import checkpoints
 from wan5b.util import first_line, replacing, write_json
 
 METRICS = "metrics.jsonl"  # a line a step
@@ -117,7 +117,7 @@ def check_finite(
         return
     # Norms are the same on all ranks.
     here = [name for name, value in values.items() if not value.isfinite()]
-    saved = fsdp.checkpoints(out)
+    saved = checkpoints.complete(out)
     raise FloatingPointError(
         f"step {step}, rank {rank}: not finite here: {', '.join(here) or 'nothing'}; "
         f"means over ranks: {metrics}; last checkpoint: {saved[-1] if saved else 'none'}"
