@@ -61,10 +61,10 @@ from wan5b.extras.formats import (
     read_metadata,
 )
 from wan5b.extras.framing import fit
+from wan5b.extras.media import latent_frames
 from wan5b.extras.pictures import read_clips
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache
-from wan5b.media import latent_frames
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
 from wan5b.vae22 import VAEConfig

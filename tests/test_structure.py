@@ -19,7 +19,7 @@ CORE = [*INSIDE, *SCRIPTS]
 EVERYTHING = [*CORE, *EXTRAS, *TOOLS]
 # A module of wan5b imports only from those before it.
 ORDER = (
-    *("util", "fuse", "flow", "attention", "kvcache", "dit", "vae22", "t5", "media", "data"),
+    *("util", "fuse", "flow", "attention", "kvcache", "dit", "vae22", "t5", "data"),
     *("weights", "distill", "stages", "fsdp", "optim"),
 )
 # PIL is the package pillow.
