@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import contextlib
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import checkpoints, log
-from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
+from wan5b.extras.budget import Meter, afford, expected, free, peak
 from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import Options, at_least, one_of, path, read, within
@@ -221,14 +220,10 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
         vae = load_vae(cfg.vae, world.device if leading else "meta", getattr(torch, cfg.dtype))
     fuse.enable(cfg.compile)
     run = build(cfg, world)
-    flop = FlopCount()
-    for model in filter(None, (run.generator, run.critic, run.teacher)):
-        flop.watch(model)
     start = checkpoints.load(world, saved, run.optimizers)["step"] if saved else 0
     if leading:
         log.begin(out, asdict(cfg), world.size, start)
-    ceiling = matmul_rate(world.device, run.dtype)
-    tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+    meter = Meter(run)
 
     def checkpoint(done: int) -> None:
         said = facts(cfg, run.generator.cfg, done, data)
@@ -240,8 +235,7 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
     bar = tqdm(steps, initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
     for step in bar:
         # ------------------------------------------------------------------------------- one step
-        began = time.perf_counter()
-        flop_before = flop.done
+        meter.begin()
         try:
             values = iteration(run, step)
         except InterruptedError:
@@ -252,29 +246,20 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
         metrics = world.mean(values)
         log.check_finite(values, metrics, step, world.rank, out)
 
-        # Tokens are those of one global batch, though a distillation's step runs two; mfu counts
-        # all FLOP that are done, recomputed ones too.
-        done = step + 1
-        seconds = time.perf_counter() - began
-        metrics["step"] = step
-        metrics["seconds"] = seconds
-        metrics["gib"] = memory_gib(world.device)
-        metrics["tokens_per_second"] = tokens / seconds
-        metrics["mfu"] = (flop.done - flop_before) / seconds / ceiling
+        metrics |= {"step": step, **meter.read()}
         if leading:
             log.append(out, metrics)
             bar.set_postfix({key: f"{metrics[key]:.3g}" for key in SHOWN if key in metrics})
         # ----------------------------------------------------------------------------------------
 
+        done = step + 1
         if cfg.sample_prompts and done % cfg.sample_every == 0 and not world.stops():
             sample_videos(run, vae, out / "samples", done)
         if done % cfg.save_every == 0 or done == cfg.steps:
             checkpoint(done)
 
     if leading:
-        needed = sum(run.budget["device"].values()) / GIB
-        peak = memory_gib(world.device)
-        print(f"peak memory: {peak:.2f} GiB (on a CPU the process's), expected {needed:.2f}")
+        print(peak(run))
     return run
 
 

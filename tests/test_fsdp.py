@@ -31,7 +31,7 @@ from training import (
 
 import train
 from wan5b import fsdp, stages
-from wan5b.extras import checkpoints
+from wan5b.extras import budget, checkpoints
 from wan5b.extras.checks import check_config
 
 STEPS = {"ar": 2, "ode": 2, "dmd": 4, "sid": 2}
@@ -115,7 +115,7 @@ class Rollouts:
 
 def worker(path: str) -> None:
     """Do all jobs of a file; leave the results beside it."""
-    train.matmul_rate = lambda device, dtype: 1.0
+    budget.matmul_rate = lambda device, dtype: 1.0
     jobs = json.loads(Path(path).read_text())
     inner = train.iteration
     rollouts = Rollouts()
