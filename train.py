@@ -26,12 +26,12 @@ from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import checkpoints, log
 from wan5b.extras.budget import Meter, afford, expected, free, peak
-from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
+from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import Options, at_least, one_of, path, read, within
-from wan5b.extras.formats import load_vae, open_dit
+from wan5b.extras.formats import open_dit
 from wan5b.extras.offload import HostStorage
-from wan5b.extras.previews import sample_videos
+from wan5b.extras.previews import open_vae, sample_videos
 from wan5b.extras.training_attention import arrange
 from wan5b.flow import FEW_STEPS
 from wan5b.kvcache import KVCache
@@ -40,9 +40,6 @@ from wan5b.stages import DISTILLATIONS, STAGES, Run, iteration
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
 from wan5b.weights import fill, save_dit
-
-# In the progress line; metrics.jsonl has everything.
-SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
 
 @dataclass(frozen=True)
@@ -194,17 +191,14 @@ def main(cfg: Config, world: fsdp.World) -> None:
     check_config(cfg, world)
     out = Path(cfg.out)
     with log.locked(out) if world.rank == 0 else contextlib.nullcontext():
-        # Whether this run has been begun, or is finished.
+        # Whether this run is finished, or has been begun.
         data = held_by(cfg)
         final = out / f"{cfg.stage}.safetensors"
         if final.exists():
             check_finished(cfg, data, final)
             print(f"{final} is there: this run is finished")
             return
-        saved = checkpoints.complete(out)
-        if saved:
-            check_unchanged(cfg, data, saved[-1])
-        run = train(cfg, world, data, saved[-1] if saved else None)
+        run = train(cfg, world, data, newest(cfg, data))
         if run is not None:
             export(run, final, data)
 
@@ -214,10 +208,7 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
     out = Path(cfg.out)
     leading = world.rank == 0
 
-    # Every process opens the VAE, needed or not: what is wrong with it ends all of them.
-    vae = None
-    if cfg.vae:
-        vae = load_vae(cfg.vae, world.device if leading else "meta", getattr(torch, cfg.dtype))
+    vae = open_vae(cfg, world)
     fuse.enable(cfg.compile)
     run = build(cfg, world)
     start = checkpoints.load(world, saved, run.optimizers)["step"] if saved else 0
@@ -249,7 +240,7 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
         metrics |= {"step": step, **meter.read()}
         if leading:
             log.append(out, metrics)
-            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in SHOWN if key in metrics})
+            bar.set_postfix(log.shown(metrics))
         # ----------------------------------------------------------------------------------------
 
         done = step + 1

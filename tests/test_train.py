@@ -38,7 +38,7 @@ def test_progress(data, tmp_path):
         assert row["tokens_per_second"] == pytest.approx(4 * 6 * 4 / row["seconds"])
         assert row["mfu"] > 0
         assert row.keys() >= {"critic_loss", "critic_norm", "seconds", "gib"}
-    assert set(train.SHOWN) == {"loss", "norm", "critic_loss", "critic_norm", *TIMINGS}
+    assert set(log.SHOWN) == {"loss", "norm", "critic_loss", "critic_norm", *TIMINGS}
 
 
 def test_curves_are_drawn_at_every_save(data, tmp_path, monkeypatch, capsys):

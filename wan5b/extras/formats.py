@@ -333,7 +333,7 @@ def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
     path: such a folder, that of the tokenizer itself, or a file.
     """
     path = Path(path)
-    usual = weights.tokenizer_path(path)
+    usual = path / "google" / "umt5-xxl" / "spiece.model"
     pipeline = path / "tokenizer"
     if path.name == "spiece.model" or (path / "spiece.model").exists():
         return Tokenizer(path / "spiece.model" if path.is_dir() else path, length)

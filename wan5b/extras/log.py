@@ -23,6 +23,8 @@ from wan5b.extras import checkpoints
 from wan5b.util import first_line, replacing, write_json
 
 METRICS = "metrics.jsonl"  # a line a step
+# In the progress line; metrics.jsonl has everything.
+SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
 
 @contextmanager
@@ -96,6 +98,11 @@ def read_metrics(log: Path) -> list[dict[str, float]]:
 def append(out: Path, metrics: dict[str, float]) -> None:
     with _writing(out / METRICS), (out / METRICS).open("a") as file:
         file.write(json.dumps(metrics) + "\n")
+
+
+def shown(metrics: dict[str, float]) -> dict[str, str]:
+    """Those of the metrics that the progress line has, as it shows them."""
+    return {name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics}
 
 
 @contextmanager
