@@ -110,8 +110,6 @@ class Config(Options):
 
 def parse(arguments: list[str]) -> Config:
     """A TOML file and key=value overrides -> Config. ValueError for what is wrong with them."""
-    if not arguments:
-        raise ValueError("usage: train.py CONFIG.toml [key=value ...]")
     return read(Config, arguments)
 
 

@@ -21,9 +21,9 @@ from training import (
 
 import train
 from wan5b import fsdp
-from wan5b.data import write_shard
 from wan5b.extras import checkpoints, log, previews
 from wan5b.extras.log import curves
+from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.vae22 import VAE22
 

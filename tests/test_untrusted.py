@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wan5b import fsdp
-from wan5b.data import Store, TextStore, write_shard
+from wan5b.data import Store, TextStore
 from wan5b.extras import checkpoints, formats
+from wan5b.extras.shards import write_shard
 from wan5b.optim import AdamW
 from wan5b.weights import save_dit
 

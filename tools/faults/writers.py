@@ -13,8 +13,9 @@ from scripts import brightness, content, run
 from torch import nn
 
 from wan5b import fsdp
-from wan5b.data import Store, write_shard
+from wan5b.data import Store
 from wan5b.extras import checkpoints, clips, formats, log
+from wan5b.extras.shards import write_shard
 from wan5b.optim import AdamW
 from wan5b.vae22 import Stream
 from wan5b.weights import save_dit

@@ -15,6 +15,7 @@ from wan5b.dit import DiTConfig
 from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import digest
 from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
@@ -100,7 +101,7 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     texts = [*data.prompts, *cfg.sample_prompts]
     if cfg.stage != "ode":
         texts.append(cfg.negative)
-    data.text.check(texts, *takes)
+    check_texts(data.text, texts, *takes)
     if data.store is not None:
         _check_store(cfg, data, model.in_dim)
     note_ignored(cfg, rank)
