@@ -16,12 +16,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from wan5b.extras import untrusted
 from wan5b.fsdp import World, local
 from wan5b.optim import AdamW
 from wan5b.util import finite, first_line, read_json, sync, write_json
 
-# What the index of a checkpoint is made of, beside dtypes and paths.
-INDEX = {
+INDEX = ".metadata"  # what torch.distributed.checkpoint writes into its folder
+# What the index is made of, beside dtypes and paths.
+PARTS = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
@@ -89,6 +91,12 @@ def complete(folder: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------------ reading
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint folder of train.py, perhaps a link to one, or a copy."""
+    named = re.match("step-[0-9]+", os.path.basename(os.path.realpath(path)))
+    return named is not None and (path / INDEX).is_file()
+
+
 def cause_of(error: BaseException) -> str:
     """What went wrong, on one line; of a CheckpointException, what a process failed at.
 
@@ -114,7 +122,7 @@ class IndexUnpickler(pickle._Unpickler):
         if module.startswith("pathlib"):
             return PurePath
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in INDEX.get(module, ()):
+        if not is_dtype and name not in PARTS.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} belongs into no index of a checkpoint")
         return super().find_class(module, name)
 
@@ -123,7 +131,7 @@ class Reader(dcp.FileSystemReader):
     """torch's reader of a checkpoint, which opens the shards safely, but not the index."""
 
     def read_metadata(self, *_, **__) -> dcp.Metadata:
-        with Path(self.path, ".metadata").open("rb") as file:
+        with Path(self.path, INDEX).open("rb") as file:
             return IndexUnpickler(file).load()
 
 
@@ -139,6 +147,17 @@ def opening(path: Path) -> Iterator[None]:
         if earlier:
             way_out = f"move it away and take {earlier[-1]}"
         raise ValueError(f"{path} is damaged or incomplete ({cause}); {way_out}") from error
+
+
+def check_checkpoint(path: Path, prefix: str = "") -> None:
+    """ValueError if the index of a checkpoint cannot be true, or a tensor is damaged.
+
+    prefix: of the names of the tensors that are looked at.
+    """
+    with opening(path):
+        index = Reader(path).read_metadata()
+        untrusted.check_index(path, index)
+        untrusted.check_sums(path, index, prefix)
 
 
 def read_facts(path: Path) -> dict:

@@ -13,7 +13,6 @@ and its sizes under "config". From there all go the same strict way through weig
 What can't be run is refused by its name (refusals.py).
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from torch import Tensor
 from wan5b import weights
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import checkpoints, layouts, lora, untrusted
+from wan5b.extras.checkpoints import INDEX, check_checkpoint, is_checkpoint
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.exports import export_diffusers as export_diffusers  # one of the public names
 from wan5b.extras.layouts import Kind
@@ -71,7 +71,6 @@ STAGE = re.compile(
     r"encoder\.downsamples\.(?P<stage>\d+)\.downsamples\.(?P<block>\d+)\."
     r"(?P<layer>residual\.2|time_conv)\.weight"
 )
-CHECKPOINT = ".metadata"  # the index that torch.distributed.checkpoint writes into its folder
 # Where trainers keep the weights that they mean to be used, the most wanted first.
 PARTS = (
     *("generator_ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema"),
@@ -93,7 +92,7 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
         held = _of(path, checkpoints.read_weights(path))
-        return Source(path / CHECKPOINT, held, facts | {"config": config})
+        return Source(path / INDEX, held, facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
         return source
@@ -201,23 +200,6 @@ def _config_beside(file: Path, kind: Kind) -> dict:
     if kind != "dit":
         return {}
     return untrusted.checked(beside, named, untrusted.CONFIG)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is a checkpoint folder of train.py, perhaps a link to one, or a copy."""
-    named = re.match("step-[0-9]+", os.path.basename(os.path.realpath(path)))
-    return named is not None and (path / CHECKPOINT).is_file()
-
-
-def check_checkpoint(path: Path, prefix: str = "") -> None:
-    """ValueError if the index of a checkpoint cannot be true, or a tensor is damaged.
-
-    prefix: of the names of the tensors that are looked at.
-    """
-    with checkpoints.opening(path):
-        index = checkpoints.Reader(path).read_metadata()
-        untrusted.check_index(path, index)
-        untrusted.check_sums(path, index, prefix)
 
 
 def _read_part(path: Path, part: str) -> dict[str, Tensor]:
