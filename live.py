@@ -69,8 +69,9 @@ from wan5b.extras.plan import note
 from wan5b.extras.sampling import MODES
 from wan5b.extras.server import Server
 from wan5b.extras.studio import Studio
+from wan5b.extras.texts import encode_prompts
 from wan5b.kvcache import KVCache
-from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
+from wan5b.t5 import NEGATIVE_PROMPT
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

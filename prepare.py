@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan5b.data import Store, TextStore, difference, open_shard, write_shard
+from wan5b.data import Store, TextStore, difference, open_shard
 from wan5b.distill import guided, rollout
 from wan5b.extras.chunking import chunk_plan
 from wan5b.extras.cli import script
@@ -61,10 +61,11 @@ from wan5b.extras.formats import (
     read_metadata,
 )
 from wan5b.extras.framing import fit
+from wan5b.extras.media import latent_frames
 from wan5b.extras.pictures import read_clips
+from wan5b.extras.shards import check_texts, write_shard
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache
-from wan5b.media import latent_frames
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
 from wan5b.vae22 import VAEConfig
@@ -376,6 +377,7 @@ def make_trajectories(args: argparse.Namespace) -> None:
 
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)
+    check_texts(text, [*prompts, negative], model.cfg.text_dim, model.cfg.text_len)
     field = guided(model, args.guidance)
     tokens = model.cfg.tokens_per_frame(height, width)
 

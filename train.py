@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
 import contextlib
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,14 +24,14 @@ from tqdm import tqdm
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import log
-from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
-from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
+from wan5b.extras import checkpoints, log
+from wan5b.extras.budget import Meter, afford, expected, free, peak
+from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import Options, at_least, one_of, path, read, within
-from wan5b.extras.formats import load_vae, open_dit
+from wan5b.extras.formats import open_dit
 from wan5b.extras.offload import HostStorage
-from wan5b.extras.previews import sample_videos
+from wan5b.extras.previews import open_vae, sample_videos
 from wan5b.extras.training_attention import arrange
 from wan5b.flow import FEW_STEPS
 from wan5b.kvcache import KVCache
@@ -41,9 +40,6 @@ from wan5b.stages import DISTILLATIONS, STAGES, Run, iteration
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
 from wan5b.weights import fill, save_dit
-
-# In the progress line; metrics.jsonl has everything.
-SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
 
 @dataclass(frozen=True)
@@ -114,8 +110,6 @@ class Config(Options):
 
 def parse(arguments: list[str]) -> Config:
     """A TOML file and key=value overrides -> Config. ValueError for what is wrong with them."""
-    if not arguments:
-        raise ValueError("usage: train.py CONFIG.toml [key=value ...]")
     return read(Config, arguments)
 
 
@@ -195,17 +189,14 @@ def main(cfg: Config, world: fsdp.World) -> None:
     check_config(cfg, world)
     out = Path(cfg.out)
     with log.locked(out) if world.rank == 0 else contextlib.nullcontext():
-        # Whether this run has been begun, or is finished.
+        # Whether this run is finished, or has been begun.
         data = held_by(cfg)
         final = out / f"{cfg.stage}.safetensors"
         if final.exists():
             check_finished(cfg, data, final)
             print(f"{final} is there: this run is finished")
             return
-        saved = fsdp.checkpoints(out)
-        if saved:
-            check_unchanged(cfg, data, saved[-1])
-        run = train(cfg, world, data, saved[-1] if saved else None)
+        run = train(cfg, world, data, newest(cfg, data))
         if run is not None:
             export(run, final, data)
 
@@ -215,23 +206,17 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
     out = Path(cfg.out)
     leading = world.rank == 0
 
-    # Every process opens the VAE, needed or not: what is wrong with it ends all of them.
-    vae = None
-    if cfg.vae:
-        vae = load_vae(cfg.vae, world.device if leading else "meta", getattr(torch, cfg.dtype))
+    vae = open_vae(cfg, world)
     fuse.enable(cfg.compile)
     run = build(cfg, world)
-    flop = FlopCount()
-    for model in filter(None, (run.generator, run.critic, run.teacher)):
-        flop.watch(model)
-    start = fsdp.load(world, saved, run.optimizers)["step"] if saved else 0
+    start = checkpoints.load(world, saved, run.optimizers)["step"] if saved else 0
     if leading:
         log.begin(out, asdict(cfg), world.size, start)
-    ceiling = matmul_rate(world.device, run.dtype)
-    tokens = cfg.batch * cfg.frames * run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+    meter = Meter(run)
 
     def checkpoint(done: int) -> None:
-        fsdp.save(world, out, run.optimizers, facts(cfg, run.generator.cfg, done, data), cfg.keep)
+        said = facts(cfg, run.generator.cfg, done, data)
+        checkpoints.save(world, out, run.optimizers, said, cfg.keep)
         if leading:
             log.curves([out])
 
@@ -239,8 +224,7 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
     bar = tqdm(steps, initial=start, total=cfg.steps, disable=not leading, desc=cfg.stage)
     for step in bar:
         # ------------------------------------------------------------------------------- one step
-        began = time.perf_counter()
-        flop_before = flop.done
+        meter.begin()
         try:
             values = iteration(run, step)
         except InterruptedError:
@@ -251,29 +235,20 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
         metrics = world.mean(values)
         log.check_finite(values, metrics, step, world.rank, out)
 
-        # Tokens are those of one global batch, though a distillation's step runs two; mfu counts
-        # all FLOP that are done, recomputed ones too.
-        done = step + 1
-        seconds = time.perf_counter() - began
-        metrics["step"] = step
-        metrics["seconds"] = seconds
-        metrics["gib"] = memory_gib(world.device)
-        metrics["tokens_per_second"] = tokens / seconds
-        metrics["mfu"] = (flop.done - flop_before) / seconds / ceiling
+        metrics |= {"step": step, **meter.read()}
         if leading:
             log.append(out, metrics)
-            bar.set_postfix({key: f"{metrics[key]:.3g}" for key in SHOWN if key in metrics})
+            bar.set_postfix(log.shown(metrics))
         # ----------------------------------------------------------------------------------------
 
+        done = step + 1
         if cfg.sample_prompts and done % cfg.sample_every == 0 and not world.stops():
             sample_videos(run, vae, out / "samples", done)
         if done % cfg.save_every == 0 or done == cfg.steps:
             checkpoint(done)
 
     if leading:
-        needed = sum(run.budget["device"].values()) / GIB
-        peak = memory_gib(world.device)
-        print(f"peak memory: {peak:.2f} GiB (on a CPU the process's), expected {needed:.2f}")
+        print(peak(run))
     return run
 
 

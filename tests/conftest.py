@@ -12,15 +12,14 @@ import torch
 from release import make_release
 from training import DIT, ROOT, config, finish, make_data
 
-import train
 from wan5b import fsdp
-from wan5b.extras import log
+from wan5b.extras import budget, log
 
 
 @pytest.fixture
 def quick_and_clean(monkeypatch):
     """A World takes SIGTERM for itself; the speed of this machine does not matter here."""
-    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype: 1.0)
+    monkeypatch.setattr(budget, "matmul_rate", lambda device, dtype: 1.0)
     monkeypatch.setattr(log, "curves", lambda folders: None)  # half a second each
     handler = signal.getsignal(signal.SIGTERM)
     threads = torch.get_num_threads()

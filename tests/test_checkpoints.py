@@ -108,14 +108,15 @@ def test_damaged_checkpoints(trained, tmp_path, file, keep, says):
 KILLED_IN_A_SAVE = """
 import os, signal, sys, train
 from wan5b import fsdp
-inner = fsdp.dcp.save
+from wan5b.extras import checkpoints
+inner = checkpoints.dcp.save
 def save(state, checkpoint_id, **options):
     if "step-0000004" in str(checkpoint_id):
         state = dict(list(state.items())[: len(state) // 2])
         inner(state, checkpoint_id=checkpoint_id, **options)
         os.kill(os.getpid(), signal.SIGKILL)
     inner(state, checkpoint_id=checkpoint_id, **options)
-fsdp.dcp.save = save
+checkpoints.dcp.save = save
 train.main(train.parse(sys.argv[1:]), fsdp.World("cpu"))
 """
 

@@ -7,9 +7,9 @@ import torch
 from training import DIT, SIZES, config, make_run, refused, values, write_toml
 
 import train
-from wan5b.data import write_shard
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras.checks import note_ignored
+from wan5b.extras.shards import write_shard
 from wan5b.weights import save_dit
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")

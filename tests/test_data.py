@@ -11,7 +11,8 @@ from common import private_memory, randn
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from wan5b.data import HEADER, Store, TextStore, difference, order, write_shard
+from wan5b.data import HEADER, Store, TextStore, difference, order
+from wan5b.extras.shards import check_texts, write_shard
 
 
 def two_shards(folder, **facts):
@@ -109,7 +110,8 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 
 def test_files_are_a_function_of_what_is_written(tmp_path):
     code = (
-        "import sys, torch; from wan5b.data import write_shard; x = torch.arange(6.).view(2, 3)\n"
+        "import sys, torch; from wan5b.extras.shards import write_shard\n"
+        "x = torch.arange(6.).view(2, 3)\n"
         "write_shard(sys.argv[1], {'b': x, 'a': x + 1}, ['p', 'q'], seed=1, size=[1, 2], model='m')"
     )
     for name in "ab":
@@ -175,12 +177,14 @@ def test_text_store(tmp_path):
 
     too_long = r"width 8 and up to 4 tokens, the network takes \(8, 3\): shorten"
     with pytest.raises(ValueError, match=too_long):
+        check_texts(text, ["", "a fox"], 8, 3)
+    with pytest.raises(AssertionError, match="4 tokens, not 3: 'a fox'"):
         text.batch(["", "a fox"], 3)
     with pytest.raises(ValueError, match=r"width 8 and .*, the network takes \(9, 4\): shorten"):
-        text.check(["a fox"], 9, 4)
-    text.check(["a fox"], 8, 4)
+        check_texts(text, ["a fox"], 9, 4)
+    check_texts(text, ["a fox"], 8, 4)
     with pytest.raises(ValueError, match=r"lacks 4 prompts \('b'\); see prepare.py text"):
-        text.check(["a fox", "b", "c", "d", "e", "b"])
+        check_texts(text, ["a fox", "b", "c", "d", "e", "b"], 8, 4)
     for missing in (lambda: text["b"], lambda: text.batch(["a fox", "b"], 5)):
         with pytest.raises(ValueError, match=r"lacks 1 prompts \('b'\)"):
             missing()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from wan5b import fsdp, util
-from wan5b.extras import log
+from wan5b.extras import checkpoints, log
 from wan5b.extras.digest import digest
 from wan5b.optim import AdamW
 
@@ -34,11 +34,12 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_durability as t
-from wan5b import fsdp, util
+from wan5b import util
+from wan5b.extras import checkpoints
 
 folder = Path(sys.argv[1])
 made = t.optimizer()
-fsdp.save(made.world, folder, {{"generator": made}}, {{"step": 1}}, keep=1)
+checkpoints.save(made.world, folder, {{"generator": made}}, {{"step": 1}}, keep=1)
 for n in range(1, 1000):
     child = os.fork()
     if child == 0:
@@ -55,12 +56,12 @@ for n in range(1, 1000):
 
         for name in ("replace", "fsync", "open", "unlink", "rmdir", "rename", "write"):
             setattr(os, name, counted(getattr(os, name)))
-        fsdp.save(made.world, folder, {{"generator": made}}, {{"step": 1 + n}}, keep=1)
+        checkpoints.save(made.world, folder, {{"generator": made}}, {{"step": 1 + n}}, keep=1)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    complete = fsdp.checkpoints(folder)
+    complete = checkpoints.complete(folder)
     assert complete, f"killed before call {{n}}: no checkpoint is left"
-    fsdp.load(made.world, complete[-1], {{"generator": made}})
+    checkpoints.load(made.world, complete[-1], {{"generator": made}})
     print(n, status, complete[-1].name)
     if status == 0:
         break
@@ -101,11 +102,11 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
         events.append("pruned")
 
     made = optimizer()
-    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 1}, keep=1)
+    checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 1}, keep=1)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr(fsdp.shutil, "rmtree", rmtree)
-    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 2}, keep=1)
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", rmtree)
+    checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2}, keep=1)
     assert events == ["named", "pruned"]
 
 
@@ -114,14 +115,14 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     made = optimizer()
-    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 1})
+    checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(OSError, match="step-0000002: .*No space left") as error:
-            fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 2})
+            checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2})
     assert "\n" not in str(error.value)
-    assert [path.name for path in fsdp.checkpoints(tmp_path)] == ["step-0000001"]
-    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 2})
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-0000001"]
+    checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2})
     assert len(list(tmp_path.iterdir())) == 2  # nothing unfinished is left
 
 

@@ -21,8 +21,7 @@ from test_untrusted import checkpoint, refused
 
 import prepare
 import sample
-from wan5b import fsdp
-from wan5b.extras import cli, clips, formats, log, mp4
+from wan5b.extras import checkpoints, cli, clips, formats, log, mp4
 from wan5b.extras.config import Options, read
 from wan5b.extras.lora import read_lora
 from wan5b.vae22 import Stream
@@ -89,7 +88,7 @@ def test_a_flipped_bit_in_a_checkpoint(tmp_path, monkeypatch):
     """Of two processes, one finds it."""
     _, path = checkpoint(tmp_path)
     shard = path / "__0_0.distcp"
-    weight = fsdp.read_weights(path)["weight"].numpy().tobytes()
+    weight = checkpoints.read_weights(path)["weight"].numpy().tobytes()
     formats.check_checkpoint(path)
     flip(shard, shard.read_bytes().index(weight) + 3)
     assert "checksum" in refused(formats.check_checkpoint, path)
@@ -311,11 +310,11 @@ def test_a_checkpoint_killed_while_it_is_pruned_is_none(tmp_path, monkeypatch):
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fsdp.shutil, "rmtree", killed)
+        patch.setattr(checkpoints.shutil, "rmtree", killed)
         with pytest.raises(OSError, match="killed"):
-            fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 2}, keep=1)
+            checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2}, keep=1)
     assert not path.exists()
-    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 3}, keep=1)
+    checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 3}, keep=1)
     assert os.listdir(tmp_path) == ["step-0000003"]
 
 
@@ -332,8 +331,8 @@ def test_ctrl_c_in_a_save_is_no_error_of_the_disk(tmp_path, monkeypatch, stop):
     made, _ = checkpoint(tmp_path, 1)
     monkeypatch.setattr(torch, "save", interrupted)
     with pytest.raises(stop):
-        fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 2})
-    assert [path.name for path in fsdp.checkpoints(tmp_path)] == ["step-0000001"]
+        checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2})
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-0000001"]
 
 
 # ----------------------------------------------------------------------------------------- signals

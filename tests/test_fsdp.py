@@ -31,6 +31,7 @@ from training import (
 
 import train
 from wan5b import fsdp, stages
+from wan5b.extras import budget, checkpoints
 from wan5b.extras.checks import check_config
 
 STEPS = {"ar": 2, "ode": 2, "dmd": 4, "sid": 2}
@@ -114,7 +115,7 @@ class Rollouts:
 
 def worker(path: str) -> None:
     """Do all jobs of a file; leave the results beside it."""
-    train.matmul_rate = lambda device, dtype: 1.0
+    budget.matmul_rate = lambda device, dtype: 1.0
     jobs = json.loads(Path(path).read_text())
     inner = train.iteration
     rollouts = Rollouts()
@@ -244,7 +245,7 @@ def test_one_process_resumes_what_two_saved(data, place, two):
     world = fsdp.World(place)
     run = train.build(cfg, world)
     saved = checkpoint_state(folder / "step-0000002")
-    assert fsdp.load(world, folder / "step-0000002", run.optimizers)["step"] == 2
+    assert checkpoints.load(world, folder / "step-0000002", run.optimizers)["step"] == 2
     state = {}
     for who, optimizer in run.optimizers.items():
         for name, value in optimizer.state().items():
@@ -263,7 +264,7 @@ def test_one_process_joins_the_halves_that_two_saved(data, two):
     run = train.build(config(data, "ar", beta1=0.5, dtype="bfloat16"), fsdp.World("cpu"))
     saved = checkpoint_state(two[0] / "half/step-0000002")
     assert {value.dtype for value in saved.values()} == {torch.float32}
-    fsdp.load(run.world, two[0] / "half/step-0000002", run.optimizers)
+    checkpoints.load(run.world, two[0] / "half/step-0000002", run.optimizers)
     state = run.optimizers["generator"].state()
     assert same({f"generator.{name}": value for name, value in state.items()}, saved)
     for name, parameter in run.generator.named_parameters():

@@ -11,8 +11,7 @@ import torch
 from odd_files import indices, numbered, picture
 from PIL import Image
 
-from wan5b import media
-from wan5b.extras import clips, framing, mp4
+from wan5b.extras import clips, framing, media, mp4
 from wan5b.extras.pictures import read_video
 
 

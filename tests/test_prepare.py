@@ -18,15 +18,17 @@ from common import randn, rel
 from release import DIT, make_release, write_dit
 
 import prepare
-from wan5b.data import Store, TextStore, write_shard
+from wan5b.data import Store, TextStore
 from wan5b.distill import guided, rollout
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.framing import fit
 from wan5b.extras.pictures import read_clips
 from wan5b.extras.sampling import generate
+from wan5b.extras.shards import write_shard
+from wan5b.extras.texts import encode_prompts
 from wan5b.flow import few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache
-from wan5b.t5 import NEGATIVE_PROMPT, encode_prompts
+from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
 from wan5b.weights import save_dit
 

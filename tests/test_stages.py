@@ -21,8 +21,8 @@ from training import (
 
 import train
 from wan5b import optim, stages
-from wan5b.data import write_shard
 from wan5b.dit import WanDiT
+from wan5b.extras.shards import write_shard
 from wan5b.flow import ar_loss_weight, few_step_sigmas
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")

@@ -10,13 +10,13 @@ import torch
 from common import gpu
 from safetensors import safe_open
 
+from wan5b.extras.texts import encode_prompts
 from wan5b.t5 import (
     NEGATIVE_PROMPT,
     T5Config,
     T5Encoder,
     Tokenizer,
     clean_prompt,
-    encode_prompts,
     relative_buckets,
 )
 

@@ -21,9 +21,9 @@ from training import (
 
 import train
 from wan5b import fsdp
-from wan5b.data import write_shard
-from wan5b.extras import log, previews
+from wan5b.extras import checkpoints, log, previews
 from wan5b.extras.log import curves
+from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.vae22 import VAE22
 
@@ -38,7 +38,7 @@ def test_progress(data, tmp_path):
         assert row["tokens_per_second"] == pytest.approx(4 * 6 * 4 / row["seconds"])
         assert row["mfu"] > 0
         assert row.keys() >= {"critic_loss", "critic_norm", "seconds", "gib"}
-    assert set(train.SHOWN) == {"loss", "norm", "critic_loss", "critic_norm", *TIMINGS}
+    assert set(log.SHOWN) == {"loss", "norm", "critic_loss", "critic_norm", *TIMINGS}
 
 
 def test_curves_are_drawn_at_every_save(data, tmp_path, monkeypatch, capsys):
@@ -140,7 +140,7 @@ def test_runs_in_bfloat16(data, tmp_path, stage, device):
         """Four steps, or what is left of them; the average's float32 in the last checkpoint."""
         changes = {"device": device, "dtype": "bfloat16", **changes}
         train.main(config(data, stage, tmp_path / out, **changes), fsdp.World(device))
-        return fsdp.read_weights(tmp_path / out / "step-0000004")
+        return checkpoints.read_weights(tmp_path / out / "step-0000004")
 
     plain = run("plain")
     assert all(value.isfinite().all() for value in plain.values())

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from wan5b import fsdp
-from wan5b.data import Store, TextStore, write_shard
-from wan5b.extras import formats
+from wan5b.data import Store, TextStore
+from wan5b.extras import checkpoints, formats
+from wan5b.extras.shards import write_shard
 from wan5b.optim import AdamW
 from wan5b.weights import save_dit
 
@@ -46,7 +47,7 @@ class Evil:
 def checkpoint(folder, step=1):
     torch.manual_seed(0)
     made = AdamW(nn.Linear(4, 4), fsdp.World("cpu"), {}, 1e-3, (0.9, 0.99), 0.0, ema=True)
-    fsdp.save(made.world, folder, {"generator": made}, {"step": step}, keep=9)
+    checkpoints.save(made.world, folder, {"generator": made}, {"step": step}, keep=9)
     return made, folder / f"step-{step:07d}"
 
 
@@ -64,9 +65,9 @@ def test_a_hidden_index_in_a_release_is_not_opened(release, tmp_path):
 def test_an_index_of_a_checkpoint_runs_nothing(tmp_path):
     made, path = checkpoint(tmp_path / "run")
     (path / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    for call in (formats.load_dit, fsdp.read_weights):
+    for call in (formats.load_dit, checkpoints.read_weights):
         assert "system" in refused(call, path)
-    assert "system" in refused(fsdp.load, made.world, path, {"generator": made})
+    assert "system" in refused(checkpoints.load, made.world, path, {"generator": made})
     assert not (tmp_path / "ran").exists()
 
 
@@ -78,21 +79,21 @@ def test_weights_and_shards_of_a_checkpoint_run_nothing(release, tmp_path):
     made, path = checkpoint(tmp_path / "run")
     for shard in path.glob("*.distcp"):
         torch.save(Evil(tmp_path / "ran"), shard)
-    refused(fsdp.load, made.world, path, {"generator": made})
+    refused(checkpoints.load, made.world, path, {"generator": made})
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_pickle_among_the_tensors_of_a_checkpoint_runs_nothing(tmp_path):
     """torch opens what an index calls bytes as a pickle without restriction."""
     made, path = checkpoint(tmp_path / "run")
-    index = fsdp.Reader(path).read_metadata()
+    index = checkpoints.Reader(path).read_metadata()
     for name in index.state_dict_metadata:
         index.state_dict_metadata[name] = dcp.metadata.BytesStorageMetadata()
     (path / ".metadata").write_bytes(pickle.dumps(index))
     torch.save(Evil(tmp_path / "ran"), path / "__0_0.distcp")
-    for call in (formats.load_dit, formats.check_checkpoint, fsdp.read_weights):
+    for call in (formats.load_dit, formats.check_checkpoint, checkpoints.read_weights):
         assert "BytesStorageMetadata" in refused(call, path)
-    refused(fsdp.load, made.world, path, {"generator": made})
+    refused(checkpoints.load, made.world, path, {"generator": made})
     assert not (tmp_path / "ran").exists()
 
 
@@ -108,8 +109,8 @@ def test_only_checkpoints_count(tmp_path):
     (tmp_path / "step-0000007").mkdir()
     (tmp_path / "step-0000006.tar").write_bytes(b"x")
     (tmp_path / "step-notes.txt").write_text("x")
-    assert [found.name for found in fsdp.checkpoints(tmp_path)] == ["step-0000002"]
-    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 4}, keep=1)
+    assert [found.name for found in checkpoints.complete(tmp_path)] == ["step-0000002"]
+    checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 4}, keep=1)
     names = {found.name for found in tmp_path.iterdir()}
     kept = {"step-0000002-good", "step-0000009-from-2", "step-latest", "step-notes.txt"}
     assert names >= kept | {"step-0000004", "step-0000006.tar"}
@@ -123,11 +124,11 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
         whole = (path / name).read_bytes()
         for damaged in (b"", whole[: len(whole) // 2], b"x" * len(whole)):
             (path / name).write_bytes(damaged)
-            said = refused(fsdp.load, made.world, path, {"generator": made})
+            said = refused(checkpoints.load, made.world, path, {"generator": made})
             assert "step-0000004 is damaged" in said, name
             assert "step-0000002" in said
         (path / name).write_bytes(whole)
-    fsdp.load(made.world, path, {"generator": made})
+    checkpoints.load(made.world, path, {"generator": made})
 
 
 def larger(index):
@@ -156,7 +157,7 @@ def test_an_index_of_a_checkpoint_that_lies(tmp_path, change):
     checkpoint(tmp_path, 2)
     _, path = checkpoint(tmp_path, 4)
     formats.check_checkpoint(path)
-    index = fsdp.Reader(path).read_metadata()
+    index = checkpoints.Reader(path).read_metadata()
     change(index)
     (path / ".metadata").write_bytes(pickle.dumps(index))
     for call in (formats.check_checkpoint, formats.load_dit):
@@ -169,9 +170,9 @@ def test_a_checkpoint_that_is_not_finite(tmp_path):
     made, path = checkpoint(tmp_path)
     with torch.no_grad():
         made.parameters["weight"][1, 2] = torch.nan
-    fsdp.save(made.world, tmp_path, {"generator": made}, {"step": 3}, keep=9)
+    checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 3}, keep=9)
     assert "master.weight" in refused(
-        fsdp.load, made.world, path.with_name("step-0000003"), {"generator": made}
+        checkpoints.load, made.world, path.with_name("step-0000003"), {"generator": made}
     )
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import formats
-from wan5b.t5 import T5Config, T5Encoder, Tokenizer
+from wan5b.extras.formats import load_tokenizer
+from wan5b.t5 import T5Config, T5Encoder
 from wan5b.vae22 import VAE22, VAEConfig
 from wan5b.weights import (
     T5_AXES,
@@ -29,7 +30,6 @@ from wan5b.weights import (
     open_dit,
     save_dit,
     sizes,
-    tokenizer_path,
 )
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -109,7 +109,7 @@ def test_parts_of_a_release(shared_release):
     assert (vae.cfg, t5.cfg) == (VAE, T5)
     assert_holds(vae, random_weights(VAE22(VAE), 1).state_dict())
     assert_holds(t5, random_weights(T5Encoder(T5).bfloat16(), 2).state_dict(), torch.bfloat16)
-    ids, mask = Tokenizer(tokenizer_path(shared_release))(["a red circle"])
+    ids, mask = load_tokenizer(shared_release)(["a red circle"])
     hidden = t5(ids, mask)
     assert hidden.shape == (1, 512, DIT.text_dim)
     assert hidden.isfinite().all()
@@ -316,10 +316,10 @@ def test_lfs_pointer_in_the_other_parts(tmp_path):
         (tmp_path / name).write_text(LFS)
         reject(load, tmp_path, name, "git lfs pull")
     spiece = tmp_path / "google" / "umt5-xxl" / "spiece.model"
-    reject(lambda folder: Tokenizer(tokenizer_path(folder)), tmp_path, str(spiece), "no such file")
+    reject(load_tokenizer, tmp_path, str(spiece), "no such file")
     spiece.parent.mkdir(parents=True)
     spiece.write_text(LFS)
-    reject(lambda folder: Tokenizer(tokenizer_path(folder)), tmp_path, str(spiece), "git lfs pull")
+    reject(load_tokenizer, tmp_path, str(spiece), "git lfs pull")
 
 
 def test_missing_unexpected_and_misshapen_keys(release):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import train
 from wan5b import fsdp, stages
-from wan5b.data import write_shard
 from wan5b.dit import DiTConfig, WanDiT
+from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.weights import save_dit
 

@@ -40,10 +40,10 @@ from wan5b.extras.cards import carry, place_of
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.fp8 import Fp8Linear, quantize_blocks
 from wan5b.extras.fp8_vae import quantize_decoder
+from wan5b.extras.media import to_frames
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
-from wan5b.media import to_frames
 from wan5b.vae22 import VAE22, Stream
 
 # float8 last: it replaces the weights

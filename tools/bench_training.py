@@ -44,7 +44,6 @@ from release import write_dit
 
 import train
 from wan5b import fuse, stages
-from wan5b.data import write_shard
 from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras.budget import (
@@ -56,6 +55,7 @@ from wan5b.extras.budget import (
     recomputed_flop,
 )
 from wan5b.extras.cli import script
+from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
 from wan5b.stages import Batch, Noised, Rolled, Run, micro_batches, roll_out, update

@@ -6,6 +6,8 @@ It is mapped, and only what is asked for is read. The header of a shard holds, a
 prompts      of its items;
 facts        the same in all shards of a store: sizes, levels, guidance, ...;
 made_from    a digest of the shard's inputs, by which prepare.py knows it again.
+
+extras/shards.py writes them.
 """
 
 import json
@@ -16,25 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan5b.util import finite, first_line, rng, write_tensors
+from wan5b.util import finite, first_line, rng
 
 HEADER = "wan5b"  # the only key of a shard's metadata: the order of several would be left to chance
 
 # ------------------------------------------------------------------------------------------- shards
-
-
-def write_shard(
-    path: str | Path, tensors: dict[str, Tensor], prompts: list[str], made_from: str = "", **facts
-) -> None:
-    """Write a shard, as `write_tensors` does: the old file or the whole new one.
-
-    tensors: [len(prompts), ...] each; for a `TextStore`, rows [sum of lengths, D] and lengths
-    [len(prompts)].
-    """
-    for name, tensor in tensors.items():
-        assert name == "rows" or len(tensor) == len(prompts), (name, tensor.shape, len(prompts))
-    header = {"prompts": prompts, "facts": facts, "made_from": made_from}
-    write_tensors(path, tensors, {HEADER: json.dumps(header, ensure_ascii=False)})
 
 
 def open_shard(path: Path) -> tuple[safe_open, dict]:
@@ -51,7 +39,7 @@ def open_shard(path: Path) -> tuple[safe_open, dict]:
 
 
 def _check_shard(file: safe_open, header: dict) -> None:
-    """TypeError, LookupError or ValueError unless they are as `write_shard` made them."""
+    """TypeError, LookupError or ValueError unless they are as extras/shards.py made them."""
     prompts = header["prompts"]
     kinds = (type(prompts), type(header["facts"]), type(header["made_from"]))
     if kinds != (list, dict, str) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -148,22 +136,12 @@ class TextStore(Store):
         # The file of each prompt, its first row and its end.
         self.places = dict(zip(self.prompts, places, strict=True))
 
-    def check(self, prompts: list[str], width: int = 0, length: float = float("inf")) -> None:
-        """ValueError unless all prompts are there, D is width (0: any) and no L above length."""
+    def check(self, prompts: list[str]) -> None:
+        """ValueError unless all prompts are there."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.places]
         if missing:
             named = f"{len(missing)} prompts ({missing[0][:40]!r})"
             raise ValueError(f"{self.folder} lacks {named}; see prepare.py text")
-
-        spans = [self.places[prompt][1:] for prompt in prompts]
-        longest = max((end - start for start, end in spans), default=0)
-        (held,) = self.shapes["rows"]
-        width = width or held
-        if held != width or longest > length:
-            raise ValueError(
-                f"{self.folder} holds embeddings of width {held} and up to {longest} tokens, the "
-                f"network takes {width, length}: shorten, or use its own text encoder"
-            )
 
     def __getitem__(self, prompt: str) -> Tensor:
         self.check([prompt])
@@ -171,14 +149,15 @@ class TextStore(Store):
         return self._copy(file.get_slice("rows")[start:end], repr(prompt[:40]))
 
     def batch(self, prompts: list[str], length: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[len(prompts), length, D], zero behind each prompt.
+        """[len(prompts), length, D], zero behind each prompt, of which none is longer.
 
-        ValueError if one is missing or longer than length.
+        ValueError if one is missing.
         """
-        self.check(prompts, length=length)
+        self.check(prompts)
         batch = torch.zeros(len(prompts), length, *self.shapes["rows"], dtype=dtype)
         for padded, prompt in zip(batch, prompts, strict=True):
             embedding = self[prompt]
+            assert len(embedding) <= length, f"{len(embedding)} tokens, not {length}: {prompt!r}"
             padded[: len(embedding)] = embedding
         return batch
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from wan5b.attention import attention, rope_table, rotate
+from wan5b.util import nearest
 
 
 def chunk_sizes(frames: int, size: int = 3, first: int | None = None) -> list[int]:
@@ -32,13 +33,11 @@ def chunk_sizes(frames: int, size: int = 3, first: int | None = None) -> list[in
         raise ValueError(f"chunk sizes must be positive, got size {size}, first {first}")
     whole, rest = divmod(frames - first, size)
     if rest or frames < max(first, 1):
-        below = first + max(whole, 0) * size
-        nearest = " or ".join(str(n) for n in (below, below + size) if n > 0)
         plan = f"chunks of {size}"
         if first:
             plan = f"a first chunk of {first} and {plan}"
         uneven = f"{frames} latent frames do not divide into {plan}"
-        raise ValueError(f"{uneven}; nearest valid: {nearest}")
+        raise ValueError(f"{uneven}; nearest valid: {nearest(frames, size, first or size)}")
     sizes = [size] * whole
     return [first, *sizes] if first else sizes
 

@@ -54,10 +54,6 @@ class Storage:
     Each optimizer has its own. extras/offload.py has one that keeps state in host memory.
     """
 
-    def hosted(self, groups: Groups) -> Groups:
-        """Those of the groups that are kept in host memory, not on the device."""
-        return {}
-
     def make(self, weights: dict[str, Tensor], groups: Groups) -> States:
         """State of zeros for all weights."""
         states = {}

@@ -203,11 +203,3 @@ class Tokenizer:
             row[: len(tokens)] = torch.tensor(tokens)
         mask = (ids != 0).long()  # no token of a prompt is 0
         return ids, mask
-
-
-@torch.no_grad()
-def encode_prompts(encoder: T5Encoder, tokenizer: Tokenizer, prompts: list[str]) -> Tensor:
-    """Prompts -> context [B, length, D] on the encoder's device, zero beyond each prompt."""
-    device = encoder.token_embedding.weight.device
-    ids, mask = tokenizer(prompts)
-    return encoder(ids.to(device), mask.to(device))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan5b.fuse import fused
+from wan5b.util import nearest
 
 ENCODE_FRAMES = 2  # latent frames that a pass through the encoder makes
 DECODE_FRAMES = 3  # latent frames that a pass through the decoder takes
@@ -364,11 +365,9 @@ def check_video(video: Tensor, cfg: VAEConfig) -> None:
     names = ("frame count", "height", "width")
     axes = zip(names, video.shape[2:], cfg.strides, (1, 0, 0), strict=True)
     for name, size, step, offset in axes:
-        below = (size - offset) // step * step + offset
-        valid = [value for value in (below, below + step) if value > 0]
-        if size not in valid:
-            nearest = " or ".join(map(str, valid))
-            raise ValueError(f"{name} {size} must be {step}k + {offset}; nearest: {nearest}")
+        if size == 0 or size % step != offset:
+            valid = nearest(size, step, offset or step)
+            raise ValueError(f"{name} {size} must be {step}k + {offset}; nearest: {valid}")
 
 
 class VAE22(nn.Module):

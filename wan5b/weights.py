@@ -344,11 +344,6 @@ def load_t5(
     return build(T5Encoder, t5_config(source), source, device, dtype)
 
 
-def tokenizer_path(folder: str | Path) -> Path:
-    """Where a release folder has its spiece.model; the Tokenizer says so if it is not there."""
-    return Path(folder) / "google" / "umt5-xxl" / "spiece.model"
-
-
 # ------------------------------------------------------------------------------------------- export
 
 

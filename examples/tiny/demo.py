@@ -26,16 +26,17 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import prepare
 import train
 from wan5b import fsdp
-from wan5b.data import TextStore, write_shard
+from wan5b.data import TextStore
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.cli import script
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.files import write_sheet
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.log import curves
+from wan5b.extras.media import to_frames
 from wan5b.extras.sampling import MODES, Mode, generate
+from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas, shift_sigma
-from wan5b.media import to_frames
 from wan5b.t5 import T5Config, T5Encoder
 from wan5b.util import write_json
 from wan5b.weights import save_dit

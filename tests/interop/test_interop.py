@@ -20,8 +20,8 @@ import convert
 from wan5b.distill import guided
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import formats
+from wan5b.extras.texts import encode_prompts
 from wan5b.flow import solve
-from wan5b.t5 import encode_prompts
 from wan5b.util import read_json
 from wan5b.vae22 import LATENT_MEAN, LATENT_STD
 from wan5b.weights import save_dit

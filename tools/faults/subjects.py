@@ -26,7 +26,7 @@ import sample
 import train
 from wan5b import fsdp
 from wan5b.data import Data, Store, TextStore
-from wan5b.extras import formats, log, pictures
+from wan5b.extras import checkpoints, formats, log, pictures
 from wan5b.extras.files import read_prompts
 from wan5b.weights import save_dit
 
@@ -199,11 +199,11 @@ def resumed(folder: Path):
     """What a run that goes on reads; its own start is among the checkpoint's facts."""
     cfg = train.parse([str(folder / "run.toml"), "steps=4"])
     world = fsdp.World("cpu")
-    saved = fsdp.checkpoints(Path("out"))[-1]
+    saved = checkpoints.complete(Path("out"))[-1]
     formats.check_checkpoint(saved)
     said = formats.read_metadata(saved)
     built = train.build(cfg, world)
-    facts = fsdp.load(world, saved, built.optimizers)
+    facts = checkpoints.load(world, saved, built.optimizers)
     rows = log.read_metrics(Path("out/metrics.jsonl"))
     return said, facts, rows, {who: each.state() for who, each in built.optimizers.items()}
 

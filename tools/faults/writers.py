@@ -13,8 +13,9 @@ from scripts import brightness, content, run
 from torch import nn
 
 from wan5b import fsdp
-from wan5b.data import Store, write_shard
-from wan5b.extras import clips, formats, log
+from wan5b.data import Store
+from wan5b.extras import checkpoints, clips, formats, log
+from wan5b.extras.shards import write_shard
 from wan5b.optim import AdamW
 from wan5b.vae22 import Stream
 from wan5b.weights import save_dit
@@ -64,11 +65,11 @@ def _optimizer(step: int) -> AdamW:
 
 def _save(folder: Path, step: int) -> None:
     made = _optimizer(step)
-    fsdp.save(made.world, folder / "run", {"generator": made}, {"step": step}, keep=1)
+    checkpoints.save(made.world, folder / "run", {"generator": made}, {"step": step}, keep=1)
 
 
 def save_checkpoints(folder: Path) -> None:
-    saved = fsdp.checkpoints(folder / "run")
+    saved = checkpoints.complete(folder / "run")
     for step in range(int(saved[-1].name[5:]) + 1 if saved else 1, 5):
         _save(folder, step)
         done(folder, step)
@@ -76,11 +77,11 @@ def save_checkpoints(folder: Path) -> None:
 
 def check_checkpoints(folder: Path, finished: int) -> None:
     """The newest one is whole, and at least as new as the last that was finished."""
-    if not finished and not fsdp.checkpoints(folder / "run"):
+    if not finished and not checkpoints.complete(folder / "run"):
         return
-    path = fsdp.checkpoints(folder / "run")[-1]
+    path = checkpoints.complete(folder / "run")[-1]
     made = _optimizer(0)
-    step = fsdp.load(made.world, path, {"generator": made})["step"]
+    step = checkpoints.load(made.world, path, {"generator": made})["step"]
     formats.check_checkpoint(path)
     assert step >= finished, f"{path.name} of {finished}"
     assert (made.parameters["weight"] == step).all(), f"{path.name} holds another step's weights"
@@ -205,7 +206,7 @@ def go_train(folder: Path) -> None:
 def check_run(folder: Path, finished: int) -> None:
     """Every checkpoint that counts is whole."""
     if (folder / "disk/out").exists():
-        for path in fsdp.checkpoints(folder / "disk/out"):
+        for path in checkpoints.complete(folder / "disk/out"):
             formats.check_checkpoint(path)
             formats.load_dit(path)
     if (folder / "disk/out/dmd.safetensors").exists():

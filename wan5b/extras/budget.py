@@ -2,10 +2,11 @@
 does.
 
 All of it is arithmetic over the config and the networks' sizes; benchmarks hold it against what is
-measured.
+measured. A `Meter` measures every step of a run.
 """
 
 import resource
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -21,6 +22,7 @@ from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.optim import state_groups
+from wan5b.stages import Run
 
 GIB = 2**30
 MEMINFO = Path("/proc/meminfo")
@@ -291,3 +293,47 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 768
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return 2 * n**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(10).mean
+
+
+# ---------------------------------------------------------------------------------------- measured
+
+
+class Meter:
+    """What each step of a run takes.
+
+    Tokens are those of one global batch, though a distillation's step runs two; mfu counts all FLOP
+    that are done, recomputed ones too.
+    """
+
+    def __init__(self, run: Run):
+        cfg = run.cfg
+        self.device = run.device
+        self.flop = FlopCount()
+        for model in filter(None, (run.generator, run.critic, run.teacher)):
+            self.flop.watch(model)
+        self.ceiling = matmul_rate(run.device, run.dtype)
+        per_frame = run.generator.cfg.tokens_per_frame(cfg.height, cfg.width)
+        self.tokens = cfg.batch * cfg.frames * per_frame
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.began = time.perf_counter()
+        self.flop_before = self.flop.done
+
+    def read(self) -> dict[str, float]:
+        """What has been taken since then, and the peak of memory so far."""
+        seconds = time.perf_counter() - self.began
+        return {
+            "seconds": seconds,
+            "gib": memory_gib(self.device),
+            "tokens_per_second": self.tokens / seconds,
+            "mfu": (self.flop.done - self.flop_before) / seconds / self.ceiling,
+        }
+
+
+def peak(run: Run) -> str:
+    """The peak of memory beside what was expected, as a line."""
+    needed = sum(run.budget["device"].values()) / GIB
+    reached = memory_gib(run.device)
+    return f"peak memory: {reached:.2f} GiB (on a CPU the process's), expected {needed:.2f}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan5b.media import to_frames
+from wan5b.extras.media import to_frames
 
 
 @cache

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
+from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import digest
 from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
@@ -99,7 +101,7 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     texts = [*data.prompts, *cfg.sample_prompts]
     if cfg.stage != "ode":
         texts.append(cfg.negative)
-    data.text.check(texts, *takes)
+    check_texts(data.text, texts, *takes)
     if data.store is not None:
         _check_store(cfg, data, model.in_dim)
     note_ignored(cfg, rank)
@@ -171,6 +173,15 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     step = known["step"]
     if step > cfg.steps:
         raise ValueError(f"{saved} is beyond steps = {cfg.steps}; raise it or choose another out")
+
+
+def newest(cfg, data: dict[str, str]) -> Path | None:
+    """The checkpoint that a run goes on from, if there is one, which must be its own."""
+    saved = complete(Path(cfg.out))
+    if not saved:
+        return None
+    check_unchanged(cfg, data, saved[-1])
+    return saved[-1]
 
 
 def check_finished(cfg, data: dict[str, str], final: Path) -> None:

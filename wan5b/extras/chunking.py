@@ -3,9 +3,9 @@
 Lengths are in latent frames: T of them are 1 + 4 (T - 1) pixel frames.
 """
 
+from wan5b.extras.media import latent_frames
 from wan5b.extras.recipes import Recipe
 from wan5b.kvcache import chunk_sizes
-from wan5b.media import latent_frames
 from wan5b.util import nearest
 
 FRAMES = 81  # pixel frames of a clip, if neither --frames nor the recipe says it

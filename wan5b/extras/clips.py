@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from wan5b.extras.cards import carried, place_of
 from wan5b.extras.files import sheet_indices, write_sheet
+from wan5b.extras.media import FPS, to_frames
 from wan5b.extras.mp4 import VideoWriter
 from wan5b.extras.resume import STATE, Progress
-from wan5b.media import FPS, to_frames
 from wan5b.util import write_json, write_tensors
 
 NAME_BYTES = 255  # of a file's name, at most, where files usually lie

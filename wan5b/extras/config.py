@@ -68,6 +68,8 @@ def read(kind: type, arguments: list[str]):
 
     A string is given as it is, other values in TOML. ValueError for unknown keys and wrong types.
     """
+    if not arguments:
+        raise ValueError("usage: train.py CONFIG.toml [key=value ...]")
     kinds = types(kind)
     try:
         values = tomllib.loads(Path(arguments[0]).read_text(encoding="utf-8-sig"))

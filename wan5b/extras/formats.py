@@ -13,7 +13,6 @@ and its sizes under "config". From there all go the same strict way through weig
 What can't be run is refused by its name (refusals.py).
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,14 +25,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wan5b import fsdp, weights
+from wan5b import weights
 from wan5b.dit import DiTConfig, WanDiT
-from wan5b.extras import layouts, lora, untrusted
+from wan5b.extras import checkpoints, layouts, lora, untrusted
+from wan5b.extras.checkpoints import INDEX, check_checkpoint, is_checkpoint
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.exports import export_diffusers as export_diffusers  # one of the public names
 from wan5b.extras.layouts import Kind
 from wan5b.extras.refusals import refuse_file, refuse_held, refuse_sizes
-from wan5b.fsdp import read_facts, read_weights
 from wan5b.t5 import T5Config, T5Encoder, Tokenizer
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
@@ -72,7 +71,6 @@ STAGE = re.compile(
     r"encoder\.downsamples\.(?P<stage>\d+)\.downsamples\.(?P<block>\d+)\."
     r"(?P<layer>residual\.2|time_conv)\.weight"
 )
-CHECKPOINT = ".metadata"  # the index that torch.distributed.checkpoint writes into its folder
 # Where trainers keep the weights that they mean to be used, the most wanted first.
 PARTS = (
     *("generator_ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema"),
@@ -88,13 +86,13 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
     """
     path = Path(path)
     if is_checkpoint(path):
-        facts = untrusted.metadata(path, read_facts(path))
+        facts = untrusted.metadata(path, checkpoints.read_facts(path))
         check_checkpoint(path, "generator.")
         config = {}
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
-        held = _of(path, read_weights(path))
-        return Source(path / CHECKPOINT, held, facts | {"config": config})
+        held = _of(path, checkpoints.read_weights(path))
+        return Source(path / INDEX, held, facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
         return source
@@ -202,23 +200,6 @@ def _config_beside(file: Path, kind: Kind) -> dict:
     if kind != "dit":
         return {}
     return untrusted.checked(beside, named, untrusted.CONFIG)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is a checkpoint folder of train.py, perhaps a link to one, or a copy."""
-    named = re.match("step-[0-9]+", os.path.basename(os.path.realpath(path)))
-    return named is not None and (path / CHECKPOINT).is_file()
-
-
-def check_checkpoint(path: Path, prefix: str = "") -> None:
-    """ValueError if the index of a checkpoint cannot be true, or a tensor is damaged.
-
-    prefix: of the names of the tensors that are looked at.
-    """
-    with fsdp.opening(path):
-        index = fsdp.Reader(path).read_metadata()
-        untrusted.check_index(path, index)
-        untrusted.check_sums(path, index, prefix)
 
 
 def _read_part(path: Path, part: str) -> dict[str, Tensor]:
@@ -334,7 +315,7 @@ def load_tokenizer(path: str | Path, length: int = 512) -> Tokenizer:
     path: such a folder, that of the tokenizer itself, or a file.
     """
     path = Path(path)
-    usual = weights.tokenizer_path(path)
+    usual = path / "google" / "umt5-xxl" / "spiece.model"
     pipeline = path / "tokenizer"
     if path.name == "spiece.model" or (path / "spiece.model").exists():
         return Tokenizer(path / "spiece.model" if path.is_dir() else path, length)
@@ -364,7 +345,7 @@ def read_metadata(path: str | Path) -> dict:
     known = {}
     file = _headed(path)
     if is_checkpoint(path):
-        known = read_facts(path)
+        known = checkpoints.read_facts(path)
     elif file.suffix == ".safetensors":
         known = weights.open_tensors(file).metadata
     said = untrusted.metadata(path, known)

@@ -19,10 +19,12 @@ from typing import TextIO
 
 from torch import Tensor
 
-from wan5b import fsdp
+from wan5b.extras import checkpoints
 from wan5b.util import first_line, replacing, write_json
 
 METRICS = "metrics.jsonl"  # a line a step
+# In the progress line; metrics.jsonl has everything.
+SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
 
 @contextmanager
@@ -98,6 +100,11 @@ def append(out: Path, metrics: dict[str, float]) -> None:
         file.write(json.dumps(metrics) + "\n")
 
 
+def shown(metrics: dict[str, float]) -> dict[str, str]:
+    """Those of the metrics that the progress line has, as it shows them."""
+    return {name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics}
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     """Of a full disk Python does not say which file it was."""
@@ -117,7 +124,7 @@ def check_finite(
         return
     # Norms are the same on all ranks.
     here = [name for name, value in values.items() if not value.isfinite()]
-    saved = fsdp.checkpoints(out)
+    saved = checkpoints.complete(out)
     raise FloatingPointError(
         f"step {step}, rank {rank}: not finite here: {', '.join(here) or 'nothing'}; "
         f"means over ranks: {metrics}; last checkpoint: {saved[-1] if saved else 'none'}"

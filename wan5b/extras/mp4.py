@@ -18,7 +18,7 @@ from av.codec.context import Flags
 from torch import Tensor
 
 from wan5b.extras import remux
-from wan5b.media import FPS
+from wan5b.extras.media import FPS
 from wan5b.util import sync
 
 # A fragment ends at each keyframe and after half a second, and is written at once, and with the

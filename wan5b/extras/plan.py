@@ -30,6 +30,7 @@ from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
 from wan5b.extras.framing import fit
 from wan5b.extras.lora import parse_lora
+from wan5b.extras.media import FPS, latent_frames
 from wan5b.extras.pictures import read_image, read_video
 from wan5b.extras.recipes import (
     MADE_FOR,
@@ -45,7 +46,6 @@ from wan5b.extras.recipes import (
 )
 from wan5b.extras.resume import State, check_place, read_state
 from wan5b.extras.sampling import MODES
-from wan5b.media import FPS, latent_frames
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import about
 

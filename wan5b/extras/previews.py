@@ -7,13 +7,16 @@ from pathlib import Path
 import torch
 
 from wan5b.extras.clips import write
+from wan5b.extras.codec import LinearCodec
+from wan5b.extras.formats import load_vae
 from wan5b.extras.recipes import MADE_FOR
 from wan5b.extras.sampling import MODES, generate
 from wan5b.flow import sampling_sigmas
-from wan5b.fsdp import local
+from wan5b.fsdp import World, local
 from wan5b.optim import AdamW
 from wan5b.stages import Run
 from wan5b.util import rng
+from wan5b.vae22 import VAE22
 
 STEPS = 24  # of the modes with guidance
 
@@ -31,6 +34,17 @@ def averaged(optimizer: AdamW) -> Iterator[None]:
     yield
     for name, weight in weights.items():
         local(optimizer.parameters[name]).copy_(weight)
+
+
+def open_vae(cfg, world: World) -> VAE22 | LinearCodec | None:
+    """The VAE that the config names, if it does, on the first process. cfg: train.py's Config.
+
+    Every process opens it, needed or not: what is wrong with it ends all of them.
+    """
+    if not cfg.vae:
+        return None
+    device = world.device if world.rank == 0 else "meta"
+    return load_vae(cfg.vae, device, getattr(torch, cfg.dtype))
 
 
 @torch.no_grad()

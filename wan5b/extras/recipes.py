@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from wan5b.extras import untrusted
 from wan5b.extras.config import Options, at_least, made, one_of, types, within
 from wan5b.extras.formats import is_checkpoint, locate
+from wan5b.extras.media import FPS, latent_frames
 from wan5b.extras.refusals import refuse_file
 from wan5b.extras.sampling import MODES, Mode
 from wan5b.flow import FEW_STEPS, SOLVERS, few_step_sigmas, sampling_sigmas
-from wan5b.media import FPS, latent_frames
 from wan5b.util import read_json, reading
 from wan5b.weights import about, read_pickle
 

@@ -234,7 +234,7 @@ def check_tensors(path: Path, tensors: dict[str, Tensor], room: float) -> None:
 def check_index(path: Path, index: Any) -> None:
     """Whether the files of a checkpoint can hold what its index says, and the index all of it.
 
-    index: of fsdp.Reader. Whatever is raised, is raised for a damaged or a dishonest index.
+    index: of checkpoints.Reader. Whatever is raised, is raised for a damaged or a dishonest index.
     """
     needed = 0
     for name, entry in index.state_dict_metadata.items():

@@ -1,6 +1,6 @@
 """Pixels out, and how frames are counted. Frames are uint8 [T, H, W, 3] outside, pixels in [-1, 1]
-as [C, T, H, W] inside. extras/pictures.py reads files, extras/framing.py fits what they show to a
-size, extras/mp4.py writes them.
+as [C, T, H, W] inside. pictures.py reads files, framing.py fits what they show to a size, mp4.py
+writes them.
 """
 
 import torch
