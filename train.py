@@ -32,9 +32,10 @@ from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import open_dit
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import open_vae, sample_videos
+from wan5b.extras.recipes import facts
+from wan5b.extras.rollouts import new_cache, rollouts
 from wan5b.extras.training_attention import arrange
 from wan5b.flow import FEW_STEPS
-from wan5b.kvcache import KVCache
 from wan5b.optim import AdamW
 from wan5b.stages import DISTILLATIONS, STAGES, Run, iteration
 from wan5b.t5 import NEGATIVE_PROMPT
@@ -63,7 +64,11 @@ class Config(Options):
     chunk: int = at_least(1, 3)  # latent frames generated together
     prefix: int = one_of((0, 1), 0)  # 1: image to video, a clean first frame outside the loss
     window: int = at_least(0, 0)  # latent frames that a chunk sees, itself included; 0: all
+    sink: int = at_least(0, 0)  # dmd, sid: first ones that stay in the window
+    sink_rope: str = one_of(("absolute", "relative"), "absolute")  # as in KVCache
     levels: tuple[int, ...] = FEW_STEPS  # of the few-step model, in thousandths before the shift
+    levels_after: tuple[int, ...] = ()  # of chunks behind the first, if they have others
+    clean_pass: bool = True  # False: the last level's keys are a chunk's context
     shift: float = at_least(1e-6, 5.0)
 
     steps: int = at_least(1, 1000)
@@ -89,6 +94,8 @@ class Config(Options):
     forcing: str = one_of(("teacher", "diffusion"), "teacher")  # ar, ode: on clean, on noisy chunks
     # dmd, sid: "self", or "data": one chunk behind real frames (the paper's baseline)
     rollout: str = one_of(("self", "data"), "self")
+    # up to so many latent frames are rolled out, of which `frames` are scored
+    rollout_frames: int = at_least(0, 0)
 
     device: str = one_of(DEVICES[:2], DEVICES[0])
     dtype: str = one_of(
@@ -136,19 +143,17 @@ def build(cfg: Config, world: fsdp.World) -> Run:
 
     generator, initial = network(cfg, world, cfg.weights, *start)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
+    options = rollouts(cfg, world)
     if not distilling:
-        return Run(cfg, world, data, budget, generator, optimizers)
+        return Run(cfg, world, data, budget, generator, optimizers, options=options)
 
     scored = cfg.teacher or cfg.weights
     teacher, _ = network(cfg, world, scored, *scores)
     teacher.requires_grad_(False)
     critic, initial = network(cfg, world, scored, *scores)
     optimizers["critic"] = optimizer(critic, initial, False)
-    tokens = generator.cfg.tokens_per_frame(cfg.height, cfg.width)
-    sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
-    dtype = getattr(torch, cfg.dtype)
-    cache = KVCache(generator.cfg, *sizes, device=world.device, dtype=dtype)
-    return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
+    cache = new_cache(cfg, generator.cfg, world)
+    return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache, options)
 
 
 def network(
@@ -164,22 +169,6 @@ def network(
     model.checkpointing = cfg.checkpointing
     arrange(model, cfg.keep_attention, cfg.split_attention)
     return model, tensors
-
-
-def facts(cfg: Config, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
-    """What a checkpoint or export says of itself; sample.py goes by it."""
-    return {
-        "stage": cfg.stage,
-        "step": step,
-        "levels": cfg.levels,
-        "shift": cfg.shift,
-        "chunk": cfg.chunk,
-        "prefix": cfg.prefix or None,
-        "window": cfg.window or None,
-        "config": asdict(sizes),
-        "training": asdict(cfg),
-        "data": data,
-    }
 
 
 # --------------------------------------------------------------------------------------------- loop

@@ -19,6 +19,8 @@ SINK = 2
 SIGMAS = few_step_sigmas()
 HOW = {"causal": True, "solver": "renoise", "window": WINDOW, "sink": SINK}
 GUIDED = HOW | {"solver": "unipc", "guidance": 3.0}
+AFTER = few_step_sigmas((1000, 500))
+KEPT = HOW | {"clean_pass": False}
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +194,11 @@ CASES = {
     "inside": (HOW | {"prefix_inside": True}, [1, *CHUNKS], 1),
     "recache": (HOW | {"recache": True}, CHUNKS, None),
     "recache, prefix": (HOW | {"recache": True}, CHUNKS, 3),
+    "levels": (HOW | {"sigmas_after": AFTER}, CHUNKS, None),
+    "kept": (KEPT, CHUNKS, None),
+    "kept, prefix": (KEPT, CHUNKS, 3),
+    "kept, inside": (KEPT | {"prefix_inside": True}, [1, *CHUNKS], 1),
+    "kept, recache": (KEPT | {"recache": True, "sigmas_after": AFTER}, CHUNKS, 3),
 }
 
 

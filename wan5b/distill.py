@@ -12,7 +12,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from wan5b.flow import solve, x0_from_v
+from wan5b.flow import add_noise, solve, x0_from_v
 from wan5b.kvcache import KVCache, chunk_sizes
 
 # ------------------------------------------------------------------------------------------ rollout
@@ -22,17 +22,18 @@ def rollout(
     generator: Callable,
     noise: Tensor | Iterable[Tensor],
     context: Tensor | Iterable[Tensor],
-    sigmas: list[float],
+    sigmas: list[float] | Iterator[list[float]],
     chunks: list[int],
     cache: KVCache,
     *,
-    exit_step: int | None = None,
+    exit_step: int | None | Iterator[int] = None,
     renoise: Callable | None = None,
     prefix: Tensor | None = None,
     prefix_inside: bool = False,
     cuts: dict[int, int] | None = None,
     solver: str = "",
     trace: list[Tensor] | None = None,
+    clean_pass: bool = True,
 ) -> Iterator[Tensor]:
     """Generate chunk by chunk over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
@@ -44,11 +45,12 @@ def rollout(
       from which it is moved chunk by chunk. Or an iterable of every chunk's, drawn when the chunk
       begins; without an end there is no end to the video.
     - context [B, L, D], or one for every chunk: a list, or an iterable that is asked when the chunk
-      begins; the cache then holds the chunks before. sigmas: the levels, falling, the last one 0.
+      begins; the cache then holds the chunks before. sigmas: the levels, falling, the last one 0;
+      or an iterator of every chunk's.
     - chunks: frames of each; with an iterable noise, at least the sizes that occur.
-    - exit_step: index of the level whose x0 is the result (None: the last). Grad, where enabled,
-      flows through that level's forward alone; none crosses chunks, since committed keys carry
-      none.
+    - exit_step: index of the level whose x0 is the result (None: the last), or an iterator of every
+      chunk's. Grad, where enabled, flows through that level's forward alone; none crosses chunks,
+      since committed keys carry none.
     - renoise(chunk index, step index, like) -> noise for the next level; default: the global
       generator's.
     - prefix: clean frames [B, C, T', H, W] (an image, a video to continue) committed ahead of the
@@ -57,14 +59,16 @@ def rollout(
     - cuts: chunk index -> how many RoPE positions a scene cut leaves out there (`KVCache.cut`).
     - solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising.
     - trace: a list that takes the input of every chunk's exit level, for `replay`.
+    - clean_pass: False commits the keys of the last level's forward in its place: see `keep_last`.
     """
     if isinstance(noise, Tensor):
         assert sum(chunks) == noise.shape[2], f"chunks {chunks}, noise of {noise.shape[2]} frames"
         noise = noise.split(chunks, dim=2)
-    last = len(sigmas) - 2
-    exit_step = last if exit_step is None else exit_step
-    assert 0 <= exit_step <= last, f"exit_step {exit_step} of levels {sigmas}"
+    renoise = renoise or (lambda chunk, step, like: torch.randn_like(like))
+    ways = sigmas if isinstance(sigmas, Iterator) else repeat(sigmas)
+    exits = exit_step if isinstance(exit_step, Iterator) else repeat(exit_step)
     renoises = solver in ("", "renoise")
+    assert renoises or clean_pass, f"without a clean pass chunks re-noise, they do not by {solver}"
     if trace is not None:
         # What `replay` can run again: a prefix in front, one text, an exit level.
         assert renoises, f"nothing to replay of solver {solver}"
@@ -80,7 +84,9 @@ def rollout(
         for part in split_prefix(prefix, chunks):
             commit(generator, part, text, cache)
 
-    for index, x in enumerate(noise):
+    for index, (x, levels, leave) in enumerate(zip(noise, ways, exits, strict=False)):
+        leave = len(levels) - 2 if leave is None else leave
+        assert 0 <= leave < len(levels) - 1, f"exit_step {leave} of levels {levels}"
         if index:
             text = next(texts)
         x = x.to(text.device)
@@ -91,31 +97,34 @@ def rollout(
         field = partial(_velocity, model, text, cache)
         if renoises:
             # Down to the exit level without grad, then that level, with grad where it is enabled.
-            fresh = partial(renoise, index) if renoise else None
+            fresh = partial(renoise, index)
             with torch.no_grad():
-                x = solve(field, x, sigmas[: exit_step + 1], "renoise", fresh)
+                x = solve(field, x, levels[: leave + 1], "renoise", fresh)
             if trace is not None:
                 trace.append(x)
-            x0 = x0_from_v(x, field(x, sigmas[exit_step]), sigmas[exit_step])
+            x0 = x0_from_v(x, field(x, levels[leave]), levels[leave])
         else:
-            x0 = solve(field, x, sigmas, solver)
+            x0 = solve(field, x, levels, solver)
         yield x0
-        if inside is not None:
-            x0 = torch.cat([inside, x0], 2)
-            inside = None
-        commit(generator, x0, text, cache)
+        if clean_pass:
+            commit(generator, x0 if inside is None else torch.cat([inside, x0], 2), text, cache)
+        else:
+            keep_last(field, x0, levels[leave:-1], partial(fresh, leave), cache)
+        inside = None
 
 
 def replay(
-    generator: Callable, context: Tensor, sigma: float, trace: list[Tensor], cache: KVCache
+    generator: Callable, context: Tensor, sigma: float | Tensor, trace: list[Tensor], cache: KVCache
 ) -> Tensor:
     """The exit levels of the rollout that filled the cache again, now with grad -> x0 [B, C, T, H,
     W].
 
     One forward for all chunks: each one's keys are its own and the committed ones, which are there
     and carry no grad. So the rollout itself runs without grad, its loss, a function of x0 alone, is
-    differentiated first, and sharded weights are gathered, and their gradients reduced, once. Needs
-    a cache of the whole video.
+    differentiated first, and sharded weights are gathered, and their gradients reduced, once.
+
+    trace: of the last chunks, or of all. sigma: their levels, [1, T] if they differ. The cache must
+    still hold all that these chunks saw.
     """
     x = torch.cat(trace, 2)
     chunks = [part.shape[2] for part in trace]
@@ -135,11 +144,29 @@ def split_prefix(prefix: Tensor, chunks: list[int]) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache) -> None:
-    """Take finished frames x0 [B, C, T, H, W] into the cache, under a text: the clean pass."""
+def commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache, sigma=0.0) -> None:
+    """Take finished frames x0 [B, C, T, H, W] into the cache, under a text: the clean pass.
+
+    sigma: where that is kept whose last pass was at another level, as x0 the input of that pass.
+    """
     cache.use_text(context)
-    generator(x0.detach(), 0.0, context, cache=cache)
+    generator(x0.detach(), sigma, context, cache=cache)
     cache.commit(x0.shape[2])
+
+
+@torch.no_grad()
+def keep_last(field: Callable, x0: Tensor, levels: list[float], fresh, cache: KVCache) -> None:
+    """Make the keys of the last level's forward permanent, in place of those of a clean pass: a
+    forward less for each chunk (Diagonal Distillation; its weights are trained with such contexts).
+
+    levels: from the one that x0 is of to the last. If that is not the same, as where training left
+    the chunk above it, x0 is noised straight to the last level, by `fresh(like)`, and run there:
+    chunks always see contexts of that one level, as in sampling, and none takes more forwards than
+    with a clean pass.
+    """
+    if len(levels) > 1:
+        field(add_noise(x0, fresh(x0), levels[-1]), levels[-1])
+    cache.commit(cache.written - cache.frames)
 
 
 def behind(model: Callable, prefix: Tensor) -> Callable:

@@ -160,6 +160,10 @@ class KVCache:
         """Run the next n_frames frames behind the committed ones, where an earlier forward's are
         replaced.
         """
+        # A backward, or a window larger than the memory, must still find every frame there.
+        rolls = self.window and self.window <= self.capacity and not torch.is_grad_enabled()
+        room = f"{self.frames} + {n_frames} frames in {self.capacity}: no room"
+        assert rolls or self.frames + n_frames <= self.capacity, room
         self._place(range(self.frames, self.frames + n_frames))
         self.written = self.frames + n_frames
         if self.sink_rope == "relative" and self.sink:
@@ -168,8 +172,7 @@ class KVCache:
 
     def replay(self, chunks: list[int]) -> CachedAttention:
         """Run the last chunks written once more, with grad, each seeing what it saw then."""
-        there = sum(chunks) <= self.written <= self.capacity
-        assert there, f"chunks {chunks} of {self.written} frames in a cache of {self.capacity}"
+        assert sum(chunks) <= self.written, f"chunks {chunks} of {self.written} frames"
         assert torch.is_grad_enabled(), "without grad a replay would only repeat what is known"
         moved = self.gap or self.turned
         assert not moved, "where keys were in an earlier scene, or before the sink moved, is lost"
@@ -264,10 +267,6 @@ class KVCache:
         """
         # Without a window everything is seen, so the sums below leave nothing out.
         window = self.window or max(end, self.capacity)
-        if torch.is_grad_enabled() or window > self.capacity:
-            # A window larger than the memory, or a backward, must still find every frame there.
-            room = f"{start} + {end - start} frames in {self.capacity}: no room"
-            assert end <= self.capacity, room
 
         # Where a scene's first frames would leave the recent ones, they stay; others go instead.
         recent = max(self.sink, end - (window - self.sink), self.floor)

@@ -39,7 +39,8 @@ class Run:
     """Config, data and networks of a run; train.py makes it.
 
     cfg: train.py's Config. world: fsdp.World. optimizers: optim.AdamW by the name of what they
-    move. critic, teacher and cache are those of distillations.
+    move. critic, teacher and cache are those of distillations. options: of rollouts, where they are
+    not all like the plain method's (extras/rollouts.py).
     """
 
     cfg: Any
@@ -51,6 +52,7 @@ class Run:
     critic: WanDiT | None = None
     teacher: WanDiT | None = None
     cache: KVCache | None = None
+    options: Any = None
 
     def __post_init__(self):
         cfg = self.cfg
@@ -185,12 +187,16 @@ def ode_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     teacher_forcing = cfg.forcing == "teacher"
     count = len(levels) - 1 if teacher_forcing else len(levels)
     chosen = (batch.draws(torch.rand, len(run.layout)) * count).long()
+    if run.options:
+        chosen = run.options.ode_levels(run, batch, levels)
     index = run.per_frame(chosen, clean=len(levels) - 1)  # [B, T]
     sigma = levels[index]
     noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
 
     clean = end if teacher_forcing else None
     options = {"chunks": run.layout, "window": run.window, "clean": clean}
+    if run.options and teacher_forcing:
+        options |= run.options.ode_context(run, batch, end)
     v = run.generator(noisy, sigma, batch.context, **options)
 
     # The mean over each sample's own frames at levels above 0: so it does not depend on
@@ -215,7 +221,9 @@ class Rolled(NamedTuple):
     x0: Tensor  # [B, C, T, H, W], the generated chunks
     prefix: Tensor | None  # clean frames in front of them
     trace: list[Tensor]  # the input of each chunk's exit level
-    exit_step: int
+    exit_step: int  # of the last chunk
+    sigma: float | Tensor  # the exit level, [1, T] where chunks differ
+    shown: int = 0  # how many of its first frames are there to be seen: they teach nothing
 
 
 class Noised(NamedTuple):
@@ -294,6 +302,8 @@ def roll_out(run: Run, batch: Batch) -> Rolled:
     clip.
     """
     cfg = run.cfg
+    if run.options:
+        return run.options.roll_out(run, batch)
     exit_step = int(torch.randint(len(run.sigmas) - 1, (), generator=batch.chance))
     chunks = run.chunks
     prefix_frames = cfg.prefix
@@ -301,21 +311,30 @@ def roll_out(run: Run, batch: Batch) -> Rolled:
         chosen = int(torch.randint(len(chunks), (), generator=batch.chance))
         prefix_frames += sum(chunks[:chosen])
         chunks = [chunks[chosen]]
-    prefix = run.clips(batch.items)[:, :, :prefix_frames] if prefix_frames else None
+    made = roll(run, batch, chunks, prefix_frames, run.sigmas, exit_step=exit_step)
+    return Rolled(*made, exit_step, run.sigmas[exit_step])
+
+
+def roll(run: Run, batch: Batch, chunks: list[int], given: int, sigmas, **options) -> tuple:
+    """The rollout itself -> x0, prefix and trace, as `Rolled` has them.
+
+    given: how many frames of a clip stand in front. sigmas, options: of `rollout`.
+    """
+    prefix = run.clips(batch.items)[:, :, :given] if given else None
 
     def renoise(chunk: int, step: int, like: Tensor) -> Tensor:
         return batch.draws(torch.randn, *like.shape[1:])
 
     run.cache.reset()
     noise = batch.draws(torch.randn, *run.shape(sum(chunks)))
-    given = (run.generator, noise, batch.context, run.sigmas, chunks, run.cache)
+    given = (run.generator, noise, batch.context, sigmas, chunks, run.cache)
     trace = []
-    options = {"exit_step": exit_step, "renoise": renoise, "prefix": prefix, "trace": trace}
+    options |= {"renoise": renoise, "prefix": prefix, "trace": trace}
     with run.world.gathered(run.generator):
         # Asking for no more than there is: nothing needs the last chunk in the cache.
         finished = islice(rollout(*given, **options), len(chunks))
         x0 = torch.cat(list(finished), 2)
-    return Rolled(x0, prefix, trace, exit_step)
+    return x0, prefix, trace
 
 
 def noise_again(run: Run, batch: Batch, rolled: Rolled) -> Noised:
@@ -350,8 +369,8 @@ def into_weights(run: Run, batch: Batch, rolled: Rolled, loss: Tensor) -> None:
     Asked for in x0 alone: where the loss runs through the critic, it gets no gradients from it.
     """
     (grad,) = torch.autograd.grad(loss, rolled.x0)
-    sigma = run.sigmas[rolled.exit_step]
-    replay(run.generator, batch.context, sigma, rolled.trace, run.cache).backward(grad)
+    grad[:, :, : rolled.shown] = 0
+    replay(run.generator, batch.context, rolled.sigma, rolled.trace, run.cache).backward(grad)
 
 
 def health(rolled: Rolled, gradient: Tensor) -> dict[str, Tensor]:

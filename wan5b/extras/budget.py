@@ -110,8 +110,8 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         weights = generator if group == "ema" else generator + critic
         place[f"optimizer: {group}"] = kind.itemsize * weights
 
-    tokens = cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)  # of one sample
     if scores:
+        tokens = cache_frames(cfg) * model.tokens_per_frame(cfg.height, cfg.width)  # of one sample
         positions = cfg.micro_batch * (tokens + model.text_len)
         device["KV cache"] = 2 * model.num_layers * positions * model.dim * size
     device["activations"] = activations(cfg, world, model, scores, device["gradients"])
@@ -128,6 +128,18 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
     return {"device": device | host}
 
 
+def cache_frames(cfg) -> int:
+    """How many frames the cache of a distillation holds: all that a replay of what is scored sees.
+
+    With a window these may be fewer than a long rollout's: the frames that are scored, and what the
+    first chunk of them sees. cfg: train.py's Config.
+    """
+    longest = max(cfg.frames, cfg.rollout_frames)
+    if not cfg.window:
+        return longest
+    return min(longest, max(cfg.frames, cfg.frames - cfg.chunk + cfg.window))
+
+
 def activations(
     cfg, world: World, model: DiTConfig, scores: DiTConfig | None, gradients: float
 ) -> float:
@@ -140,8 +152,10 @@ def activations(
     one = len(world.share(cfg.batch)) == cfg.micro_batch
     common["late"] = gradients if one else 0
 
-    # The keys that all chunks see, in tokens; each chunk's own among them.
-    ends = accumulate(chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix))
+    # The keys that all chunks see, in tokens; each chunk's own among them. The frames may be the
+    # end of a longer rollout.
+    before = max(cfg.rollout_frames - cfg.frames, 0) if scores else 0
+    ends = [before + end for end in accumulate(chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix))]
     seen = sum(min(end, cfg.window or end) for end in ends) * tokens // cfg.frames
 
     if scores is None:

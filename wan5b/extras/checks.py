@@ -21,6 +21,7 @@ from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
 from wan5b.kvcache import chunk_sizes
 from wan5b.stages import DISTILLATIONS, STAGES
+from wan5b.weights import about
 
 # What each stage learns from; the others from latents.
 LEARNS_FROM = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}
@@ -34,6 +35,8 @@ ONLY_IN = {
     "forcing": ("ar", "ode"),
     "split_attention": ("ar", "ode"),
     "window": STAGES[1:],
+    **dict.fromkeys(("rollout_frames", "sink", "sink_rope"), DISTILLATIONS),
+    **dict.fromkeys(("levels_after", "clean_pass"), ("ode", *DISTILLATIONS)),
 }
 READS = ("text", "latents", "trajectories", "weights", "teacher")
 # A run may go on with another value of these: what is trained does not depend on them.
@@ -59,14 +62,51 @@ def check_config(cfg, world: World) -> None:
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
     few_step_sigmas(cfg.levels, cfg.shift)
+    if cfg.levels_after:
+        with about("levels_after"):
+            few_step_sigmas(cfg.levels_after, cfg.shift)
+    unknown = set(cfg.levels_after) - set(cfg.levels)
+    if cfg.stage == "ode" and unknown:
+        raise ValueError(
+            f"levels_after has {sorted(unknown)}, which trajectories hold only if they are among "
+            f"levels, {list(cfg.levels)}"
+        )
     if cfg.window and cfg.window < cfg.chunk:
         raise ValueError(f"a chunk of {cfg.chunk} frames does not fit in a window of {cfg.window}")
+    if cfg.stage in DISTILLATIONS:
+        _check_rollouts(cfg)
     own = len(world.share(cfg.batch))
     if own % cfg.micro_batch:
         raise ValueError(
             f"batch {cfg.batch} is {own} a process, not a multiple of "
             f"micro_batch {cfg.micro_batch}; "
             f"micro_batch={math.gcd(own, cfg.micro_batch)} would do"
+        )
+
+
+def _check_rollouts(cfg) -> None:
+    """Options of the rollouts of a distillation that do not go together."""
+    if cfg.sink and cfg.sink + cfg.chunk > cfg.window:
+        raise ValueError(
+            f"window = {cfg.window} has no room for sink = {cfg.sink} and a chunk of {cfg.chunk}"
+        )
+    if cfg.sink_rope == "relative" and not cfg.sink:
+        raise ValueError("sink_rope = 'relative' needs a sink: give sink and window")
+    longer = cfg.rollout_frames
+    if longer:
+        with about("rollout_frames"):
+            chunk_sizes(longer, cfg.chunk, cfg.prefix)
+        if longer < cfg.frames:
+            raise ValueError(
+                f"rollout_frames = {longer} is less than frames = {cfg.frames}, which are scored"
+            )
+        if longer > cfg.frames and not cfg.vae:
+            raise ValueError("rollout_frames above frames needs the release of the VAE: name vae")
+    plain = not (cfg.levels_after or longer > cfg.frames) and cfg.clean_pass
+    if cfg.rollout == "data" and not plain:
+        raise ValueError(
+            "rollout = 'data' is the plain method's baseline: leave levels_after, clean_pass and "
+            "rollout_frames out"
         )
 
 
@@ -155,7 +195,9 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     if saved.is_dir():
         check_checkpoint(saved)
     known = read_metadata(saved)
-    before = known.get("training", {})
+    # What a run of an earlier version did not know, it did as is the default.
+    defaults = {option.name: option.default for option in fields(cfg)}
+    before = json.loads(json.dumps(defaults)) | known.get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))
     free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
     changed = [key for key, value in now.items() if before.get(key) != value and key not in free]

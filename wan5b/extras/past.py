@@ -19,6 +19,21 @@ class Commit(NamedTuple):
     latents: Tensor  # [B, C, T, H, W]
     context: Tensor  # the text at that
     chunk: int  # the generated chunk whose text that was
+    sigma: float | Tensor = 0.0  # of the latents, float or [B, T]: above 0 without a clean pass
+
+
+class Watched:
+    """A model that remembers what it was last shown."""
+
+    def __init__(self, model: Callable):
+        self.model = model
+        self.x = None
+        self.sigma = None
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, context: Tensor, **options) -> Tensor:
+        self.x = x
+        self.sigma = sigma
+        return self.model(x, sigma, context, **options)
 
 
 class Past:
@@ -39,22 +54,33 @@ class Past:
         self.frames = 0  # latent frames so far
         self.chunks = 0  # generated ones so far
 
-    def add(self, latents: Tensor, context: Tensor) -> None:
-        """Frames that the cache takes in next, with the text of the chunk at hand."""
-        self.commits.append(Commit(self.frames, latents.detach(), context, self.chunks))
+    def add(self, latents: Tensor, context: Tensor, sigma: float | Tensor = 0.0) -> None:
+        """Frames that the cache takes in next, with the text of the chunk at hand.
+
+        sigma: their level, where it is the last step that is taken in, not a clean pass.
+        """
+        self.commits.append(Commit(self.frames, latents.detach(), context, self.chunks, sigma))
         self.frames += latents.shape[2]
         if self.reach:
             self.commits = self._since(self.frames - self.reach)
 
     def taking_in(
-        self, made: Iterable[Tensor], cache: KVCache, inside: Tensor | None
+        self,
+        made: Iterable[Tensor],
+        cache: KVCache,
+        inside: Tensor | None,
+        watched: Watched | None = None,
     ) -> Iterator[Tensor]:
         """The chunks of a rollout [B, C, T, H, W], each of which is added before it is handed on.
 
-        inside: the prefix that is the first frames of the first one, if any.
+        inside: the prefix that is the first frames of the first one, if any. watched: the model,
+        if the cache keeps what it was last shown, for want of a clean pass.
         """
         for x0 in made:
-            self.add(x0 if inside is None else torch.cat([inside, x0], 2), cache.context)
+            if watched:
+                self.add(watched.x, cache.context, watched.sigma)
+            else:
+                self.add(x0 if inside is None else torch.cat([inside, x0], 2), cache.context)
             self.chunks += 1
             inside = None
             yield x0
@@ -63,7 +89,7 @@ class Past:
         """Make the cache's memory again by the same commits, with the same gaps between them."""
         for made in self.commits:
             cache.rewind(made.start)
-            commit(generator, made.latents, made.context, cache)
+            commit(generator, made.latents, made.context, cache, made.sigma)
 
     def recache(self, generator: Callable, cache: KVCache, context: Tensor) -> None:
         """Run sink and window again under another text (LongLive, arXiv 2509.22622): the next chunk

@@ -275,6 +275,10 @@ def describe(recipe: Recipe, sampler: dict) -> str:
     """How clips are made, in half a line. sampler: as of `how_sampled`."""
     words = ["chunk by chunk" if recipe.causal else "the whole clip at once"]
     words.append(f"{len(sampler['sigmas']) - 1} steps of {recipe.solver}")
+    if "sigmas_after" in sampler:
+        words[-1] += f" in the first chunk, {len(sampler['sigmas_after']) - 1} after"
+    if not recipe.clean_pass:
+        words.append("no clean pass")
     words += [f"shift {recipe.shift:g}", f"guidance {recipe.guidance:g}"]
     if recipe.causal:
         words.append(f"chunks of {recipe.chunk}")
@@ -369,6 +373,7 @@ def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
     """
     sampler = {"causal": recipe.causal, "solver": recipe.solver, "guidance": recipe.guidance}
     sampler["sigmas"] = recipe.sigmas(bool(prefix))
+    sampler |= recipe.chunk_options()
     frames = recipe.frames or FRAMES
     if not recipe.causal:
         chunks = chunk_plan(args.frames, prefix, 1, 0, default=frames)

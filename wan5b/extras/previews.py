@@ -56,6 +56,9 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = MODES[MADE_FOR.get(cfg.stage, "few")]
     how = {"causal": mode.causal, "solver": "renoise", "window": run.window, "seed": cfg.seed}
+    how |= {"sink": cfg.sink, "sink_rope": cfg.sink_rope}
+    if run.options:
+        how |= {"sigmas_after": run.options.after, "clean_pass": cfg.clean_pass}
     sigmas = run.sigmas
     if mode.guided:
         how |= {"solver": "euler", "guidance": cfg.sample_guidance}

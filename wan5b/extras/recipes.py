@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wan5b.dit import DiTConfig
 from wan5b.extras import untrusted
 from wan5b.extras.config import Options, at_least, made, one_of, types, within
 from wan5b.extras.formats import is_checkpoint, locate
@@ -23,6 +24,7 @@ from wan5b.extras.media import FPS, latent_frames
 from wan5b.extras.refusals import refuse_file
 from wan5b.extras.sampling import MODES, Mode
 from wan5b.flow import FEW_STEPS, SOLVERS, few_step_sigmas, sampling_sigmas
+from wan5b.stages import DISTILLATIONS
 from wan5b.util import read_json, reading
 from wan5b.weights import about, read_pickle
 
@@ -65,6 +67,8 @@ class Recipe(Options):
     steps: int = within(0, 1001, 0)
     image_steps: int = within(0, 1001, 0)  # behind an image or a video, in place of steps
     levels: tuple[float, ...] = ()  # in place of steps: within 1000 .. 0, not shifted yet
+    levels_after: tuple[float, ...] = ()  # of all chunks but the first, where they have others
+    clean_pass: bool = True  # False: the keys of a chunk's last step are kept as its context
     shift: float = within(1e-6, 1e6, 5.0)
     guidance: float = within(-1e6, 1e6, 1.0)  # scale of CFG; at 1 there is none
 
@@ -92,6 +96,15 @@ class Recipe(Options):
             return few_step_sigmas(self.levels, self.shift)
         steps = self.image_steps if prefix and self.image_steps else self.steps
         return sampling_sigmas(steps, self.shift)
+
+    def chunk_options(self) -> dict:
+        """Arguments of `generate` for what chunks may have of their own; empty for most recipes."""
+        options = {}
+        if self.levels_after:
+            options["sigmas_after"] = few_step_sigmas(self.levels_after, self.shift)
+        if not self.clean_pass:
+            options["clean_pass"] = False
+        return options
 
 
 class Found(NamedTuple):
@@ -139,6 +152,7 @@ def check_whole(recipe: Recipe) -> None:
     of_chunks = given & {"chunk", "prefix", "window", "sink", "cut_gap", "cut_prefix"}
     renoises = recipe.solver == "renoise"
     inside = recipe.image == "inside"
+    few_causal = recipe.causal and renoises
     room = recipe.window - max(recipe.chunk, recipe.prefix)  # as chunking.memory has it for a run
     cramped = (recipe.window or recipe.sink) and recipe.sink > room
 
@@ -148,6 +162,8 @@ def check_whole(recipe: Recipe) -> None:
         "guidance must be 1 with renoise": renoises and recipe.guidance != 1,
         "image_steps needs steps": recipe.image_steps and not recipe.steps,
         "causal needs chunk": recipe.causal and not recipe.chunk,
+        "levels_after needs causal and renoise": recipe.levels_after and not few_causal,
+        "clean_pass = false needs causal and renoise": not (recipe.clean_pass or few_causal),
         f"{', '.join(sorted(of_chunks))} needs causal": of_chunks and not recipe.causal,
         "sink_rope needs a sink": recipe.sink_rope != "absolute" and not recipe.sink,
         'image "inside" needs chunks of 2 or more': inside and recipe.chunk < 2,
@@ -162,6 +178,9 @@ def check_whole(recipe: Recipe) -> None:
     if recipe.levels:
         with about("levels"):
             few_step_sigmas(recipe.levels)
+    if recipe.levels_after:
+        with about("levels_after"):
+            few_step_sigmas(recipe.levels_after)
     if recipe.frames:
         with about("frames"):
             latent_frames(recipe.frames)
@@ -191,7 +210,33 @@ def in_mode(recipe: Recipe, mode: Mode) -> Recipe:
         changes["cut_prefix"] = ""
         changes["sink_rope"] = "absolute"
         changes["image"] = recipe.image.replace("inside", "front")
+    # What chunks of few levels may have of their own.
+    if not (mode.causal and mode.solver == "renoise"):
+        changes |= {"levels_after": (), "clean_pass": True}
     return replace(recipe, **changes)
+
+
+def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
+    """What a checkpoint or export of train.py says of itself; `from_metadata` goes by it.
+
+    cfg: train.py's Config. data: digests of what the run read. What is not used is not there.
+    """
+    said = {
+        "stage": cfg.stage,
+        "step": step,
+        "levels": cfg.levels,
+        "shift": cfg.shift,
+        "chunk": cfg.chunk,
+        "prefix": cfg.prefix or None,
+        "window": cfg.window or None,
+    }
+    if cfg.stage in DISTILLATIONS and cfg.sink:
+        said |= {"sink": cfg.sink, "sink_rope": cfg.sink_rope}
+    if cfg.stage not in MADE_FOR and cfg.levels_after:
+        said["levels_after"] = cfg.levels_after
+    if cfg.stage not in MADE_FOR and not cfg.clean_pass:
+        said["clean_pass"] = False
+    return said | {"config": asdict(sizes), "training": asdict(cfg), "data": data}
 
 
 def from_metadata(said: dict) -> Recipe | None:
@@ -222,6 +267,9 @@ def from_metadata(said: dict) -> Recipe | None:
     if not causal:
         for name in ("chunk", "prefix", "window", "sink", "sink_rope"):
             values.pop(name, None)
+    if not causal or solver != "renoise":
+        values.pop("levels_after", None)
+        values.pop("clean_pass", None)
     if solver == "renoise":
         values["steps"] = values["image_steps"] = 0
     elif values.get("steps") or "solver" not in values:
@@ -229,7 +277,8 @@ def from_metadata(said: dict) -> Recipe | None:
 
     # The rest is as the stage's mode has it. `made` takes lists, as they come from files.
     usual = asdict(in_mode(Recipe(), mode))
-    usual["levels"] = list(usual["levels"])
+    for name in ("levels", "levels_after"):
+        usual[name] = list(usual[name])
     if not causal:
         usual["chunk"] = 0
     return made(Recipe, usual | values)

@@ -35,7 +35,7 @@ class State(NamedTuple):
 
     # The clip's record, and: weights and vae (their fingerprints), video (the mp4's name), begins
     # (what it is known by), pictures in it, chunks, commits [[first frame, frames, chunk], ...],
-    # tail (frames of each piece).
+    # tail (frames of each piece); without a clean pass levels (of each commit, float or [1, T]).
     about: dict
     latents: Tensor  # of all commits, [1, C, T, H, W]
     tail: Tensor  # of all pieces
@@ -155,6 +155,8 @@ class KeptProgress(Progress):
         tail = [piece.shape[2] for piece in moment.tail]
         about = self.record | moment.counts
         about |= {"video": video.name, "commits": commits, "tail": tail}
+        if any(torch.as_tensor(made.sigma).any() for made in moment.commits):
+            about["levels"] = [torch.as_tensor(made.sigma).tolist() for made in moment.commits]
         about["vae"] = self.vae
         about["begins"] = remux.known_by(video, min(moment.counts["pictures"], KNOWN_BY))
 
@@ -186,8 +188,12 @@ class KeptProgress(Progress):
         self.past.chunks = about["chunks"]
         place = self.contexts[0].device
         parts = state.latents.split(sizes(about["commits"]), 2)
-        for (start, frames, chunk), part in zip(about["commits"], parts, strict=True):
-            self.past.commits.append(Commit(start, part.to(place), self.contexts[chunk], chunk))
+        levels = about.get("levels") or [0.0] * len(parts)
+        for commit, part, level in zip(about["commits"], parts, levels, strict=True):
+            start, frames, chunk = commit
+            sigma = level if isinstance(level, float) else torch.tensor(level, dtype=torch.float64)
+            made = Commit(start, part.to(place), self.contexts[chunk], chunk, sigma)
+            self.past.commits.append(made)
             self.past.frames = start + frames
         try:
             self.draws.set_state(state.draws)
@@ -342,10 +348,22 @@ def read_state(path: str | Path) -> State:
             about["pictures"] > 0 and isinstance(about["begins"], str) and about["begins"],
             all(name in about for name in ("size", "sampler", "weights", "vae")),
             finite(state.latents) and finite(state.tail),
+            all(map(is_level, about.get("levels", []), sizes(about["commits"]))),
+            len(about.get("levels", about["commits"])) == len(about["commits"]),
         ]
         if not all(fits):
             raise ValueError("its parts contradict each other")
         return state
+
+
+def is_level(level: object, frames: int) -> bool:
+    """Whether this is a level for so many frames, as a state has it: a float, or [[float, ...]]."""
+    numbers = [level]
+    if isinstance(level, list):
+        numbers = sum(level, []) if len(level) == 1 else []
+        if len(numbers) != frames:
+            return False
+    return all(isinstance(number, float) and 0 <= number <= 1 for number in numbers)
 
 
 def decoder_reach(vae) -> int:

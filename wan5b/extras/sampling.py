@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wan5b.distill import behind, guided, rollout, split_prefix
-from wan5b.extras.past import Past
+from wan5b.extras.past import Past, Watched
 from wan5b.flow import solve
 from wan5b.kvcache import KVCache
 from wan5b.util import rng
@@ -69,6 +69,8 @@ def generate(
     endless: bool = False,
     past: Past | None = None,
     draws: torch.Generator | None = None,
+    sigmas_after: list[float] | None = None,
+    clean_pass: bool = True,
     new_cache: Callable = KVCache,
 ) -> Iterator[Tensor]:
     """Latents [B, C, T, H, W] of clips, piece by piece: the prefix first, if any, then every chunk
@@ -89,6 +91,7 @@ def generate(
     - endless: noise that never ends. Needs a window; chunks: the sizes that occur.
     - past: takes what the memory is made of; of one that has chunks the video goes on, with noise
       and contexts of those that are left, and no prefix.
+    - sigmas_after: levels of all chunks but the video's first; clean_pass: as in `rollout`.
     """
     going_on = past is not None and past.frames > 0
     assert not (going_on and (prefix is not None or cuts)), "a video goes on as it is"
@@ -123,6 +126,10 @@ def generate(
     cache = new_cache(model.cfg, *sizes, window, sink, text.device, text.dtype, sink_rope)
     cache.reset()
 
+    # Without a clean pass it holds what the last steps saw, which is then what makes it again.
+    watched = None if clean_pass else Watched(field)
+    field = watched or field
+
     # What it holds is made again where the video goes on, or anew where the text changes.
     if going_on:
         past.refill(field, cache)
@@ -135,10 +142,13 @@ def generate(
         for part in split_prefix(prefix, chunks):
             past.add(part, text)
     how = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
+    how["clean_pass"] = clean_pass
+    if sigmas_after:
+        sigmas = chain([] if past.chunks else [sigmas], repeat(sigmas_after))
     made = rollout(field, pieces, texts, sigmas, chunks, cache, solver=solver, **how)
     # Asked for one more than there are, it would commit the last one for nothing.
     made = made if endless else islice(made, len(chunks))
-    yield from past.taking_in(made, cache, inside)
+    yield from past.taking_in(made, cache, inside, watched)
 
 
 def drawn_from(draws: torch.Generator) -> Callable:
