@@ -25,11 +25,11 @@ from tqdm import tqdm
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import log
+from wan5b.extras import gan, log, phases
 from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
 from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
 from wan5b.extras.cli import DEVICES, script
-from wan5b.extras.config import Options, at_least, one_of, path, read, within
+from wan5b.extras.config import at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import sample_videos
@@ -47,8 +47,11 @@ SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_se
 
 
 @dataclass(frozen=True)
-class Config(Options):
-    """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
+class Config(phases.MethodOptions):
+    """One run. Paths are of folders made by prepare.py, of a release, or of an export.
+
+    The keys of the GAN branch and of Data-Forcing stand in extras/phases.py.
+    """
 
     stage: str = one_of(STAGES, "")
     out: str = path()
@@ -56,7 +59,7 @@ class Config(Options):
     weights: str = path()  # where the trained network starts; empty: random weights of `preset`
     preset: str = one_of(PRESETS, "tiny")
     teacher: str = path()  # dmd, sid: the frozen network; the critic starts from it too
-    latents: str = path()  # teacher, ar; dmd and sid with prefix = 1
+    latents: str = path()  # teacher, ar; dmd, sid with prefix = 1; dmd with keys of extras/phases
     trajectories: str = path()  # ode
     vae: str = path()  # for sample videos
     negative: str = NEGATIVE_PROMPT
@@ -149,12 +152,12 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     teacher, _ = network(cfg, world, scored, *scores)
     teacher.requires_grad_(False)
     critic, initial = network(cfg, world, scored, *scores)
-    optimizers["critic"] = optimizer(critic, initial, False)
+    optimizers["critic"] = optimizer(critic, initial | gan.attach(cfg, world, critic), False)
     tokens = generator.cfg.tokens_per_frame(cfg.height, cfg.width)
     sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
-    dtype = getattr(torch, cfg.dtype)
-    cache = KVCache(generator.cfg, *sizes, device=world.device, dtype=dtype)
-    return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
+    cache = KVCache(generator.cfg, *sizes, device=world.device, dtype=getattr(torch, cfg.dtype))
+    distilled = {"critic": critic, "teacher": teacher, "cache": cache, "phases": phases.of(cfg)}
+    return Run(cfg, world, data, budget, generator, optimizers, **distilled)
 
 
 def network(

@@ -14,6 +14,7 @@ from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras.digest import digest
 from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.gan import layers_read
 from wan5b.extras.untrusted import NUMBER, checked, each
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
@@ -31,9 +32,12 @@ ONLY_IN = {
     "alpha": ("sid",),
     "forcing": ("ar", "ode"),
     "split_attention": ("ar", "ode"),
+    **dict.fromkeys(("data_forcing", "gan_weight"), ("dmd",)),
     "window": STAGES[1:],
 }
 READS = ("text", "latents", "trajectories", "weights", "teacher")
+# What has an effect beside gan_weight only.
+OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_layers")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
@@ -53,6 +57,12 @@ def check_config(cfg, world: World) -> None:
     if distilling and (cfg.prefix or cfg.rollout == "data") and not cfg.latents:
         raise ValueError(
             "prefix = 1 and rollout = 'data' take frames from real clips: name latents"
+        )
+    if cfg.with_real_clips and not cfg.latents:
+        raise ValueError("gan_weight and data_forcing take real clips: name latents")
+    if cfg.data_forcing > 1:
+        raise ValueError(
+            f"data_forcing is a share of the generator's steps, 0 to 1, got {cfg.data_forcing}"
         )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
@@ -78,6 +88,9 @@ def note_ignored(cfg, rank: int) -> None:
     ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
     if ignored and rank == 0:
         print(f"note: {', '.join(ignored)} has no effect in stage {cfg.stage}", file=sys.stderr)
+    alone = [key for key in given if key in OF_GAN and not cfg.gan_weight]
+    if alone and rank == 0:
+        print(f"note: {', '.join(alone)} has no effect without gan_weight", file=sys.stderr)
 
 
 def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -> None:
@@ -86,6 +99,8 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     Process 0 says what in the config has no effect.
     """
     model.tokens_per_frame(cfg.height, cfg.width)
+    if cfg.with_gan:
+        layers_read(cfg.gan_layers, scores.num_layers)
     _check_stages(cfg)
     takes = (model.text_dim, model.text_len)
     other = (scores.text_dim, scores.text_len)
@@ -153,7 +168,9 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     if saved.is_dir():
         check_checkpoint(saved)
     known = read_metadata(saved)
-    before = known.get("training", {})
+    # A key that came after the checkpoint had its default before.
+    defaults = {option.name: option.default for option in fields(cfg)}
+    before = json.loads(json.dumps(defaults)) | known.get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))
     free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
     changed = [key for key, value in now.items() if before.get(key) != value and key not in free]
