@@ -24,11 +24,11 @@ from tqdm import tqdm
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import checkpoints, log
+from wan5b.extras import checkpoints, gan, log, phases
 from wan5b.extras.budget import Meter, afford, expected, free, peak
 from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
 from wan5b.extras.cli import DEVICES, script
-from wan5b.extras.config import Options, at_least, one_of, path, read, within
+from wan5b.extras.config import at_least, one_of, path, read, within
 from wan5b.extras.formats import open_dit
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import open_vae, sample_videos
@@ -44,8 +44,11 @@ from wan5b.weights import fill, save_dit
 
 
 @dataclass(frozen=True)
-class Config(Options):
-    """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
+class Config(phases.MethodOptions):
+    """One run. Paths are of folders made by prepare.py, of a release, or of an export.
+
+    The keys of the GAN branch and of Data-Forcing stand in extras/phases.py.
+    """
 
     stage: str = one_of(STAGES, "")
     out: str = path()
@@ -53,7 +56,7 @@ class Config(Options):
     weights: str = path()  # where the trained network starts; empty: random weights of `preset`
     preset: str = one_of(PRESETS, "tiny")
     teacher: str = path()  # dmd, sid: the frozen network; the critic starts from it too
-    latents: str = path()  # teacher, ar; dmd and sid with prefix = 1
+    latents: str = path()  # teacher, ar; dmd, sid with prefix = 1; dmd with keys of extras/phases
     trajectories: str = path()  # ode
     vae: str = path()  # for sample videos
     negative: str = NEGATIVE_PROMPT
@@ -151,9 +154,11 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     teacher, _ = network(cfg, world, scored, *scores)
     teacher.requires_grad_(False)
     critic, initial = network(cfg, world, scored, *scores)
-    optimizers["critic"] = optimizer(critic, initial, False)
-    cache = new_cache(cfg, generator.cfg, world)
-    return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache, options)
+    optimizers["critic"] = optimizer(critic, initial | gan.attach(cfg, world, critic), False)
+    run = Run(cfg, world, data, budget, generator, optimizers, critic, teacher, options=options)
+    run.cache = new_cache(cfg, generator.cfg, world)
+    run.phases = phases.of(cfg)
+    return run
 
 
 def network(

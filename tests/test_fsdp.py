@@ -36,6 +36,16 @@ from wan5b.extras.checks import check_config
 
 STEPS = {"ar": 2, "ode": 2, "dmd": 4, "sid": 2}
 STAGES = tuple(STEPS)
+# dmd with all that the GAN branch and Data-Forcing have.
+GAN = {
+    "steps": 2,
+    "ratio": 1,
+    "gan_weight": 0.5,
+    "gan_critic_weight": 0.5,
+    "gan_r1": 0.01,
+    "gan_r2": 0.01,
+    "data_forcing": 0.5,
+}
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two CUDA devices")
 PLACES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])]
 
@@ -168,6 +178,7 @@ def two(data, place, tmp_path_factory):
     jobs.append(job("nan", values(data, "ar", folder / "nan", **common)))
     half = common | {"dtype": "bfloat16", "steps": 2, "offload": True}
     jobs.append(job("train", values(data, "ar", folder / "half", **half)))
+    jobs.append(job("train", values(data, "dmd", folder / "gan", **common, **GAN)))
     jobs.append(job("sigterm", values(data, "dmd", folder / "sigterm", **common)))
     results = torchrun(2, folder, jobs)
 
@@ -188,6 +199,7 @@ def one(data, place, tmp_path_factory):
     exports = {}
     for stage, steps in STEPS.items():
         exports[stage] = finish(config(data, stage, folder / stage, steps=steps, **common))
+    finish(config(data, "dmd", folder / "gan", **common, **GAN))
     return folder, exports
 
 
@@ -205,6 +217,18 @@ def test_two_processes_are_one(two, one, stage):
     rows = zip(read_metrics(two[0] / stage), read_metrics(one[0] / stage), strict=True)
     for a, b in rows:
         assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
+
+
+def test_two_processes_are_one_with_a_gan(two, one):
+    """The classifier is sharded, trained and saved with the critic."""
+    states = [checkpoint_state(runs[0] / "gan/step-0000002") for runs in (two, one)]
+    for network in ("generator.master", "critic.master", "critic.master.classifier"):
+        parts = [{n: x for n, x in state.items() if n.startswith(network)} for state in states]
+        assert parts[0]
+        assert apart(*parts) < 1e-2
+    rows = zip(read_metrics(two[0] / "gan"), read_metrics(one[0] / "gan"), strict=True)
+    for a, b in rows:
+        assert without_std(a) == pytest.approx(without_std(b), rel=1e-3, abs=1e-5)
 
 
 def test_exit_levels_are_the_same_on_all_ranks(two):

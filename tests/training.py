@@ -82,7 +82,8 @@ def values(data: Path, stage: str, out="unused", /, **changes) -> dict:
         "keep": 9,
     }
     real_frames = changes.get("prefix") or changes.get("rollout") == "data"
-    if stage in ("teacher", "ar") or real_frames:
+    real_clips = changes.get("gan_weight") or changes.get("data_forcing")
+    if stage in ("teacher", "ar") or real_frames or real_clips:
         given["latents"] = str(data / "latents")
     if stage == "ode":
         given["trajectories"] = str(data / "ode")

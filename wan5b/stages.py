@@ -40,7 +40,8 @@ class Run:
 
     cfg: train.py's Config. world: fsdp.World. optimizers: optim.AdamW by the name of what they
     move. critic, teacher and cache are those of distillations. options: of rollouts, where they are
-    not all like the plain method's (extras/rollouts.py).
+    not all like the plain method's (extras/rollouts.py). phases: of an iteration, where they are
+    not those that PHASES has for the stage (extras/phases.py).
     """
 
     cfg: Any
@@ -53,6 +54,7 @@ class Run:
     teacher: WanDiT | None = None
     cache: KVCache | None = None
     options: Any = None
+    phases: list["Phase"] | None = None
 
     def __post_init__(self):
         cfg = self.cfg
@@ -146,8 +148,7 @@ def ar_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     x0, noise, sigma, context = flow_example(run, batch, levels=len(run.layout))
     clean = x0 if run.cfg.forcing == "teacher" else None
     noisy = add_noise(x0, noise, sigma)
-    options = {"chunks": run.layout, "window": run.window, "clean": clean}
-    v = run.generator(noisy, sigma, context, **options)
+    v = run.generator(noisy, sigma, context, chunks=run.layout, window=run.window, clean=clean)
     return backward(flow_loss(run, v, x0, noise, sigma))
 
 
@@ -165,8 +166,7 @@ def flow_example(run: Run, batch: Batch, levels: int) -> tuple[Tensor, Tensor, T
 def flow_loss(run: Run, v: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """mean((v - (noise - x0))^2) behind the prefix, weighted over levels with `bell`."""
     cfg = run.cfg
-    error = (v.float() - (noise - x0)).square().mean((1, 3, 4))  # [B, T]
-    error = error[:, cfg.prefix :]
+    error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.prefix :]  # [B, T]
     if cfg.bell:
         error = error * ar_loss_weight(sigma[:, cfg.prefix :], cfg.shift)
     return error.mean()
@@ -244,7 +244,8 @@ def dmd_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     # 2. Noise it to one random level. 3. Score it with the critic and the teacher.
     with torch.no_grad():
         noised = noise_again(run, batch, rolled)
-        fake, real, real_uncond = score(run, batch, noised, x0.shape[2])
+        fake = estimate(run.critic, noised, batch.context, x0.shape[2])
+        real, real_uncond = teach(run, batch, noised, x0.shape[2])
 
     # 4. The DMD gradient, as a loss in x0 alone.
     gradient = dmd_gradient(x0, fake, real, real_uncond, run.cfg.guidance)
@@ -262,36 +263,39 @@ def sid_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """Score identity distillation on its own rollouts: as `dmd_step`, but the loss's gradient in x0
     runs through the critic and the teacher.
     """
-    cfg = run.cfg
     rolled = roll_out(run, batch)
     x0 = rolled.x0.requires_grad_()
     noised = noise_again(run, batch, rolled)
-    fake, real, real_uncond = score(run, batch, noised, x0.shape[2])
-    loss = sid_loss(x0, fake, real, real_uncond, cfg.guidance, cfg.alpha)
+    fake = estimate(run.critic, noised, batch.context, x0.shape[2])
+    real, real_uncond = teach(run, batch, noised, x0.shape[2])
+    loss = sid_loss(x0, fake, real, real_uncond, run.cfg.guidance, run.cfg.alpha)
     into_weights(run, batch, rolled, loss)
-    gradient = dmd_gradient(x0, fake, real, real_uncond, cfg.guidance)
+    gradient = dmd_gradient(x0, fake, real, real_uncond, run.cfg.guidance)
     return {"loss": loss.detach().float()} | health(rolled, gradient)
 
 
 def critic_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """Flow matching of the critic on the generator's rollouts (DMD2, arXiv 2405.14867)."""
     rolled = roll_out(run, batch)
-    x0 = rolled.x0
     noised = noise_again(run, batch, rolled)
-    frames = x0.shape[2]
-    v = run.critic(noised.xs, noised.sigma, batch.context)[:, :, -frames:]
-    noise = noised.noise[:, :, -frames:]
-    loss = critic_loss(v, x0, noise)
+    v = run.critic(noised.xs, noised.sigma, batch.context)
+    loss, figures = critic_figures(rolled, noised, v)
     loss.backward()
+    return figures
+
+
+def critic_figures(rolled: Rolled, noised: Noised, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's loss for its velocity v of the whole sequence, and what is worth a look."""
+    x0 = rolled.x0
+    v = v[:, :, -x0.shape[2] :]
+    noise = noised.noise[:, :, -x0.shape[2] :]
+    loss = critic_loss(v, x0, noise)
 
     # The loss at high levels is critic_high / critic_share_high: a micro-batch may have none.
     error = (v.detach().float() - (noise - x0)).square().mean((1, 2, 3, 4))
     high = (noised.sigma[:, -1] > 0.8).float()
-    return {
-        "critic_loss": loss.detach(),
-        "critic_high": (high * error).mean(),
-        "critic_share_high": high.mean(),
-    }
+    figures = {"critic_loss": loss.detach(), "critic_high": (high * error).mean()}
+    return loss, figures | {"critic_share_high": high.mean()}
 
 
 @torch.no_grad()
@@ -348,19 +352,19 @@ def noise_again(run: Run, batch: Batch, rolled: Rolled) -> Noised:
     return Noised(add_noise(whole, noise, sigma), sigma, noise)
 
 
-def score(run: Run, batch: Batch, noised: Noised, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 of the last frames as the critic sees it, and the teacher with text and without."""
+def estimate(network: WanDiT, noised: Noised, context: Tensor, frames: int) -> Tensor:
+    """x0 of the last frames as a network sees it."""
+    v = network(noised.xs, noised.sigma, context)
+    return x0_from_v(noised.xs, v, noised.sigma)[:, :, -frames:]
 
-    def estimate(network: WanDiT, context: Tensor) -> Tensor:
-        v = network(noised.xs, noised.sigma, context)
-        return x0_from_v(noised.xs, v, noised.sigma)[:, :, -frames:]
 
-    fake = estimate(run.critic, batch.context)
-    real = estimate(run.teacher, batch.context)
+def teach(run: Run, batch: Batch, noised: Noised, frames: int) -> tuple[Tensor, Tensor]:
+    """x0 of the last frames as the teacher sees it, with text and without."""
+    real = estimate(run.teacher, noised, batch.context, frames)
     if not run.cfg.guidance:
-        return fake, real, real
+        return real, real
     negative = run.context([run.cfg.negative] * len(batch.items))
-    return fake, real, estimate(run.teacher, negative)
+    return real, estimate(run.teacher, noised, negative, frames)
 
 
 def into_weights(run: Run, batch: Batch, rolled: Rolled, loss: Tensor) -> None:
@@ -417,7 +421,7 @@ def iteration(run: Run, step: int) -> dict[str, Tensor]:
     """
     metrics = {}
     moved = False
-    for phase in PHASES[run.cfg.stage]:
+    for phase in run.phases or PHASES[run.cfg.stage]:
         rests = run.critic is not None and step % run.cfg.ratio != 0
         if phase.moves == "generator" and rests:
             continue

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from wan5b.dit import DiTConfig, WanDiT
+from wan5b.extras.gan import Classifier, layers_read
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
@@ -91,11 +92,14 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
     dtype = getattr(torch, cfg.dtype)
     size = dtype.itemsize
     generator = parameters(model) / world.shards
-    critic = parameters(scores) / world.shards if scores else 0
+    teacher = parameters(scores) / world.shards if scores else 0
+    critic = teacher
+    if cfg.with_gan:
+        critic += classifier_parameters(scores) / world.shards
     copies = 2 if world.size > world.shards else 1
 
     device = {
-        "weights": size * (generator + 2 * critic),
+        "weights": size * (generator + critic + teacher),
         "gradients": 4 * max(generator, critic) * copies,
     }
     host = {}
@@ -166,11 +170,18 @@ def activations(
             common["keys"] = halves * seen if cfg.split_attention else 0
         return Backward(halves * tokens, **common).activations(model)
 
-    # The critic's step; for SiD its forward and both of the teacher's are in one graph.
+    # The critic's step; for SiD its forward and both of the teacher's are in one graph. With a GAN
+    # those of rollouts and clips are, and of what R1 and R2 look at; the first of them to go back
+    # already brings all gradients of weights.
     graphs = 1
+    late = common["late"]
     if cfg.stage == "sid":
         graphs = 3 if cfg.guidance else 2
-    scored = Backward(tokens, graphs=graphs, **common).activations(scores)
+    if cfg.with_gan:
+        graphs = 2 + (cfg.gan_r1 > 0) + (cfg.gan_r2 > 0)
+        late = 0
+    options = common | {"graphs": graphs, "late": late}
+    scored = Backward(tokens, **options).activations(scores)
 
     # The replay, which copies the committed keys that its chunks see.
     replayed = Backward(tokens, keys=seen - tokens, **common).activations(model)
@@ -180,6 +191,13 @@ def activations(
 def parameters(cfg: DiTConfig) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in WanDiT(cfg).parameters())
+
+
+def classifier_parameters(cfg: DiTConfig) -> int:
+    """Of the GAN branch of a critic of these sizes."""
+    with torch.device("meta"):
+        classifier = Classifier(cfg, layers_read((), cfg.num_layers))
+        return sum(p.numel() for p in classifier.parameters())
 
 
 def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
@@ -284,6 +302,17 @@ class FlopCount:
 
     def watch(self, model: WanDiT) -> None:
         model.register_forward_pre_hook(self._count, with_kwargs=True)
+        for part in model.children():
+            if isinstance(part, Classifier):
+                part.register_forward_pre_hook(self._count_classifier)
+
+    def _count_classifier(self, classifier: Classifier, args: tuple[list[Tensor]]) -> None:
+        """Before it reads: keys and values of all tokens; the rest is nothing beside them."""
+        linear = sum(4 * features.numel() * classifier.cfg.dim for features in args[0])
+        self.done += linear
+        if torch.is_grad_enabled():
+            # Recomputed or not, and the two products of a layer's backward.
+            self.done += (classifier.checkpointing + 2) * linear
 
     def _count(self, model: WanDiT, args: tuple, options: Mapping) -> None:
         """Before a forward: add its FLOP, and with grad the recomputation's and the backward's to

@@ -15,6 +15,7 @@ from wan5b.dit import DiTConfig
 from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import digest
 from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.gan import layers_read
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
 from wan5b.flow import few_step_sigmas
@@ -34,11 +35,14 @@ ONLY_IN = {
     "alpha": ("sid",),
     "forcing": ("ar", "ode"),
     "split_attention": ("ar", "ode"),
+    **dict.fromkeys(("data_forcing", "gan_weight"), ("dmd",)),
     "window": STAGES[1:],
     **dict.fromkeys(("rollout_frames", "sink", "sink_rope"), DISTILLATIONS),
     **dict.fromkeys(("levels_after", "clean_pass"), ("ode", *DISTILLATIONS)),
 }
 READS = ("text", "latents", "trajectories", "weights", "teacher")
+# What has an effect beside gan_weight only.
+OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_layers")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
@@ -58,6 +62,12 @@ def check_config(cfg, world: World) -> None:
     if distilling and (cfg.prefix or cfg.rollout == "data") and not cfg.latents:
         raise ValueError(
             "prefix = 1 and rollout = 'data' take frames from real clips: name latents"
+        )
+    if cfg.with_real_clips and not cfg.latents:
+        raise ValueError("gan_weight and data_forcing take real clips: name latents")
+    if cfg.data_forcing > 1:
+        raise ValueError(
+            f"data_forcing is a share of the generator's steps, 0 to 1, got {cfg.data_forcing}"
         )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
@@ -120,6 +130,9 @@ def note_ignored(cfg, rank: int) -> None:
     ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
     if ignored and rank == 0:
         print(f"note: {', '.join(ignored)} has no effect in stage {cfg.stage}", file=sys.stderr)
+    alone = [key for key in given if key in OF_GAN and not cfg.gan_weight]
+    if alone and rank == 0:
+        print(f"note: {', '.join(alone)} has no effect without gan_weight", file=sys.stderr)
 
 
 def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -> None:
@@ -128,6 +141,8 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     Process 0 says what in the config has no effect.
     """
     model.tokens_per_frame(cfg.height, cfg.width)
+    if cfg.with_gan:
+        layers_read(cfg.gan_layers, scores.num_layers)
     _check_stages(cfg)
     takes = (model.text_dim, model.text_len)
     other = (scores.text_dim, scores.text_len)
