@@ -25,11 +25,11 @@ from tqdm import tqdm
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import log
+from wan5b.extras import adapters, log
 from wan5b.extras.budget import GIB, FlopCount, afford, expected, free, matmul_rate, memory_gib
 from wan5b.extras.checks import check_config, check_finished, check_fit, check_unchanged, held_by
 from wan5b.extras.cli import DEVICES, script
-from wan5b.extras.config import Options, at_least, one_of, path, read, within
+from wan5b.extras.config import at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import sample_videos
@@ -47,8 +47,10 @@ SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_se
 
 
 @dataclass(frozen=True)
-class Config(Options):
-    """One run. Paths are of folders made by prepare.py, of a release, or of an export."""
+class Config(adapters.LoraOptions):
+    """One run. Paths are of folders made by prepare.py, of a release, or of an export. Its keys
+    of LoRA stand in extras/adapters.py.
+    """
 
     stage: str = one_of(STAGES, "")
     out: str = path()
@@ -140,15 +142,16 @@ def build(cfg: Config, world: fsdp.World) -> Run:
         # The rate is set before every step.
         return AdamW(model, world, initial, 0.0, betas, cfg.weight_decay, ema=ema, storage=storage)
 
-    generator, initial = network(cfg, world, cfg.weights, *start)
+    # As `network` makes them, or with lora over one base.
+    make = adapters.maker(network, cfg, world, start)
+    generator, initial = make(cfg.weights, *start)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
     if not distilling:
         return Run(cfg, world, data, budget, generator, optimizers)
 
     scored = cfg.teacher or cfg.weights
-    teacher, _ = network(cfg, world, scored, *scores)
-    teacher.requires_grad_(False)
-    critic, initial = network(cfg, world, scored, *scores)
+    teacher, _ = make(scored, *scores, trained=False)
+    critic, initial = make(scored, *scores)
     optimizers["critic"] = optimizer(critic, initial, False)
     tokens = generator.cfg.tokens_per_frame(cfg.height, cfg.width)
     sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
@@ -158,14 +161,14 @@ def build(cfg: Config, world: fsdp.World) -> Run:
 
 
 def network(
-    cfg: Config, world: fsdp.World, path: str, sizes: DiTConfig, tensors: dict
+    cfg: Config, world: fsdp.World, path: str, sizes: DiTConfig, tensors: dict, trained: bool = True
 ) -> tuple[WanDiT, dict]:
     """A sharded network in the compute dtype, and what it was filled from: if nothing, random."""
     if not tensors:
         tensors = WanDiT(sizes).init_weights(rng("cpu", cfg.seed, "init")).state_dict()
     with torch.device("meta"):
         model = WanDiT(sizes).to(getattr(torch, cfg.dtype))
-    model = world.shard(model)
+    model = world.shard(model.requires_grad_(trained)).to_empty(device=world.device)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
     arrange(model, cfg.keep_attention, cfg.split_attention)
@@ -279,12 +282,12 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
 
 def export(run: Run, final: Path, data: dict[str, str]) -> None:
     """The generator's average, if kept, else its masters, as one file; all processes take part."""
-    result = run.optimizers["generator"].result
+    said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data)
+    model, result = adapters.merged(run, final, said)
     if run.world.rank == 0:
-        said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data)
-        save_dit(run.generator, final, said, value=result)
+        save_dit(model, final, said, value=result)
         return
-    for name in run.generator.state_dict():
+    for name in model.state_dict():
         result(name)
 
 

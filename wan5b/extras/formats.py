@@ -13,7 +13,6 @@ and its sizes under "config". From there all go the same strict way through weig
 What can't be run is refused by its name (refusals.py).
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,13 +25,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wan5b import fsdp, weights
+from wan5b import weights
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import layouts, lora, untrusted
+from wan5b.extras.checkpoints import INDEX, check_checkpoint, is_checkpoint
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.exports import export_diffusers as export_diffusers  # one of the public names
 from wan5b.extras.layouts import Kind
-from wan5b.extras.refusals import refuse_file, refuse_held, refuse_sizes
+from wan5b.extras.refusals import refuse, refuse_file, refuse_held, refuse_sizes
 from wan5b.fsdp import read_facts, read_weights
 from wan5b.t5 import T5Config, T5Encoder, Tokenizer
 from wan5b.util import read_json
@@ -72,7 +72,6 @@ STAGE = re.compile(
     r"encoder\.downsamples\.(?P<stage>\d+)\.downsamples\.(?P<block>\d+)\."
     r"(?P<layer>residual\.2|time_conv)\.weight"
 )
-CHECKPOINT = ".metadata"  # the index that torch.distributed.checkpoint writes into its folder
 # Where trainers keep the weights that they mean to be used, the most wanted first.
 PARTS = (
     *("generator_ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema"),
@@ -94,7 +93,8 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
         held = _of(path, read_weights(path))
-        return Source(path / CHECKPOINT, held, facts | {"config": config})
+        refuse(path, held)  # one of adapters alone
+        return Source(path / INDEX, held, facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:
         return source
@@ -202,23 +202,6 @@ def _config_beside(file: Path, kind: Kind) -> dict:
     if kind != "dit":
         return {}
     return untrusted.checked(beside, named, untrusted.CONFIG)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether this is a checkpoint folder of train.py, perhaps a link to one, or a copy."""
-    named = re.match("step-[0-9]+", os.path.basename(os.path.realpath(path)))
-    return named is not None and (path / CHECKPOINT).is_file()
-
-
-def check_checkpoint(path: Path, prefix: str = "") -> None:
-    """ValueError if the index of a checkpoint cannot be true, or a tensor is damaged.
-
-    prefix: of the names of the tensors that are looked at.
-    """
-    with fsdp.opening(path):
-        index = fsdp.Reader(path).read_metadata()
-        untrusted.check_index(path, index)
-        untrusted.check_sums(path, index, prefix)
 
 
 def _read_part(path: Path, part: str) -> dict[str, Tensor]:
