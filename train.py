@@ -24,7 +24,7 @@ from tqdm import tqdm
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import checkpoints, gan, log, phases
+from wan5b.extras import adapters, checkpoints, gan, log, phases
 from wan5b.extras.budget import Meter, afford, expected, free, peak
 from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
 from wan5b.extras.cli import DEVICES, script
@@ -44,10 +44,11 @@ from wan5b.weights import fill, save_dit
 
 
 @dataclass(frozen=True)
-class Config(phases.MethodOptions):
+class Config(phases.MethodOptions, adapters.LoraOptions):
     """One run. Paths are of folders made by prepare.py, of a release, or of an export.
 
-    The keys of the GAN branch and of Data-Forcing stand in extras/phases.py.
+    The keys of LoRA stand in extras/adapters.py, those of the GAN branch and of Data-Forcing in
+    extras/phases.py.
     """
 
     stage: str = one_of(STAGES, "")
@@ -144,16 +145,17 @@ def build(cfg: Config, world: fsdp.World) -> Run:
         # The rate is set before every step.
         return AdamW(model, world, initial, 0.0, betas, cfg.weight_decay, ema=ema, storage=storage)
 
-    generator, initial = network(cfg, world, cfg.weights, *start)
+    # As `network` makes them, or with lora over one base.
+    make = adapters.maker(network, cfg, world, start)
+    generator, initial = make(cfg.weights, *start)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
     options = rollouts(cfg, world)
     if not distilling:
         return Run(cfg, world, data, budget, generator, optimizers, options=options)
 
     scored = cfg.teacher or cfg.weights
-    teacher, _ = network(cfg, world, scored, *scores)
-    teacher.requires_grad_(False)
-    critic, initial = network(cfg, world, scored, *scores)
+    teacher, _ = make(scored, *scores, trained=False)
+    critic, initial = make(scored, *scores)
     optimizers["critic"] = optimizer(critic, initial | gan.attach(cfg, world, critic), False)
     run = Run(cfg, world, data, budget, generator, optimizers, critic, teacher, options=options)
     run.cache = new_cache(cfg, generator.cfg, world)
@@ -162,14 +164,14 @@ def build(cfg: Config, world: fsdp.World) -> Run:
 
 
 def network(
-    cfg: Config, world: fsdp.World, path: str, sizes: DiTConfig, tensors: dict
+    cfg: Config, world: fsdp.World, path: str, sizes: DiTConfig, tensors: dict, trained: bool = True
 ) -> tuple[WanDiT, dict]:
     """A sharded network in the compute dtype, and what it was filled from: if nothing, random."""
     if not tensors:
         tensors = WanDiT(sizes).init_weights(rng("cpu", cfg.seed, "init")).state_dict()
     with torch.device("meta"):
         model = WanDiT(sizes).to(getattr(torch, cfg.dtype))
-    model = world.shard(model)
+    model = world.shard(model.requires_grad_(trained)).to_empty(device=world.device)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
     arrange(model, cfg.keep_attention, cfg.split_attention)
@@ -248,12 +250,12 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
 
 def export(run: Run, final: Path, data: dict[str, str]) -> None:
     """The generator's average, if kept, else its masters, as one file; all processes take part."""
-    result = run.optimizers["generator"].result
+    said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data)
+    model, result = adapters.merged(run, final, said)
     if run.world.rank == 0:
-        said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data)
-        save_dit(run.generator, final, said, value=result)
+        save_dit(model, final, said, value=result)
         return
-    for name in run.generator.state_dict():
+    for name in model.state_dict():
         result(name)
 
 

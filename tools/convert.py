@@ -26,12 +26,12 @@ scale multiplied in. --dtype is for the DiT alone; the VAE loses in 16 bits, and
 has them. LoRAs are merged in float32 and rounded once. Weights that are not finite, or not in
 float16, end the call.
 
-What an export says of itself (levels, shift, chunk, stage ...) stays in the header of its DiT, in
-every layout, beside the names of merged LoRAs. So does the recipe of sample.py that the source
-calls for (FastWan's by its pipeline's class, LongLive's by its checkpoint_format), which nothing
-else keeps; --recipe says it where the source does not, and where LoRAs make another one of it. Of a
-trainer's .pt the entry is converted that the recipe samples. This project reads the header again;
-other programs skip it.
+What an export, or an adapter of train.py, says of itself (levels, shift, chunk, stage ...) stays in
+the header of the DiT, in every layout, beside the names of merged LoRAs. So does the recipe of
+sample.py that the source calls for (FastWan's by its pipeline's class, LongLive's by its
+checkpoint_format), which nothing else keeps; --recipe says it where the source does not, and where
+LoRAs make another one of it. Of a trainer's .pt the entry is converted that the recipe samples.
+This project reads the header again; other programs skip it.
 
 The host holds one tensor at a time, but for upstream's .pth files (the text encoder: 11 GB) and
 checkpoint folders of train.py, which are held whole. TARGET appears when all of it is on the disk;
@@ -50,6 +50,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from wan5b import weights
 from wan5b.extras import exports, formats, layouts, peers, recipes
+from wan5b.extras.adapters import said_by
 from wan5b.extras.cli import script
 from wan5b.extras.exports import Model, Release
 from wan5b.extras.formats import Loras
@@ -208,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     loras = [parse_lora(text) for text in args.lora]
     dit = open_dit(source, loras, args.dtype)
     metadata = formats.read_metadata(source)
+    for path, _ in loras:
+        metadata = said_by(path) or metadata  # of a run with lora
     recipe = sampled_as(source, args.recipe, loras, metadata)
     metadata.pop("recipe", None)
     if recipe:

@@ -77,12 +77,12 @@ class World:
             time.sleep(0.2)
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Shard a model that still lies on the meta device; then give it memory, not filled yet."""
+        """Shard a model that still lies on the meta device. It has no memory yet."""
         if self.mesh is not None:
             policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
             for unit in units(model):
                 fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
-        return model.to_empty(device=self.device)
+        return model
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
@@ -130,6 +130,11 @@ def units(model: nn.Module) -> list[nn.Module]:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor (all, if it isn't sharded); shares memory, has no grad."""
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, which may be sharded: then for every process to call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_for(parameter: Tensor, full: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from wan5b.fsdp import World, local, part_for
+from wan5b.fsdp import World, local, part_for, whole
 
 Groups = dict[str, torch.dtype]
 States = dict[str, dict[str, Tensor]]  # name of a weight -> group -> tensor of the weight's shape
@@ -67,7 +67,8 @@ class Storage:
 
 
 class AdamW:
-    """AdamW (arXiv 1711.05101) for all parameters of a model; no average of gradients if beta1 = 0.
+    """AdamW (arXiv 1711.05101) for all parameters of a model that require grad; no average of
+    gradients if beta1 = 0.
 
     initial: name -> full tensor, the exact values that masters start from; the model has them in
     its own dtype. ema: keep a moving average of the masters. storage: where state is kept; default:
@@ -91,14 +92,13 @@ class AdamW:
         self.lr = lr
         self.betas = betas
         self.weight_decay = weight_decay
-        self.eps = 1e-8
         self.steps = 0
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.grads: dict[str, Tensor] = {}  # float32, of this process's shards
 
         self.storage = storage or Storage()
         weights = {name: local(parameter) for name, parameter in self.parameters.items()}
-        groups = state_groups(next(model.parameters()).dtype, betas[0], ema)
+        groups = state_groups(next(iter(weights.values())).dtype, betas[0], ema)
         self.state_of = self.storage.make(weights, groups)
 
         # Masters and averages start from the exact values; gradients are taken over from now on.
@@ -161,10 +161,10 @@ class AdamW:
             square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
             direction = state["exp_avg"].lerp_(grad, 1 - beta1) if beta1 else grad
 
-            # 4. The master: decay, then the step. A float32 weight is updated in place.
+            # 4. The master: decay, then the step (eps 1e-8). A float32 weight is updated in place.
             master = join(weight, state["low"]) if "low" in state else weight
             master.mul_(1 - self.lr * self.weight_decay)
-            master.addcdiv_(direction, (square / correction).sqrt_().add_(self.eps), value=-rate)
+            master.addcdiv_(direction, (square / correction).sqrt_().add_(1e-8), value=-rate)
 
             # 5. What follows the master: a bfloat16 weight, and the average.
             if "low" in state:
@@ -191,8 +191,7 @@ class AdamW:
         """
         state = self.state_of[name]
         part = state["ema"] if "ema" in state else self.master(name)
-        value = self._sharded(name, part)
-        return value.full_tensor() if isinstance(value, DTensor) else value
+        return whole(self._sharded(name, part))
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, "group.name" -> tensor, to be saved or to be read into.

@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from wan5b.dit import DiTConfig, WanDiT
+from wan5b.extras.adapters import adapted, adapters, flop_share
 from wan5b.extras.gan import Classifier, layers_read
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.training_attention import keeps_results
@@ -40,7 +42,7 @@ class Backward:
     late: bytes of weight gradients, counted elsewhere, that come only as the activations go, so
     that the larger of the two makes the peak. keys: how many keys self-attention reads besides the
     tokens' own (copies of a cache's, or of other chunks'). keeps: whether checkpointing keeps the
-    results of self-attention.
+    results of self-attention. ranks: of all adapters of a layer, added up.
     """
 
     tokens: int
@@ -50,6 +52,7 @@ class Backward:
     late: float = 0
     keys: int = 0
     keeps: bool = False
+    ranks: int = 0
 
     def activations(self, cfg: DiTConfig) -> float:
         """Bytes held at the peak."""
@@ -64,7 +67,7 @@ class Backward:
         # twice the
         # hidden
         # layer.
-        layer = tokens * (12 * width + 7 * wide + 2 * hidden)
+        layer = tokens * (12 * width + 7 * wide + 2 * hidden + self.ranks * self.itemsize)
         if self.keys:
             # A replay copies the keys and values that it reads, and joins outputs made in parts.
             layer += (2 * self.keys + tokens) * width
@@ -87,21 +90,27 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
 
     cfg: train.py's Config. model: the trained network; scores: critic and teacher of a
     distillation. Gradients are float32 and of one network at a time; replicas (HSDP) add theirs up
-    in a second copy.
+    in a second copy. With lora one base is all weights that are not trained.
     """
     dtype = getattr(torch, cfg.dtype)
     size = dtype.itemsize
-    generator = parameters(model) / world.shards
-    teacher = parameters(scores) / world.shards if scores else 0
-    critic = teacher
+    base = parameters(model) / world.shards
+    # What is trained, of generator and critic, and what all of it and the rest weighs.
+    generator = base
+    critic = parameters(scores) / world.shards if scores else 0
+    weights = size * (generator + 2 * critic)
+    if cfg.lora:
+        dtype = torch.float32
+        generator = sum(p.numel() for p in adapters(adapted(cfg, model)).values()) / world.shards
+        critic = generator if scores else 0
+        weights = size * base + 4 * (generator + critic)
     if cfg.with_gan:
-        critic += classifier_parameters(scores) / world.shards
+        classifier = classifier_parameters(scores) / world.shards
+        critic += classifier
+        weights += size * classifier
     copies = 2 if world.size > world.shards else 1
 
-    device = {
-        "weights": size * (generator + critic + teacher),
-        "gradients": 4 * max(generator, critic) * copies,
-    }
+    device = {"weights": weights, "gradients": 4 * max(generator, critic) * copies}
     host = {}
     if dtype != torch.float32:
         host["masters while saving"] = 4 * (generator + critic)
@@ -122,10 +131,14 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
     if world.size > 1:
         # FSDP gathers two layers in a backward, with the gradients of one, and all of them in a
         # rollout, which keeps no activations.
-        whole = max(generator, critic) * world.shards
-        device["activations"] += (3 * size + 4) * whole / model.num_layers
+        trained = max(generator, critic) * world.shards
+        layers = (3 * dtype.itemsize + 4) * trained
+        gathered = generator * world.shards * dtype.itemsize
+        if cfg.lora:
+            layers += 2 * size * base * world.shards
+            gathered += size * base * world.shards
+        device["activations"] += layers / model.num_layers
         if scores:
-            gathered = generator * world.shards * size
             device["activations"] = max(device["activations"], gathered)
     if world.device.type == "cuda":
         return {"device": device, "host": host}
@@ -151,6 +164,9 @@ def activations(
     size = getattr(torch, cfg.dtype).itemsize
     tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
     common = {"itemsize": size, "checkpointing": cfg.checkpointing, "keeps": cfg.keep_attention}
+    if cfg.lora:
+        pairs = len(adapters(adapted(cfg, model))) // 2
+        common["ranks"] = cfg.lora * pairs // model.num_layers
 
     # With one micro-batch a phase, weight gradients come as activations go.
     one = len(world.share(cfg.batch)) == cfg.micro_batch
@@ -301,7 +317,8 @@ class FlopCount:
         self.done = 0.0
 
     def watch(self, model: WanDiT) -> None:
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        count = partial(self._count, flop_share(model))
+        model.register_forward_pre_hook(count, with_kwargs=True)
         for part in model.children():
             if isinstance(part, Classifier):
                 part.register_forward_pre_hook(self._count_classifier)
@@ -314,21 +331,22 @@ class FlopCount:
             # Recomputed or not, and the two products of a layer's backward.
             self.done += (classifier.checkpointing + 2) * linear
 
-    def _count(self, model: WanDiT, args: tuple, options: Mapping) -> None:
+    def _count(self, share: float, model: WanDiT, args: tuple, options: Mapping) -> None:
         """Before a forward: add its FLOP, and with grad the recomputation's and the backward's to
-        come.
+        come. share: the adapters' part, of the projections'.
         """
         known = {name: value for name, value in options.items() if name != "clean_sigma"}
         linear, attention = forward_flop(model.cfg, args[0], **known)
-        self.done += linear + attention
+        self.done += (1 + share) * linear + attention
         if not torch.is_grad_enabled():
             return
         if model.checkpointing:
-            self.done += recomputed_flop(model, args[0], **known)
+            self.done += recomputed_flop(model, args[0], **known) + share * linear
         # Two products of a layer's backward, or one where the input needs grad and the weights
-        # don't (SiD); attention's recomputes the scores: 2.5 forwards.
+        # don't (SiD; a base under adapters); attention's recomputes the scores: 2.5 forwards.
         products = 1 if args[0].requires_grad else 2
-        self.done += products * linear + 2.5 * attention
+        of_base = 1 if share else products
+        self.done += (of_base + products * share) * linear + 2.5 * attention
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

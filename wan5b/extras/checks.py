@@ -12,6 +12,7 @@ from pathlib import Path
 
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
+from wan5b.extras import adapters
 from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import digest
 from wan5b.extras.formats import check_checkpoint, read_metadata
@@ -40,7 +41,7 @@ ONLY_IN = {
     **dict.fromkeys(("rollout_frames", "sink", "sink_rope"), DISTILLATIONS),
     **dict.fromkeys(("levels_after", "clean_pass"), ("ode", *DISTILLATIONS)),
 }
-READS = ("text", "latents", "trajectories", "weights", "teacher")
+READS = ("text", "latents", "trajectories", "weights", "lora_weights", "teacher")
 # What has an effect beside gan_weight only.
 OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_layers")
 # A run may go on with another value of these: what is trained does not depend on them.
@@ -53,9 +54,13 @@ FREE = {
 
 def check_config(cfg, world: World) -> None:
     """What a config says by itself. cfg: train.py's Config."""
-    for needed in ("out", "text", LEARNS_FROM.get(cfg.stage, "latents")):
+    learns_from = LEARNS_FROM.get(cfg.stage, "latents")
+    if cfg.lora and learns_from == "teacher":
+        learns_from = "weights"
+    for needed in ("out", "text", learns_from):
         if not getattr(cfg, needed):
             raise ValueError(f"stage {cfg.stage} needs {needed}: the config lacks it")
+    adapters.check(cfg)
     if cfg.sample_prompts and not cfg.vae:
         raise ValueError("sample_prompts need the release of their VAE: name vae")
     distilling = cfg.stage in DISTILLATIONS
@@ -126,6 +131,8 @@ def note_ignored(cfg, rank: int) -> None:
     """
     if not cfg.weights and cfg.stage != STAGES[0] and rank == 0:
         print(f"note: no weights: {cfg.stage} starts from random ones", file=sys.stderr)
+    if cfg.lora and not cfg.lora_weights and cfg.stage in DISTILLATIONS and rank == 0:
+        print(f"note: no lora_weights: {cfg.stage} starts from its teacher", file=sys.stderr)
     given = [option.name for option in fields(cfg) if getattr(cfg, option.name) != option.default]
     ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
     if ignored and rank == 0:
@@ -144,6 +151,7 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     if cfg.with_gan:
         layers_read(cfg.gan_layers, scores.num_layers)
     _check_stages(cfg)
+    adapters.check_files(cfg, model)
     takes = (model.text_dim, model.text_len)
     other = (scores.text_dim, scores.text_len)
     if takes != other:
@@ -164,18 +172,22 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
 
 def _check_stages(cfg) -> None:
     """Weights are of a release, of this stage or of an earlier one; a teacher is of the stage
-    teacher.
+    teacher. With lora the weights of a distillation are its teacher, and the adapter that it starts
+    from is what its weights are without.
     """
     earlier = STAGES[: STAGES.index(cfg.stage) + 1]
-    allowed = [(cfg.weights, earlier)]
+    allowed = [(cfg.weights, earlier), (cfg.lora_weights, earlier)]
     if cfg.stage in DISTILLATIONS:
-        allowed = [(cfg.weights, earlier[1:]), (cfg.teacher, STAGES[:1])]
+        trained = cfg.lora_weights if cfg.lora else cfg.weights
+        scores = cfg.weights if cfg.lora else cfg.teacher
+        allowed = [(trained, earlier[1:]), (scores, STAGES[:1])]
     for path, stages in allowed:
-        made = read_metadata(path).get("stage") if path else None
+        made = adapters.said_by(path).get("stage") if path else None
         if made and made not in stages:
-            raise ValueError(
-                f"{path} is of stage {made}; {cfg.stage} takes a release there, or one of {stages}"
-            )
+            wrong = f"{path} is of stage {made}; {cfg.stage} takes a release there"
+            if cfg.lora and path == cfg.weights:
+                wrong += " (with lora it is the teacher too; the stage before is lora_weights)"
+            raise ValueError(f"{wrong}, or one of {stages}")
 
 
 def _check_store(cfg, data: Data, channels: int) -> None:
@@ -215,7 +227,7 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     before = json.loads(json.dumps(defaults)) | known.get("training", {})
     now = json.loads(json.dumps(asdict(cfg)))
     free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
-    changed = [key for key, value in now.items() if before.get(key) != value and key not in free]
+    changed = [key for key, value in now.items() if before[key] != value and key not in free]
     changed = [key for key in changed if key not in READS]
     if changed:
         raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")

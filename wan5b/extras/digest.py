@@ -9,8 +9,9 @@ from pathlib import Path
 
 BLOCKS = 16  # of each file, evenly spread
 BLOCK = 4096  # bytes
-# What of a folder counts: a store's shards, a release's DiT, a checkpoint of train.py.
-FILES = ("*.safetensors", "config.json", ".metadata", "facts.json", "*.distcp")
+# What of a folder counts: a store's shards, a release's DiT, an adapter, a checkpoint of train.py.
+FILES = ("*.safetensors", "config.json", "adapter_config.json", ".metadata", "facts.json")
+FILES = (*FILES, "*.distcp")
 
 
 def digest(path: str | Path) -> str:

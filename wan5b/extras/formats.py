@@ -32,7 +32,7 @@ from wan5b.extras.checkpoints import INDEX, check_checkpoint, is_checkpoint
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.exports import export_diffusers as export_diffusers  # one of the public names
 from wan5b.extras.layouts import Kind
-from wan5b.extras.refusals import refuse_file, refuse_held, refuse_sizes
+from wan5b.extras.refusals import refuse, refuse_file, refuse_held, refuse_sizes
 from wan5b.t5 import T5Config, T5Encoder, Tokenizer
 from wan5b.util import read_json
 from wan5b.vae22 import VAE22, VAEConfig
@@ -92,6 +92,7 @@ def open_layout(path: str | Path, kind: Kind, *, part: str = "") -> Source:
         if kind == "dit":
             config = untrusted.checked(path, facts.get("config", {}), untrusted.CONFIG)
         held = _of(path, checkpoints.read_weights(path))
+        refuse(path, held)  # one of adapters alone
         return Source(path / INDEX, held, facts | {"config": config})
     source, header = _open_files(locate(path, kind), part)
     if "basis" in source.tensors:

@@ -3,7 +3,8 @@
 W + strength * (alpha / rank) * up @ down, in float32; without an alpha anywhere alpha is the rank.
 Read are PEFT's folders, LongLive's .pt, diffusers', ComfyUI's and kohya's, diffusion-pipe's and
 ai-toolkit's, musubi's and Wan-Fun's files, with their differences of whole tensors (.diff, .diff_b,
-.diff_m). Every key of a file is used, or refused by name.
+.diff_m), and what train.py makes: PEFT's folders, and checkpoints of a run with lora. Every key of
+a file is used, or refused by name.
 """
 
 import json
@@ -19,8 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from wan5b.extras import untrusted
+from wan5b.extras.checkpoints import check_checkpoint, is_checkpoint
 from wan5b.extras.layouts import names
 from wan5b.extras.scaled import Made, float_rows
+from wan5b.fsdp import read_facts, read_weights
 from wan5b.util import finite, read_json, reading
 from wan5b.weights import clean, locate, open_tensors, read_pickle, state_dict
 
@@ -125,9 +128,9 @@ def parse_lora(text: str) -> tuple[str, float]:
 def read_lora(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Deltas:
     """The changes that a LoRA makes to a model. Tensors are mapped, not read.
 
-    path: a file, or the folder that PEFT or diffusers wrote. shapes: the model's parameters' by
-    upstream's names. ValueError for another model's LoRA (both widths are named), for kinds of
-    adapters that aren't supported, and for any key without a place.
+    path: a file, or the folder that PEFT, diffusers or train.py wrote. shapes: of the model's
+    parameters, by upstream's names. ValueError for another model's LoRA (both widths are named),
+    for kinds of adapters that aren't supported, and for any key without a place.
     """
     file, tensors, config = _open(Path(path))
     for pattern, what in REFUSED.items():
@@ -159,6 +162,8 @@ def read_lora(path: str | Path, shapes: Mapping[str, Sequence[int]]) -> Deltas:
 
 def _open(path: Path) -> tuple[Path, dict[str, Tensor], dict]:
     """The file, its tensors by its own names, and PEFT's config, {} if there is none."""
+    if is_checkpoint(path):
+        return _open_checkpoint(path)
     file = locate(path, *FILES)
     if file.suffix != ".safetensors":
         untrusted.check_zip(file)
@@ -179,6 +184,17 @@ def _open(path: Path) -> tuple[Path, dict[str, Tensor], dict]:
         raise ValueError(f"{file} holds no tensors (complete?); download it again")
     untrusted.check_tensors(file, tensors, file.stat().st_size)
     return file, tensors, untrusted.checked(file, config, CONFIG)
+
+
+def _open_checkpoint(path: Path) -> tuple[Path, dict[str, Tensor], dict]:
+    """The generator's adapter in a checkpoint of train.py, its average, if kept; read already."""
+    check_checkpoint(path, "generator.")
+    said = untrusted.metadata(path, read_facts(path)).get("training", {})
+    untrusted.checked(path, said, dict.fromkeys(("lora", "lora_alpha"), untrusted.NUMBER))
+    config = {}
+    if said.get("lora"):
+        config["lora_alpha"] = said.get("lora_alpha") or said["lora"]
+    return path, read_weights(path), config
 
 
 def _check_config(file: Path, config: Mapping) -> None:

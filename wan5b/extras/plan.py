@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from wan5b.dit import PRESETS, DiTConfig
+from wan5b.extras.adapters import said_by
 from wan5b.extras.chunking import (
     FRAMES,
     blended,
@@ -215,6 +216,8 @@ def look_at_weights(args: Namespace) -> Weights:
     options = {"loras": [parse_lora(text) for text in args.lora]}
     cfg, _ = open_dit(source, channels=VAEConfig.z_dim, **options)
     trained = read_metadata(source)
+    for path, _ in options["loras"]:
+        trained = said_by(path) or trained  # of a run with lora: the file beside the base's
     return Weights(cfg, options, trained, recognise(args.release, args.weights, trained))
 
 
