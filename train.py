@@ -31,6 +31,7 @@ from wan5b.extras.checks import check_config, check_finished, check_fit, check_u
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import Options, at_least, one_of, path, read, within
 from wan5b.extras.formats import load_vae, open_dit
+from wan5b.extras.fp8_training import without_grad_in_fp8
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import sample_videos
 from wan5b.extras.training_attention import arrange
@@ -101,6 +102,7 @@ class Config(Options):
     checkpointing: bool = True
     keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
     split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
+    fp8: bool = False  # dmd, sid: rollouts and scores, all that has no grad, in float8 (Hopper)
     compile: bool = False  # small operations are fused: half a minute, then a fifth off a step
     offload: bool = False  # the optimizers' state in host memory: 60 GB of a 5B's dmd leave the GPU
     shard: int = at_least(0, 0)  # processes that share one copy of the weights; 0: those of a node
@@ -154,7 +156,10 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     sizes = (cfg.micro_batch, cfg.frames, tokens, cfg.window or None)
     dtype = getattr(torch, cfg.dtype)
     cache = KVCache(generator.cfg, *sizes, device=world.device, dtype=dtype)
-    return Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
+    run = Run(cfg, world, data, budget, generator, optimizers, critic, teacher, cache)
+    if cfg.fp8:
+        without_grad_in_fp8(run)
+    return run
 
 
 def network(

@@ -10,10 +10,13 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import torch
+
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras.digest import digest
 from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.fp8 import check_fp8
 from wan5b.extras.untrusted import NUMBER, checked, each
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
@@ -24,7 +27,7 @@ from wan5b.stages import DISTILLATIONS, STAGES
 LEARNS_FROM = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}
 # What has an effect in some stages only.
 ONLY_IN = {
-    **dict.fromkeys(("teacher", "critic_lr", "ratio", "guidance", "rollout"), DISTILLATIONS),
+    **dict.fromkeys(("teacher", "critic_lr", "ratio", "guidance", "rollout", "fp8"), DISTILLATIONS),
     **dict.fromkeys(("dropout", "bell"), ("teacher", "ar")),
     "latents": ("teacher", "ar", "dmd", "sid"),
     "trajectories": ("ode",),
@@ -54,6 +57,9 @@ def check_config(cfg, world: World) -> None:
         raise ValueError(
             "prefix = 1 and rollout = 'data' take frames from real clips: name latents"
         )
+
+    if cfg.fp8:
+        check_fp8("fp8", getattr(torch, cfg.dtype), world.device)
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
     few_step_sigmas(cfg.levels, cfg.shift)
