@@ -30,6 +30,7 @@ from wan5b.extras.checks import check_config, check_finished, check_fit, held_by
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import at_least, one_of, path, read, within
 from wan5b.extras.formats import open_dit
+from wan5b.extras.fp8_training import without_grad_in_fp8
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import open_vae, sample_videos
 from wan5b.extras.recipes import facts
@@ -108,6 +109,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     checkpointing: bool = True
     keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
     split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
+    fp8: bool = False  # dmd, sid: rollouts and scores, all that has no grad, in float8 (Hopper)
     compile: bool = False  # small operations are fused: half a minute, then a fifth off a step
     offload: bool = False  # the optimizers' state in host memory: 60 GB of a 5B's dmd leave the GPU
     shard: int = at_least(0, 0)  # processes that share one copy of the weights; 0: those of a node
@@ -160,6 +162,8 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     run = Run(cfg, world, data, budget, generator, optimizers, critic, teacher, options=options)
     run.cache = new_cache(cfg, generator.cfg, world)
     run.phases = phases.of(cfg)
+    if cfg.fp8:
+        without_grad_in_fp8(run)
     return run
 
 

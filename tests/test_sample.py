@@ -931,7 +931,7 @@ def test_fp8_rounding():
     """
     x = randn(8, 64) * torch.logspace(-6, 6, 8)[:, None]
     x[3], x[4, 0] = 0, 1e9
-    q, scale = fp8._quantize(x)
+    q, scale = fp8.quantize(x)
     assert q.dtype == torch.float8_e4m3fn
     assert scale.shape == (8, 1)
     error = (q.float() * scale - x).abs()
@@ -950,7 +950,7 @@ def test_fp8_rounding_of_gelu():
         x[4] * 1e-3,
     )  # -0.7518: where gelu is lowest
     y = nn.functional.gelu(x, approximate="tanh")
-    q, scale = fp8._quantize(x, gelu=True)
+    q, scale = fp8.quantize(x, gelu=True)
     assert q.float().isfinite().all()
     assert (
         (q.float() * scale - y).abs() <= torch.maximum(y.abs() * 2**-4, scale * 2**-10) * 1.001

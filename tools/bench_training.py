@@ -44,7 +44,7 @@ from release import write_dit
 
 import train
 from wan5b import fuse, stages
-from wan5b.distill import critic_loss
+from wan5b.distill import critic_loss, dmd_gradient
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras.budget import (
     GIB,
@@ -92,6 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "ar, ode: chunk by chunk, without a mask"
     add("--split-attention", action="store_true", help=text)
     add("--no-checkpointing", action="store_true")
+    add("--fp8", action="store_true", help="dmd, sid: rollouts and scores in float8")
     text = "start all networks from it; made, with random weights, if missing"
     add("--release", type=Path, metavar="DIR", help=text)
     return parser.parse_args(argv)
@@ -105,7 +106,7 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
     """The run's config. stores: those of `make_data`."""
     options = dict(stores)
     same = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
-    for name in (*same, "device", "offload", "keep_attention", "split_attention"):
+    for name in (*same, "device", "offload", "keep_attention", "split_attention", "fp8"):
         options[name] = getattr(args, name)
     if args.release:
         options["weights"] = str(args.release)
@@ -346,6 +347,24 @@ def loss_of_critic(run: Run, rollouts: list[tuple[Tensor, Tensor, Noised]]) -> T
     return torch.stack(losses).mean()
 
 
+@torch.no_grad()
+def error_of_gradient(run: Run) -> float:
+    """The relative error of the DMD gradient whose scores are made in float8: against those made as
+    with grad, in the run's dtype. Both of the same rollout.
+    """
+    batch = next(micro_batches(run, "fixed", 0, moved=False))
+    rolled = roll_out(run, batch)
+    noised = stages.noise_again(run, batch, rolled)
+    made = []
+    for with_grad in (False, True):
+        with torch.set_grad_enabled(with_grad):
+            fake = stages.estimate(run.critic, noised, batch.context, rolled.x0.shape[2])
+            real = stages.teach(run, batch, noised, rolled.x0.shape[2])
+        made.append(dmd_gradient(rolled.x0, fake, *real, run.cfg.guidance))
+    fast, plain = made
+    return ((fast - plain).norm() / plain.norm()).item()
+
+
 # ---------------------------------------------------------------------------------------- reporting
 
 
@@ -440,6 +459,7 @@ def measure(args: argparse.Namespace, world: World) -> None:
             torch.cuda.reset_peak_memory_stats()
 
         # Iterations.
+        error = error_of_gradient(run) if args.fp8 else None
         clock = Clock(run)
         iterations = args.iterations or (args.ratio + 1 if distilling else 3)
         outcome = iterate(run, clock, iterations)
@@ -451,6 +471,8 @@ def measure(args: argparse.Namespace, world: World) -> None:
     if distilling:
         print_distillation(clock, args.batch // world.size, world.size)
     print_memory(run)
+    if error is not None:
+        print(f"scores in float8: the DMD gradient is off by {error:.2%}")
     print(*outcome, sep="\n")
     if args.device == "cuda":
         print_allocator()

@@ -29,6 +29,7 @@ from wan5b.extras.chunking import (
 from wan5b.extras.clips import REPORTS, Clip, claim, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
+from wan5b.extras.fp8 import check_fp8
 from wan5b.extras.framing import fit
 from wan5b.extras.lora import parse_lora
 from wan5b.extras.media import FPS, latent_frames
@@ -178,8 +179,8 @@ def check_numbers(args: Namespace) -> torch.dtype:
         check(0 <= seed < 2**32, f"--seed {seed}: must be from 0 to {2**32 - 1}")
 
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    wrong = f"--fp8 needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {args.device}"
-    check(not args.fp8 or (dtype == torch.bfloat16 and args.device != "cpu"), wrong)
+    if args.fp8:
+        check_fp8("--fp8", dtype, args.device)
     place = args.vae_device or args.device
     wrong = f"--fp8-vae needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {place}"
     check(not args.fp8_vae or (dtype == torch.bfloat16 and place != "cpu"), wrong)
