@@ -43,7 +43,7 @@ def test_gradient_on_linear_networks(data, monkeypatch):
     run.teacher = Linear(0.25, 1.0)
     like = torch.ones(2, 48, 6, 4, 4)
     monkeypatch.setattr(run, "clips", lambda items: 5 * like)
-    rolled = stages.Rolled(2 * like, None, [2 * like], 0)
+    rolled = stages.Rolled(2 * like, None, [2 * like], 0, run.sigmas[0])
     noised = stages.Noised(1.5 * like, torch.full((2, 6), 0.5), like)
     monkeypatch.setattr(stages, "roll_out", lambda run, batch: rolled)
     monkeypatch.setattr(stages, "noise_again", lambda run, batch, rolled: noised)

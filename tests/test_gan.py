@@ -250,7 +250,7 @@ def test_it_learns_to_tell(data, monkeypatch):
     run = make_run(data, "dmd", critic_lr=1e-3, **changes)
 
     def fakes(run, batch):
-        return stages.Rolled(run.clips(batch.items) + 1, None, [], 0)
+        return stages.Rolled(run.clips(batch.items) + 1, None, [], 0, 1.0)
 
     monkeypatch.setattr(stages, "roll_out", fakes)
     right = []

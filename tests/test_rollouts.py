@@ -12,7 +12,6 @@ from training import PROMPTS, config, first_batch, furthest, make_run, run_phase
 
 import train
 from wan5b import stages
-from wan5b.data import write_shard
 from wan5b.distill import replay, rollout
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import rollouts
@@ -21,6 +20,7 @@ from wan5b.extras.codec import LinearCodec
 from wan5b.extras.recipes import check_whole, facts, from_metadata
 from wan5b.extras.rollouts import TurningCache, picture
 from wan5b.extras.sampling import generate
+from wan5b.extras.shards import write_shard
 from wan5b.flow import add_noise, few_step_sigmas
 from wan5b.kvcache import KVCache
 from wan5b.util import rng

@@ -134,7 +134,7 @@ def attach(cfg, world: fsdp.World, critic: WanDiT) -> dict[str, Tensor]:
     tensors = Classifier(sizes, layers).init_weights(rng("cpu", cfg.seed, "gan")).state_dict()
     with torch.device("meta"):
         classifier = Classifier(sizes, layers).to(getattr(torch, cfg.dtype))
-    classifier = world.shard(classifier)
+    classifier = world.shard(classifier).to_empty(device=world.device)
     fill(classifier, tensors, fsdp.copy_part, "the classifier")
     classifier.checkpointing = cfg.checkpointing
     critic.classifier = classifier

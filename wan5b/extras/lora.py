@@ -20,10 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from wan5b.extras import untrusted
-from wan5b.extras.checkpoints import check_checkpoint, is_checkpoint
+from wan5b.extras.checkpoints import check_checkpoint, is_checkpoint, read_facts, read_weights
 from wan5b.extras.layouts import names
 from wan5b.extras.scaled import Made, float_rows
-from wan5b.fsdp import read_facts, read_weights
 from wan5b.util import finite, read_json, reading
 from wan5b.weights import clean, locate, open_tensors, read_pickle, state_dict
 
