@@ -1,5 +1,8 @@
 """Data-Forcing: in a share of the generator's steps the teacher scores the real clip."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from test_distillation import a_rollout, rollout_with_grad
@@ -149,7 +152,7 @@ def test_gradient_of_the_generator_by_hand(data):
 
 
 def test_a_run(data, tmp_path):
-    """Micro-batches do not matter; an older checkpoint, of a code without the key, goes on."""
+    """Micro-batches do not matter."""
     changes = {"steps": 2, "ratio": 1}
     two = finish(config(data, "dmd", tmp_path / "two", data_forcing=0.5, **changes))
     one = finish(config(data, "dmd", tmp_path / "one", data_forcing=0.5, micro_batch=1, **changes))
@@ -158,6 +161,22 @@ def test_a_run(data, tmp_path):
         assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
     plain = finish(config(data, "dmd", tmp_path / "plain", **changes))
     assert not same(two, plain)
+
+
+def test_a_checkpoint_that_does_not_know_the_key(data, tmp_path):
+    """It is of an earlier version: a run goes on from it without Data-Forcing, not with it."""
+    plain = config(data, "dmd", tmp_path, steps=2, latents=str(data / "latents"))
+    finish(plain)
+    (tmp_path / "dmd.safetensors").unlink()
+    facts = tmp_path / "step-0000002/facts.json"
+    known = json.loads(facts.read_text())
+    del known["training"]["data_forcing"]
+    facts.write_text(json.dumps(known))
+
+    forced = dataclasses.replace(plain, data_forcing=0.5)
+    with pytest.raises(ValueError, match="made with another data_forcing; choose another out"):
+        finish(forced)
+    finish(dataclasses.replace(plain, steps=3))
 
 
 @pytest.mark.parametrize(

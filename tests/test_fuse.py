@@ -27,7 +27,7 @@ GRAPHS = torch._dynamo.utils.counters["stats"]
 def gradients(run: stages.Run, step: int = 0) -> dict[str, torch.Tensor]:
     """Those of all phases of an iteration; no network moves."""
     found = {}
-    for phase in stages.PHASES[run.cfg.stage]:
+    for phase in run.phases or stages.PHASES[run.cfg.stage]:
         run_phase(run, phase, step)
         grads = run.optimizers[phase.moves].grads
         found |= {f"{phase.name}.{name}": grad for name, grad in grads.items()}
@@ -71,6 +71,12 @@ def check_compiled(run: stages.Run) -> None:
 def test_gradients_of_traced_pieces(data, traced):
     """sid has all cases: teachers that carry grad too."""
     check_compiled(make_run(data, "sid", ratio=1))
+
+
+@pytest.mark.slow
+def test_gradients_of_traced_pieces_with_a_gan(data, traced):
+    """Taps come and go with every forward, and nothing is compiled for them."""
+    check_compiled(make_run(data, "dmd", ratio=1, gan_weight=0.5, keep_attention=True))
 
 
 @pytest.mark.slow

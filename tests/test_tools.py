@@ -84,6 +84,15 @@ def test_training(stage, capsys):
         assert times == {"optimizer, generator": 2, "phase": 2}
 
 
+@pytest.mark.parametrize("options", [["--gan", "--relativistic", "--slopes"], ["--dfd"]])
+def test_training_with_real_clips(options, capsys):
+    with compiling():
+        bench_training.main([*TINY, "--stage=dmd", "--iterations=1", "--batch=1", *options])
+    printed = capsys.readouterr().out
+    assert "losses and gradients finite: True" in printed
+    assert "forced 1" in printed if "--dfd" in options else "gan_critic_loss" in printed
+
+
 def test_training_from_a_release(tmp_path, capsys):
     """It is made by the first call; the second one finds it, and the same weights in it."""
     release = tmp_path / "release"

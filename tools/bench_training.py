@@ -3,6 +3,7 @@
     python tools/bench_training.py --stage dmd                   # one H200
     python tools/bench_training.py --stage dmd --offload         # one H100 80 GB
     python tools/bench_training.py --stage dmd --offload --compile --keep-attention   # dmd-5b.toml
+    python tools/bench_training.py --stage dmd --offload --compile --gan    # gan-5b.toml; or --dfd
     python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
     python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB)
     python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9
@@ -85,6 +86,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--iterations", type=int, help=text)
     add("--lr", type=float, default=1e-5, help="of both networks")
     add("--forcing", default="teacher", choices=["teacher", "diffusion"])
+    add("--gan", action="store_true", help="dmd: the GAN branch; its clips are random numbers")
+    text = "with --gan: of logits against their clip's"
+    add("--relativistic", action="store_true", help=text)
+    add("--slopes", action="store_true", help="with --gan: R1 and R2, two forwards more")
+    add("--dfd", action="store_true", help="dmd: the teacher scores clips in all steps")
     add("--offload", action="store_true", help="the optimizers' state in host memory")
     add("--compile", action="store_true", help="fuse small operations")
     text = "checkpointing keeps the results of self-attention"
@@ -113,6 +119,12 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
         if args.stage in stages.DISTILLATIONS:
             options["teacher"] = str(args.release)
 
+    if args.gan:
+        options["gan_weight"] = 0.01
+        options["gan_relativistic"] = args.relativistic
+        options["gan_r1"] = options["gan_r2"] = 0.01 * args.slopes
+    options["data_forcing"] = float(args.dfd)
+
     height, width = latent_size(args.size)
     return train.Config(
         out="unused",
@@ -136,10 +148,13 @@ def latent_size(size: str) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------- set-up
 
 
-def make_data(folder: Path, stage: str, sizes: DiTConfig, shape: tuple[int, ...]) -> dict[str, str]:
+def make_data(
+    folder: Path, stage: str, sizes: DiTConfig, shape: tuple[int, ...], clips: bool = False
+) -> dict[str, str]:
     """Stores of random numbers in the shapes of real ones -> the config's keys that name them.
 
-    They are always the same. shape: of a clip's latents, [C, T, H, W].
+    They are always the same. shape: of a clip's latents, [C, T, H, W]. clips: a distillation has
+    some too.
     """
     torch.manual_seed(0)
     lengths = torch.randint(sizes.text_len // 8, sizes.text_len + 1, (len(PROMPTS) + 1,))
@@ -147,17 +162,17 @@ def make_data(folder: Path, stage: str, sizes: DiTConfig, shape: tuple[int, ...]
     texts = {"rows": rows, "lengths": lengths}
     write_shard(folder / "text" / "0.safetensors", texts, [*PROMPTS, "negative"])
     stores = {"text": str(folder / "text")}
-    if stage in stages.DISTILLATIONS:
+    if stage in stages.DISTILLATIONS and not clips:
         return stores
 
     sigmas = few_step_sigmas()
     if stage == "ode":
         kind = "trajectories"
-        clips = {"x": torch.randn(len(PROMPTS), len(sigmas), *shape)}
+        made = {"x": torch.randn(len(PROMPTS), len(sigmas), *shape)}
     else:
         kind = "latents"
-        clips = {"latent": torch.randn(len(PROMPTS), *shape)}
-    write_shard(folder / kind / "0.safetensors", clips, PROMPTS, sigmas=sigmas)
+        made = {"latent": torch.randn(len(PROMPTS), *shape)}
+    write_shard(folder / kind / "0.safetensors", made, PROMPTS, sigmas=sigmas)
     stores[kind] = str(folder / kind)
     return stores
 
@@ -445,7 +460,8 @@ def measure(args: argparse.Namespace, world: World) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = PRESETS[args.preset]
         shape = (sizes.in_dim, args.frames, *latent_size(args.size))
-        stores = make_data(Path(folder), args.stage, sizes, shape)
+        clips = args.gan or args.dfd
+        stores = make_data(Path(folder), args.stage, sizes, shape, clips)
 
         # Set-up.
         start = time.perf_counter()

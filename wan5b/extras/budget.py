@@ -168,8 +168,9 @@ def activations(
         pairs = len(adapters(adapted(cfg, model))) // 2
         common["ranks"] = cfg.lora * pairs // model.num_layers
 
-    # With one micro-batch a phase, weight gradients come as activations go.
-    one = len(world.share(cfg.batch)) == cfg.micro_batch
+    # With one micro-batch a phase, weight gradients come as activations go; with a GAN a critic's
+    # micro-batch has several backwards.
+    one = len(world.share(cfg.batch)) == cfg.micro_batch and not cfg.with_gan
     common["late"] = gradients if one else 0
 
     # The keys that all chunks see, in tokens; each chunk's own among them. The frames may be the
@@ -186,18 +187,11 @@ def activations(
             common["keys"] = halves * seen if cfg.split_attention else 0
         return Backward(halves * tokens, **common).activations(model)
 
-    # The critic's step; for SiD its forward and both of the teacher's are in one graph. With a GAN
-    # those of rollouts and clips are, and of what R1 and R2 look at; the first of them to go back
-    # already brings all gradients of weights.
+    # The critic's step; for SiD its forward and both of the teacher's are in one graph.
     graphs = 1
-    late = common["late"]
     if cfg.stage == "sid":
         graphs = 3 if cfg.guidance else 2
-    if cfg.with_gan:
-        graphs = 2 + (cfg.gan_r1 > 0) + (cfg.gan_r2 > 0)
-        late = 0
-    options = common | {"graphs": graphs, "late": late}
-    scored = Backward(tokens, **options).activations(scores)
+    scored = Backward(tokens, graphs=graphs, **common).activations(scores)
 
     # The replay, which copies the committed keys that its chunks see.
     replayed = Backward(tokens, keys=seen - tokens, **common).activations(model)

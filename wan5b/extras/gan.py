@@ -17,7 +17,7 @@ too, where that code draws another; DMD's loss and the critic's flow loss stay, 
 GAN stands alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -196,24 +196,39 @@ def telling_loss(fake: Tensor, real: Tensor, relativistic: bool) -> Tensor:
     return F.softplus(fake).mean() + F.softplus(-real).mean()
 
 
-def slope(logits_at: Callable[[Tensor], Tensor], x: Tensor, here: Tensor, noise: Tensor) -> Tensor:
-    """mean(((logits at x + sigma noise - here) / sigma)^2): in the mean over unit normal noise the
-    squared gradient, as R1 and R2 penalise it, without a second derivative (APT, arXiv 2501.08316).
-
-    here: logits [B] at x. In bfloat16 a forward's own rounding is no smaller than this difference.
+def slope(here: Tensor, there: Tensor) -> Tensor:
+    """mean(((there - here) / sigma)^2) of logits at x and at x + sigma noise: in the mean over unit
+    normal noise the squared gradient, as R1 and R2 penalise it, without a second derivative (APT,
+    arXiv 2501.08316). In bfloat16 a forward's own rounding is no smaller than this difference.
     """
-    there = logits_at(x + DIFFERENCE * noise)
     return ((there - here) / DIFFERENCE).square().mean()
 
 
-def penalty(run: Run, batch: Batch, noised: Noised, here: Tensor) -> Tensor:
-    """`slope` of the classifier at noised clips whose logits are known."""
-
-    def logits_at(x: Tensor) -> Tensor:
-        return judge(run, noised._replace(xs=x), batch.context)[1]
-
+def moved(batch: Batch, noised: Noised) -> Noised:
+    """Inputs a little off, where `slope` looks."""
     noise = batch.draws(torch.randn, *noised.xs.shape[1:])
-    return slope(logits_at, noised.xs, here, noise)
+    return noised._replace(xs=noised.xs + DIFFERENCE * noise)
+
+
+def judged(cfg, logits: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The classifier's loss in the critic's, and its parts. logits [B]: of "fake" and "real", and
+    a little off of them: "fake_moved" for R2, "real_moved" for R1.
+    """
+    fake = logits["fake"]
+    real = logits["real"]
+    telling = telling_loss(fake, real, cfg.gan_relativistic)
+    loss = cfg.gan_critic_weight * telling
+    figures = {
+        "gan_critic_loss": telling.detach(),
+        "gan_right": torch.cat([real > 0, fake <= 0]).float().mean(),
+        "gan_margin": (real - fake).detach().mean(),
+    }
+    for name, weight, kind in (("gan_r1", cfg.gan_r1, "real"), ("gan_r2", cfg.gan_r2, "fake")):
+        if weight:
+            steepness = slope(logits[kind], logits[f"{kind}_moved"])
+            loss = loss + weight * steepness
+            figures[name] = steepness.detach()
+    return loss, figures
 
 
 # -------------------------------------------------------------------------------------------- steps
@@ -258,30 +273,32 @@ def gan_generator_step(run: Run, batch: Batch) -> dict[str, Tensor]:
 def gan_critic_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """`critic_step`, and beside it the classifier's: rollouts against the real clips of their
     captions, at the same level and with the same noise.
+
+    Every input has a forward and a backward of its own, so that no two are in memory at once, and
+    that gradients of weights are reduced as they come, not at the end of all.
     """
     cfg = run.cfg
     rolled = stages.roll_out(run, batch)
     noised = stages.noise_again(run, batch, rolled)
-    clip = noised_clip(run, batch, noised)
-    v, fake = judge(run, noised, batch.context)
-    _, real = judge(run, clip, batch.context)
+    shown = {"fake": noised, "real": noised_clip(run, batch, noised)}
+    if cfg.gan_r1:
+        shown["real_moved"] = moved(batch, shown["real"])
+    if cfg.gan_r2:
+        shown["fake_moved"] = moved(batch, noised)
 
-    loss, figures = stages.critic_figures(rolled, noised, v)
-    telling = telling_loss(fake, real, cfg.gan_relativistic)
-    loss = loss + cfg.gan_critic_weight * telling
-    figures["gan_critic_loss"] = telling.detach()
-    figures["gan_right"] = torch.cat([real > 0, fake <= 0]).float().mean()
-    figures["gan_margin"] = (real - fake).detach().mean()
+    # The loss's derivative in one logit takes the values of all, where it compares them.
+    logits = dict.fromkeys(shown, noised.xs.new_zeros(len(noised.xs)))
+    if cfg.gan_relativistic or cfg.gan_r1 or cfg.gan_r2:
+        with torch.no_grad():
+            logits = {name: judge(run, each, batch.context)[1] for name, each in shown.items()}
 
-    # R1 is of real clips, R2 of rollouts.
-    for name, weight, of, here in (
-        ("gan_r1", cfg.gan_r1, clip, real),
-        ("gan_r2", cfg.gan_r2, noised, fake),
-    ):
-        if weight:
-            steepness = penalty(run, batch, of, here)
-            loss = loss + weight * steepness
-            figures[name] = steepness.detach()
-
-    loss.backward()
-    return figures
+    figures = {}
+    for name, each in shown.items():
+        v, logits[name] = judge(run, each, batch.context)
+        loss, parts = judged(cfg, logits)
+        if name == "fake":
+            flow, figures = stages.critic_figures(rolled, noised, v)
+            loss = loss + flow
+        loss.backward()
+        logits[name] = logits[name].detach()
+    return figures | parts
