@@ -388,7 +388,9 @@ def make_trajectories(args: argparse.Namespace) -> None:
         clean, noise = beginnings([i for i, _ in numbered], shape, args.seed, clips)
         cache = None
         if args.causal:
-            cache = KVCache(model.cfg, len(both), frames, tokens, device=DEVICE, dtype=dtype)
+            # What the model was not trained to see, it is not shown here either.
+            sizes = (len(both), frames, tokens, trained.get("window"))
+            cache = KVCache(model.cfg, *sizes, device=DEVICE, dtype=dtype)
         x = integrate(field, clean.to(DEVICE), noise, context, sigmas, kept, chunks[prefix:], cache)
         return {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
 

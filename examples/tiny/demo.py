@@ -1,15 +1,14 @@
 """The whole method on two CPU cores: teacher -> ar -> ode -> dmd, each stage sampled and scored.
 
-    make demo            # about 13 minutes; ends with a table, out/demo/sheet.png and curves
+    make demo        # about 13 minutes; ends with a table, out/demo/drift.png, sheet.png and curves
 
 Afterwards the model is an ordinary release plus export:
     .venv/bin/python sample.py --release out/demo/release --weights out/demo/dmd/dmd.safetensors \\
-        --prompt "a red ring moves left" --size 64x64 --frames 105 --window 9 --sheet
+        --prompt "a red ring moves left" --size 64x64 --frames 105 --window 5 --sheet
 """
 
 import argparse
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -17,11 +16,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from scorer import Target, beside, score, seen, summary
 from torch import Tensor, nn
-from world import LABELS, codec_basis, draw, pixel_chunks, score, summary
+from world import LABELS, codec_basis, draw
 
 # The repository: its scripts are imported, not installed.
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from show import draw_drift, draw_sheet, table
 
 import prepare
 import train
@@ -30,7 +32,6 @@ from wan5b.data import TextStore
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.cli import script
 from wan5b.extras.codec import LinearCodec
-from wan5b.extras.files import write_sheet
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.log import curves
 from wan5b.extras.media import to_frames
@@ -44,25 +45,28 @@ from wan5b.weights import save_dit
 HERE = Path(__file__).parent
 TOKENIZER = HERE.parents[1] / "tests" / "golden" / "tokenizer" / "spiece.model"
 TRAINED = 9  # latent frames of a training clip
-LONG = 27  # of the longest clip sampled
-CHUNK = 3
+CHUNK = 1
+WINDOW = 5  # latent frames that a chunk sees, itself included
+MEAN_SCALE = 0.35  # of the codec
 SIDE = 4  # of a latent frame
 PER_SHARD = 96  # clips
-SAMPLING_SEEDS = (1, 2, 3)
-COLUMNS = ("colour", "shape", "direction", "area_change", "std_first", "std_last")
+SAMPLING_SEEDS = (1, 2)
+LENGTHS = (1, 3, 10, 30)  # at which clips are judged, in lengths of a training clip
+PART = 3  # latent frames that are judged together
+SHOWN = (0, 17, 34, 47)  # captions on the sheet: all colours, shapes and directions
 # How each run is sampled: a name of distill.MODES.
 SAMPLED = {
     "teacher": "bidirectional",
     "ar": "many",
     "ode": "few",
-    "dmd": "few",
     "dmd-data": "few",
+    "dmd": "few",
 }
 
 # ------------------------------------------------------------------------------------------ inputs
 
 
-def make_release(folder: Path) -> None:
+def make_release(folder: Path, mean_scale: float = 1.0) -> None:
     """What stands in for a release: codec for the VAE, a frozen random T5, the tokenizer."""
     tokenizer = folder / "google" / "umt5-xxl"
     tokenizer.mkdir(parents=True)
@@ -72,7 +76,7 @@ def make_release(folder: Path) -> None:
     encoder = T5Encoder(T5Config(dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2))
     torch.save(encoder.state_dict(), folder / "models_t5_tiny.pth")
 
-    basis, dual = codec_basis()
+    basis, dual = codec_basis(mean_scale=mean_scale)
     save_file({"basis": basis, "dual": dual}, folder / "codec_VAE.safetensors")
 
 
@@ -205,78 +209,110 @@ def sample_clips(model: WanDiT, text: TextStore, mode: Mode, frames: int, seed: 
     chunks = [frames]
     if mode.causal:
         chunks = [CHUNK] * (frames // CHUNK)
-        how["window"] = TRAINED
+        how["window"] = WINDOW
     shape = (len(LABELS), model.cfg.in_dim, frames, SIDE, SIDE)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return torch.cat(list(generate(model, noise, context, levels(mode), chunks, **how)), 2)
 
 
-def judge(latents: Tensor, codec: LinearCodec) -> dict[str, float]:
-    """The scorer's summary, plus the latents' spread in the first and the last chunk."""
-    chunks = [CHUNK] * (latents.shape[2] // CHUNK)
-    found = summary(score(codec.decode(latents), LABELS, pixel_chunks(chunks)))
-    found["std_first"] = float(latents[:, :, :CHUNK].std())
-    found["std_last"] = float(latents[:, :, -CHUNK:].std())
+def parts(length: int) -> list[int]:
+    """Which parts of a clip of so many training lengths are judged: all of the first three lengths,
+    then every third, and all of the last length of LENGTHS.
+    """
+    each = TRAINED // PART
+    chosen = {*range(3 * each), *range(3 * each, 30 * each, 3 * each // 2)}
+    for whole in LENGTHS:
+        chosen |= set(range((whole - 1) * each, whole * each))
+    return sorted(part for part in chosen if part < length * each)
+
+
+def decoded(latents: Tensor, codec: LinearCodec, start: int, end: int) -> Tensor:
+    """The pixel frames of latent frames start .. end of clips."""
+    if start == 0:
+        return codec.decode(latents[:, :, :end])
+    # The codec makes one frame, not four, of the first latent that it is given.
+    return codec.decode(latents[:, :, start - 1 : end])[:, :, 1:]
+
+
+def judge(latents: Tensor, codec: LinearCodec) -> dict[str, Tensor]:
+    """The scores of every part that is judged, [B, parts] each."""
+    chosen = parts(latents.shape[2] // TRAINED)
+    return score((decoded(latents, codec, PART * i, PART * (i + 1)) for i in chosen), LABELS)
+
+
+def at_lengths(scores: dict[str, Tensor], cost: dict) -> dict[int, dict]:
+    """Length -> summary of the last training length there."""
+    each = TRAINED // PART
+    found = {}
+    for length in LENGTHS:
+        chosen = parts(length)
+        if len(chosen) > scores["drift"].shape[1]:
+            break
+        places = [0, *(chosen.index(i) for i in range((length - 1) * each, length * each))]
+        found[length] = summary({key: value[:, places] for key, value in scores.items()}) | cost
     return found
 
 
-def score_all(out: Path, codec: LinearCodec) -> tuple[dict, dict[str, Tensor]]:
-    """Of every run, scores for the report, and latents of one clip a caption, the longest."""
+def score_all(out: Path, codec: LinearCodec) -> tuple[dict, dict, dict[str, Tensor]]:
+    """Of every run: scores for the report, curves over the length, latents of the SHOWN clips."""
     text = TextStore(out / "text")
     rows = {}
+    lines = {}
     clips = {}
     for name in SAMPLED:
         mode = MODES[SAMPLED[name]]
         model = load_dit(export(out, name))
         # Only a causal model can make clips that are longer than those of its training.
-        lengths = [TRAINED, LONG] if mode.causal else [TRAINED]
-        for frames in lengths:
+        frames = TRAINED * (LENGTHS[-1] if mode.causal else 1)
+        all_scores = []
+        for seed in SAMPLING_SEEDS:
             start = time.time()
-            samples = [sample_clips(model, text, mode, frames, seed) for seed in SAMPLING_SEEDS]
-            made = len(SAMPLING_SEEDS) * len(LABELS) * (4 * frames - 3)  # pixel frames
+            latents = sample_clips(model, text, mode, frames, seed)
+            made = len(LABELS) * (4 * frames - 3)  # pixel frames
             cost = {
                 "steps": len(levels(mode)) - 1,
                 "ms_per_frame": 1000 * (time.time() - start) / made,
             }
-            rows[f"{name} x{frames // TRAINED}"] = [judge(x, codec) | cost for x in samples]
-            clips[name] = samples[0]
-    return rows, clips
+            clips.setdefault(name, latents[list(SHOWN)])
+            scores = judge(latents, codec)
+            all_scores.append(scores)
+            for length, found in at_lengths(scores, cost).items():
+                rows.setdefault(f"{name} x{length}", []).append(found)
+        if mode.causal:
+            lines[name] = line(all_scores)
+    return rows, lines, clips
 
 
-def table(runs: list[Path]) -> None:
-    """Print the reports of one run (over sampling seeds) or of several (over training seeds)."""
-    reports = [json.loads((run / "report.json").read_text()) for run in runs]
-    spread = f"{len(SAMPLING_SEEDS)} sampling seeds"
-    if len(runs) > 1:
-        spread = f"{len(runs)} training seeds"
-    heads = " ".join(f"{column:>16}" for column in COLUMNS)
-    print(f"\n{'stage, length':14}{'steps':>6}{'ms/frame':>9} {heads}   mean +- sd, {spread}")
-
-    for name, (first, *_) in reports[0]["rows"].items():
-        values = []  # reports x sampling seeds x columns
-        for report in reports:
-            values.append([[scores[c] for c in COLUMNS] for scores in report["rows"][name]])
-        values = torch.tensor(values)
-        values = values.mean(1) if len(runs) > 1 else values[0]
-        pairs = zip(values.mean(0), values.std(0), strict=True)
-        cells = " ".join(f"{mean:8.3f} +-{sd:5.3f}" for mean, sd in pairs)
-        print(f"{name:14}{first['steps']:6}{first['ms_per_frame']:9.2f} {cells}")
-
-    for run, report in zip(runs, reports, strict=True):
-        minutes = ", ".join(f"{key} {value / 60:.1f}" for key, value in report["seconds"].items())
-        print(f"{run}, minutes: {minutes}; in all {report['total'] / 60:.1f}")
+def line(all_scores: list[dict[str, Tensor]]) -> dict[str, list[float]]:
+    """What is plotted of a run: means over clips and sampling seeds, part by part."""
+    lengths = [(part + 1) * PART / TRAINED for part in parts(LENGTHS[-1])]
+    means = {"lengths": lengths}
+    for key in ("drift", "shade", "shape", "overlap"):
+        means[key] = torch.stack([scores[key] for scores in all_scores]).mean((0, 1)).tolist()
+    return means
 
 
-def draw_sheet(path: Path, clips: dict[str, Tensor], codec: LinearCodec) -> None:
-    """8 frames of four clips of every run; these show all colours, shapes and directions."""
-    tiles = []
+def another_clip() -> float:
+    """The drift from one clip to another: what is left if nothing is remembered."""
+    pictures = draw(LABELS * 2, 1, seed=12345)
+    first, second = pictures.split(len(LABELS))
+    target = Target.of(LABELS)
+    gap = beside(seen(first), target) - beside(seen(second), target)
+    return gap.square().mean((1, 2, 3)).sqrt().mean().item()
+
+
+def sheet(path: Path, clips: dict[str, Tensor], codec: LinearCodec) -> None:
+    """Frames of four clips of every run, at the same times."""
+    ends = (1, TRAINED // 3, TRAINED, *(TRAINED * n for n in (2, 3, 5, 10, 20, 30)))
+    heads = [f"frame {4 * end - 3}" for end in ends]
+    rows = []
     for name, latents in clips.items():
-        for video in codec.decode(latents[[0, 17, 34, 47]]):
-            frames = to_frames(video).numpy()
-            columns = torch.linspace(0, len(frames) - 1, 8).tolist()
-            tiles += [frames[round(column)] for column in columns]
-        print(f"sheet: 4 rows of {name}")
-    write_sheet(path, tiles, columns=8)
+        there = [end for end in ends if end <= latents.shape[2]]
+        frames = [decoded(latents, codec, end - 1, end)[:, :, -1] for end in there]
+        pictures = torch.stack(frames, 2)  # [4, 3, n, 64, 64]
+        for caption, row in zip(SHOWN, pictures, strict=True):
+            rows.append((name, str(LABELS[caption]), row))
+    draw_sheet(path, rows, heads)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -290,18 +326,24 @@ def demo(out: Path, clips: int, seed: int, steps: int | None) -> None:
     if (out / "release").exists():
         raise ValueError(f"{out} exists; delete it or choose another --out")
     began = time.time()
-    make_release(out / "release")
+    make_release(out / "release", MEAN_SCALE)
     make_data(out, clips)
     save_dit(carrying(WanDiT(PRESETS["tiny"])), out / "init.safetensors", {})
     seconds = {"data": time.time() - began}
     seconds |= train_all(out, seed, steps)
+    report(out, seconds, began)
 
+
+def report(out: Path, seconds: dict[str, float], began: float) -> None:
+    """Sample, score and show what was trained."""
     codec = load_vae(out / "release")
-    rows, latents = score_all(out, codec)
-    report = {"rows": rows, "seconds": seconds, "total": time.time() - began}
-    write_json(out / "report.json", report)
+    rows, lines, clips = score_all(out, codec)
+    found = {"rows": rows, "curves": lines, "another": another_clip()}
+    found |= {"seconds": seconds, "total": time.time() - began}
+    write_json(out / "report.json", found)
     table([out])
-    draw_sheet(out / "sheet.png", latents, codec)
+    draw_drift(out / "drift.png", [out])
+    sheet(out / "sheet.png", clips, codec)
     curves([out / name for name in ("dmd", "dmd-data", "ode", "ar", "teacher")])
 
 
@@ -316,9 +358,12 @@ def main() -> None:
     add("--clips", type=int, default=1536)
     add("--steps", type=int, help="of every stage, for a quick look")
     add("--table", nargs="+", type=Path, metavar="DIR", help="only print the table of these runs")
+    add("--plot", type=Path, metavar="PNG", help="with --table: draw their drift into this file")
     args = parser.parse_args()
     if args.table:
         table(args.table)
+        if args.plot:
+            draw_drift(args.plot, args.table)
     else:
         torch.set_num_threads(args.threads)
         demo(args.out, args.clips, args.seed, args.steps)

@@ -32,7 +32,7 @@ from world import COLOURS, DIRECTIONS, LABELS, PHASE, SHAPES, SIZE, codec_basis,
 # The repository: its scripts are imported, not installed.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from demo import CHUNK, TRAINED, carrying, make_release
+from demo import TRAINED, carrying, make_release
 from safetensors.torch import load_file
 
 from wan5b.dit import DiTConfig, WanDiT
@@ -63,6 +63,7 @@ SHARED = ("self_attn", "cross_attn", "ffn", "norm3")  # by all layers; each has 
 LEVELS = (1000, 500, 250)
 SIGMAS = few_step_sigmas(LEVELS)
 BATCH = 16
+CHUNK = 3  # latent frames
 GRID = SIZE // PHASE  # places in a row or a column of the torus
 
 # ----------------------------------------------------------------------------------------- network
