@@ -34,7 +34,6 @@ from wan5b.extras.cli import script
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.log import curves
-from wan5b.extras.media import to_frames
 from wan5b.extras.sampling import MODES, Mode, generate
 from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas, shift_sigma

@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from wan5b.extras.media import to_frames
 from wan5b.extras.report_plot import BLUE, GREY, INK, RED, available
-from wan5b.media import to_frames
 from wan5b.util import replacing
 
 COLUMNS = (
