@@ -195,8 +195,10 @@ def levels(mode: Mode) -> list[float]:
 
 
 @torch.no_grad()
-def sample_clips(model: WanDiT, text: TextStore, mode: Mode, frames: int, seed: int) -> Tensor:
-    """Latents [48, C, frames, 4, 4], one clip a caption."""
+def sample_clips(
+    model: WanDiT, text: TextStore, mode: Mode, frames: int, seed: int, **more
+) -> Tensor:
+    """Latents [48, C, frames, 4, 4], one clip a caption. more: arguments of `generate`."""
     prompts = [str(label) for label in LABELS]
     how = {"causal": mode.causal, "solver": "renoise", "seed": seed}
     if mode.guided:
@@ -211,7 +213,8 @@ def sample_clips(model: WanDiT, text: TextStore, mode: Mode, frames: int, seed: 
         how["window"] = WINDOW
     shape = (len(LABELS), model.cfg.in_dim, frames, SIDE, SIDE)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return torch.cat(list(generate(model, noise, context, levels(mode), chunks, **how)), 2)
+    pieces = generate(model, noise, context, levels(mode), chunks, **how, **more)
+    return torch.cat(list(pieces), 2)
 
 
 def parts(length: int) -> list[int]:
