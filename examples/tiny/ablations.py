@@ -1,7 +1,7 @@
 """The method's options, one row each: DMD in the tiny world with one thing changed.
 
     make demo                                                  # or several, with --seed and --out
-    python examples/tiny/ablations.py --demos out/demo         # hours: all rows of one training seed
+    python examples/tiny/ablations.py --demos out/demo         # hours: all rows of a training seed
     python examples/tiny/ablations.py --demos out/demo out/demo-1 --rows gan levels
     python examples/tiny/ablations.py --demos out/demo out/demo-1 --table
 
