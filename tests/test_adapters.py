@@ -95,7 +95,7 @@ def test_new_adapters_change_nothing(data, dtype):
 def test_all_linear_layers_of_the_blocks_by_default(data):
     run = make_run(data, "ar", lora=4)
     assert len(adapters(run.generator)) == 2 * 10 * DIT.num_layers
-    (a, b) = list(adapters(run.generator).values())[:2]
+    a, b = list(adapters(run.generator).values())[:2]
     assert a.shape == (4, DIT.dim)
     assert b.shape == (DIT.dim, 4)
     assert {p.dtype for p in adapters(run.generator).values()} == {torch.float32}

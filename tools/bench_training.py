@@ -5,6 +5,8 @@
     python tools/bench_training.py --stage dmd --offload --compile --keep-attention   # dmd-5b.toml
     python tools/bench_training.py --stage dmd --offload --compile --gan    # gan-5b.toml; or --dfd
     python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
+    python tools/bench_training.py --lora 128 --compile --keep-attention   # dmd-lora-5b.toml
+    python tools/bench_training.py --lora 128 --compile --size 480x832     # for a 24 GB card
     python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB)
     python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9
 
@@ -47,6 +49,8 @@ import train
 from wan5b import fuse, stages
 from wan5b.distill import critic_loss, dmd_gradient
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
+from wan5b.extras import checkpoints
+from wan5b.extras.adapters import flop_share
 from wan5b.extras.budget import (
     GIB,
     FlopCount,
@@ -62,7 +66,8 @@ from wan5b.fsdp import World
 from wan5b.stages import Batch, Noised, Rolled, Run, micro_batches, roll_out, update
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
-WATCHED = "blocks.0.ffn.0.weight"  # of whose masters it is told how far they move
+# Of whose masters it is told how far they move: of a network's, or of an adapter's.
+WATCHED = ("blocks.0.ffn.0.weight", "blocks.0.ffn.0.lora_B.weight")
 Tensors = dict[str, Tensor]
 
 # ------------------------------------------------------------------------------------------ options
@@ -91,6 +96,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--relativistic", action="store_true", help=text)
     add("--slopes", action="store_true", help="with --gan: R1 and R2, two forwards more")
     add("--dfd", action="store_true", help="dmd: the teacher scores clips in all steps")
+    text = "adapters of this rank over one base, which is the teacher; 0: all weights"
+    add("--lora", type=int, default=0, metavar="RANK", help=text)
     add("--offload", action="store_true", help="the optimizers' state in host memory")
     add("--compile", action="store_true", help="fuse small operations")
     text = "checkpointing keeps the results of self-attention"
@@ -99,6 +106,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split-attention", action="store_true", help=text)
     add("--no-checkpointing", action="store_true")
     add("--fp8", action="store_true", help="dmd, sid: rollouts and scores in float8")
+    text = "at the end write a checkpoint there, with its bytes and seconds"
+    add("--save", type=Path, metavar="DIR", help=text)
     text = "start all networks from it; made, with random weights, if missing"
     add("--release", type=Path, metavar="DIR", help=text)
     return parser.parse_args(argv)
@@ -112,7 +121,8 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
     """The run's config. stores: those of `make_data`."""
     options = dict(stores)
     same = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
-    for name in (*same, "device", "offload", "keep_attention", "split_attention", "fp8"):
+    same += ("lora", "device", "offload", "keep_attention", "split_attention", "fp8")
+    for name in same:
         options[name] = getattr(args, name)
     if args.release:
         options["weights"] = str(args.release)
@@ -198,11 +208,11 @@ def build(cfg: train.Config, world: World) -> Run:
     make_budget = train.expected
     seeds = iter((0, 1, 1))  # generator, teacher, critic: the critic starts as the teacher
 
-    def network(cfg, world: World, path: str, sizes: DiTConfig, tensors: Tensors):
+    def network(cfg, world: World, path: str, sizes: DiTConfig, tensors: Tensors, trained=True):
         seed = next(seeds)
         if not tensors:
             tensors = random_weights(sizes, world.device, getattr(torch, cfg.dtype), seed)
-        return make_network(cfg, world, path, sizes, tensors)
+        return make_network(cfg, world, path, sizes, tensors, trained)
 
     def expected(*arguments) -> dict[str, dict[str, float]]:
         budget = make_budget(*arguments)
@@ -224,16 +234,18 @@ class RepeatedFlop:
         self.done = 0.0
 
     def watch(self, model: WanDiT) -> None:
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
+        count = partial(self._count, flop_share(model))
+        model.register_forward_pre_hook(count, with_kwargs=True)
 
-    def _count(self, model: WanDiT, args: tuple, options: dict) -> None:
+    def _count(self, share: float, model: WanDiT, args: tuple, options: dict) -> None:
+        """share: the adapters' part, of the projections'."""
         if not torch.is_grad_enabled():
             return
         linear, attention = forward_flop(model.cfg, args[0], **options)
         if model.checkpointing:
-            self.done += recomputed_flop(model, args[0], **options)
+            self.done += recomputed_flop(model, args[0], **options) + share * linear
         if "cache" in options:  # a replay, of what the rollout has done
-            self.done += linear + attention
+            self.done += (1 + share) * linear + attention
         self.done += 0.5 * attention  # the scores, in the backward
 
 
@@ -305,7 +317,8 @@ def iterate(run: Run, clock: Clock, iterations: int) -> list[str]:
 
     Returns what became of losses and masters, in words.
     """
-    before = {name: optimizer.master(WATCHED).clone() for name, optimizer in run.optimizers.items()}
+    watched = WATCHED[run.cfg.lora > 0]
+    before = {name: optimizer.master(watched).clone() for name, optimizer in run.optimizers.items()}
     if run.critic is None:
         loss = partial(data_loss, run)
     else:
@@ -323,12 +336,12 @@ def iterate(run: Run, clock: Clock, iterations: int) -> list[str]:
 
     changes = []
     for name, optimizer in run.optimizers.items():
-        moved = (optimizer.master(WATCHED) - before[name]).abs()
+        moved = (optimizer.master(watched) - before[name]).abs()
         share = (moved > 0).float().mean().item()
         changes.append(f"{name} {share:.1%} by {moved.mean().item():.2g}")
     return [
         f"losses and gradients finite: {finite}; loss on a fixed batch: {first:.5f} -> {last:.5f}",
-        f"masters of {WATCHED} that moved, and how far on average: {', '.join(changes)}",
+        f"masters of {watched} that moved, and how far on average: {', '.join(changes)}",
     ]
 
 
@@ -435,6 +448,15 @@ def print_memory(run: Run) -> None:
     print(f"peak on the host {host:.2f} GiB, of it page-locked {locked:.2f}")
 
 
+def print_save(run: Run, folder: Path) -> None:
+    """A checkpoint as train.py writes it, and its bytes; all processes take part."""
+    began = time.perf_counter()
+    path = checkpoints.save(run.world, folder, run.optimizers, {"step": 1})
+    seconds = time.perf_counter() - began
+    size = sum(file.stat().st_size for file in path.iterdir()) / 1e9
+    print(f"a checkpoint: {size:.2f} GB, {seconds:.1f} s")
+
+
 def print_allocator() -> None:
     figures = torch.cuda.memory_stats()
     taken = figures.get("reserved_bytes.all.peak", 0) / GIB
@@ -479,6 +501,8 @@ def measure(args: argparse.Namespace, world: World) -> None:
         clock = Clock(run)
         iterations = args.iterations or (args.ratio + 1 if distilling else 3)
         outcome = iterate(run, clock, iterations)
+        if args.save:
+            print_save(run, args.save)
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     print(f"\n{world.size} x {name}, torch {torch.__version__}, {vars(args)}")

@@ -16,7 +16,7 @@ A chain of stages has one base: each goes on from the adapter of the one before 
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float):
         device = layer.weight.device
-        super().__init__(layer.in_features, layer.out_features, device="meta")
+        super().__init__(layer.in_features, layer.out_features, device=device)
         self.weight = layer.weight
         self.bias = layer.bias
         self.scale = scale
@@ -127,6 +127,12 @@ def adapted(cfg, sizes: DiTConfig) -> WanDiT:
         model = WanDiT(sizes).to(getattr(torch, cfg.dtype)).requires_grad_(False)
     attach(model, cfg.lora, scale_of(cfg), cfg.lora_targets)
     return model
+
+
+def of_a_block(cfg, sizes: DiTConfig) -> list[tuple[int, ...]]:
+    """Shapes of the trained matrices of one block; all blocks are alike. Errors: see `attach`."""
+    block = adapted(cfg, replace(sizes, num_layers=1))
+    return [tuple(parameter.shape) for parameter in adapters(block).values()]
 
 
 def adapters(model: WanDiT) -> dict[str, nn.Parameter]:
@@ -266,7 +272,7 @@ def check_files(cfg, sizes: DiTConfig) -> None:
     sizes: of the base. ValueError if not.
     """
     if cfg.lora:
-        adapted(cfg, sizes)
+        of_a_block(cfg, sizes)
     if cfg.lora_weights:
         read_adapters(cfg, sizes)
 

@@ -5,6 +5,7 @@ All of it is arithmetic over the config and the networks' sizes; benchmarks hold
 measured. A `Meter` measures every step of a run.
 """
 
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from wan5b.dit import DiTConfig, WanDiT
-from wan5b.extras.adapters import adapted, adapters, flop_share
+from wan5b.extras.adapters import flop_share, of_a_block
 from wan5b.extras.gan import Classifier, layers_read
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.training_attention import keeps_results
@@ -101,7 +102,8 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
     weights = size * (generator + 2 * critic)
     if cfg.lora:
         dtype = torch.float32
-        generator = sum(p.numel() for p in adapters(adapted(cfg, model)).values()) / world.shards
+        numbers = sum(map(math.prod, of_a_block(cfg, model)))
+        generator = model.num_layers * numbers / world.shards
         critic = generator if scores else 0
         weights = size * base + 4 * (generator + critic)
     if cfg.with_gan:
@@ -165,8 +167,7 @@ def activations(
     tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
     common = {"itemsize": size, "checkpointing": cfg.checkpointing, "keeps": cfg.keep_attention}
     if cfg.lora:
-        pairs = len(adapters(adapted(cfg, model))) // 2
-        common["ranks"] = cfg.lora * pairs // model.num_layers
+        common["ranks"] = cfg.lora * len(of_a_block(cfg, model)) // 2
 
     # With one micro-batch a phase, weight gradients come as activations go; with a GAN a critic's
     # micro-batch has several backwards.
