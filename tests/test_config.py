@@ -52,6 +52,18 @@ BAD = [
     ("ar", {"frames": 6, "prefix": 1}, "nearest valid: 4 or 7"),
     ("ar", {"height": 3}, "3x4"),
     ("ar", {"window": 2}, "a chunk of 3 frames does not fit in a window of 2"),
+    # Options of rollouts.
+    ("dmd", {"levels_after": [500, 750]}, "levels_after: steps must fall"),
+    ("dmd", {"sink": 1}, "window = 0 has no room for sink = 1 and a chunk of 3"),
+    ("dmd", {"sink": 4, "window": 6}, "window = 6 has no room for sink = 4 and a chunk of 3"),
+    ("dmd", {"sink_rope": "relative"}, "needs a sink"),
+    ("dmd", {"sink_rope": "other"}, "sink_rope must be one of absolute relative"),
+    ("dmd", {"rollout_frames": 13}, "rollout_frames: 13 latent frames do not divide into chunks"),
+    ("dmd", {"rollout_frames": 3}, "rollout_frames = 3 is less than frames = 6"),
+    ("sid", {"rollout_frames": 9}, "name vae"),
+    ("dmd", {"rollout": "data", "levels_after": [1000, 500]}, "leave levels_after"),
+    ("dmd", {"rollout": "data", "clean_pass": False}, "leave levels_after, clean_pass"),
+    ("ode", {"levels_after": [1000, 600]}, "levels_after has [600], which trajectories hold only"),
     # What is missing.
     ("ar", {"latents": ""}, "stage ar needs latents"),
     ("ode", {"trajectories": ""}, "stage ode needs trajectories"),

@@ -46,6 +46,9 @@ GAN = {
     "gan_r2": 0.01,
     "data_forcing": 0.5,
 }
+# Of rollouts, all but those that need a VAE.
+OPTIONS = {"levels_after": [1000, 500], "clean_pass": False, "window": 5}
+OPTIONS |= {"sink": 1, "sink_rope": "relative", "steps": 2}
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two CUDA devices")
 PLACES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])]
 
@@ -179,6 +182,7 @@ def two(data, place, tmp_path_factory):
     half = common | {"dtype": "bfloat16", "steps": 2, "offload": True}
     jobs.append(job("train", values(data, "ar", folder / "half", **half)))
     jobs.append(job("train", values(data, "dmd", folder / "gan", **common, **GAN)))
+    jobs.append(job("train", values(data, "dmd", folder / "options", **OPTIONS, **common)))
     jobs.append(job("sigterm", values(data, "dmd", folder / "sigterm", **common)))
     results = torchrun(2, folder, jobs)
 
@@ -229,6 +233,17 @@ def test_two_processes_are_one_with_a_gan(two, one):
     rows = zip(read_metrics(two[0] / "gan"), read_metrics(one[0] / "gan"), strict=True)
     for a, b in rows:
         assert without_std(a) == pytest.approx(without_std(b), rel=1e-3, abs=1e-5)
+
+
+def test_options_of_rollouts_are_the_same_on_all_ranks(data, place, two, tmp_path):
+    """Exits, levels and the end of each rollout; a sink that is turned for each chunk."""
+    cfg = config(data, "dmd", tmp_path, beta1=0.5, device=place, **OPTIONS)
+    weights = load_file(two[0] / "options/dmd.safetensors")
+    assert apart(weights, finish(cfg)) < 1e-2
+    for a, b in zip(read_metrics(two[0] / "options"), read_metrics(tmp_path), strict=True):
+        assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
+    first, second = (ranks[-2]["exits"] for ranks in two[1])
+    assert first == second
 
 
 def test_exit_levels_are_the_same_on_all_ranks(two):

@@ -103,13 +103,25 @@ CASES = {
     "image, changes": ["--image", "a.png", "--frames", "85", *CHANGES],
     "recache": ["--prompt", "a", "b", "--at", "1.5", "--recache", "--sink-rope", "relative"],
     "guided": ["--mode", "many", "--steps", "2"],
+    "last steps kept": ["--recipe", "kept.toml", "--image", "a.png"],
 }
+KEPT = """
+causal = true
+solver = "renoise"
+chunk = 3
+image = "inside"
+levels = [1000, 750, 500, 250]
+levels_after = [1000, 500]
+clean_pass = false
+"""
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_goes_on_bit_for_bit(run, tmp_path, name):
     """Interrupted twice, the clip's pictures are those of one that was never interrupted."""
-    options = [str(tmp_path / text) if text == "a.png" else text for text in CASES[name]]
+    (tmp_path / "kept.toml").write_text(KEPT)
+    files = ("a.png", "kept.toml")
+    options = [str(tmp_path / text) if text in files else text for text in CASES[name]]
     whole = run(*options, out="whole")
     assert not (tmp_path / "whole.state.safetensors").exists()
 
@@ -124,7 +136,7 @@ def test_goes_on_bit_for_bit(run, tmp_path, name):
     assert size < 10**6
 
     # Nothing is left but the clip and its record, the same as the other's.
-    names = {path.name for path in tmp_path.iterdir()} - {"a.png"}
+    names = {path.name for path in tmp_path.iterdir()} - set(files)
     assert names == {"a.mp4", "a.json", "whole.mp4", "whole.json"}
     records = [read_json(tmp_path / f"{name}.json") for name in ("a", "whole")]
     for record in records:

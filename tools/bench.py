@@ -6,20 +6,22 @@
     python tools/bench.py --variants compiled --long 1437  # one minute: window 21, sink 3
     python tools/bench.py --variants "compiled fp8" "compiled fp8 vae"  # the decoder in float8 too
     python tools/bench.py --vae-device cuda:1              # the decoder on a second GPU
+    python tools/bench.py --levels-after 1000 500 --no-clean-pass   # fewer forwards a chunk
     python tools/bench.py --recipe longlive2 turbo         # as bench_recipes.py
 
-At four levels; one table at the end. Bounds are arithmetic over ceilings measured in the same call:
-matrix products, cuDNN attention, channels-last conv3d. Memory is of all GPUs together.
+At four levels, unless said; one table at the end. Bounds are arithmetic over ceilings measured in
+the same call: matrix products, cuDNN attention, channels-last conv3d. Memory is of all GPUs
+together.
 """
 
 import argparse
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +44,7 @@ from wan5b.extras.fp8 import Fp8Linear, quantize_blocks
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.media import to_frames
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
-from wan5b.flow import few_step_sigmas
+from wan5b.flow import FEW_STEPS, few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.vae22 import VAE22, Stream
 
@@ -62,6 +64,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--chunk", type=int, default=3, help="latent frames generated together")
     add("--window", type=int, help="latent frames that a chunk sees (default: all)")
     add("--sink", type=int, default=0, help="first latent frames that stay in the window")
+    text = "levels of the chunks behind the first, in thousandths, in place of the four"
+    add("--levels-after", type=int, nargs="+", default=[], metavar="LEVEL", help=text)
+    add("--no-clean-pass", action="store_true", help="the last step's keys are the context")
     add("--variants", nargs="+", default=list(VARIANTS[:3]), choices=VARIANTS)
     add("--repeats", type=int, default=3, help="clips of which the median is taken")
     add("--vae-device", default="cuda", choices=DEVICES[:1] + DEVICES[2:], help="of the decoder")
@@ -70,6 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     # What does not come out even ends the call here, not after all that is measured before it.
+    few_step_sigmas(args.levels_after or FEW_STEPS)
     for frames in (args.frames, args.long):
         if frames is not None:
             chunks_of(frames, args.chunk)
@@ -91,6 +97,8 @@ class Clip(NamedTuple):
     chunks: list[int]
     window: int | None = None
     sink: int = 0
+    sigmas_after: Sequence[float] = SIGMAS  # the levels of all chunks but the first
+    clean_pass: bool = True
 
     @property
     def pixel_frames(self) -> int:
@@ -103,10 +111,16 @@ class Clip(NamedTuple):
 
     def flop(self, cfg: DiTConfig, vae: VAE22) -> dict[str, Flop]:
         """Of its parts, and of the teacher's: one bidirectional forward over all frames."""
-        # A pass for each level, and a clean one that fills the cache, where the 0 stands.
-        passes = len(SIGMAS)
-        one = forward_flop(cfg, self.noise, chunks=self.chunks, window=self.window)
-        products, attended = (passes * flop for flop in one)
+        # A pass for each level, and, where the 0 stands, a clean one that fills the cache.
+        first = self.noise[:, :, : self.chunks[0]]
+        of_first = forward_flop(cfg, first, chunks=self.chunks[:1], window=self.window)
+        of_all = forward_flop(cfg, self.noise, chunks=self.chunks, window=self.window)
+        passes = len(SIGMAS) - (not self.clean_pass)
+        later = len(self.sigmas_after) - (not self.clean_pass)
+        products, attended = (
+            passes * one + later * (whole - one)
+            for one, whole in zip(of_first, of_all, strict=True)
+        )
         conv = decoding_flop(vae, self.noise.to(place_of(vae)))
         return {
             "DiT": Flop(products, attended, 0),
@@ -114,6 +128,12 @@ class Clip(NamedTuple):
             "both": Flop(products, attended, conv),
             "teacher": Flop(*forward_flop(cfg, self.noise), 0),
         }
+
+    def make(self, model: WanDiT, context: Tensor, cache: KVCache, **options) -> Iterator[Tensor]:
+        """Its chunks, as they are finished. options: of `rollout`."""
+        ways = chain([SIGMAS], repeat(list(self.sigmas_after)))
+        given = (model, self.noise, context, ways, self.chunks, cache)
+        return rollout(*given, clean_pass=self.clean_pass, **options)
 
 
 @dataclass
@@ -166,7 +186,7 @@ class Sampler:
         events = [torch.cuda.Event(enable_timing=True) for _ in clip.chunks]
         source = clip.noise.split(clip.chunks, 2)
         if generate:
-            source = rollout(self.model, clip.noise, self.context, SIGMAS, clip.chunks, cache)
+            source = clip.make(self.model, self.context, cache)
         # With the events in front, zip does not ask for more than the last chunk: nothing needs
         # that one in the cache.
         for event, x0 in zip(events, source, strict=False):
@@ -232,7 +252,7 @@ def long_video(sampler: Sampler, clip: Clip, frames: int, chunk: int) -> str:
     chunks = chunks_of(frames, chunk)
     _, channels, _, height, width = clip.noise.shape
     noise = torch.randn(1, channels, sum(chunks), height, width, device="cuda")
-    video = Clip(noise, chunks, window=21, sink=3)
+    video = clip._replace(noise=noise, chunks=chunks, window=21, sink=3)
     marks = sampler.play(video, video.new_cache(sampler.model.cfg))
 
     part = 120 // 4 // chunk  # chunks of 5 seconds
@@ -256,7 +276,7 @@ def latents_of(model: WanDiT, context: Tensor, clip: Clip, cache: KVCache) -> Te
         return torch.randn(like.shape, generator=draws, device="cuda")
 
     cache.reset()
-    finished = rollout(model, clip.noise, context, SIGMAS, clip.chunks, cache, renoise=renoise)
+    finished = clip.make(model, context, cache, renoise=renoise)
     return torch.cat([x0.float() for x0 in finished], 2)
 
 
@@ -396,7 +416,8 @@ def main(argv: list[str] | None = None) -> None:
     # The networks, a clip, and what these make of it in float32.
     sampler = make_sampler(cfg, args.vae_device)
     noise = torch.randn(1, cfg.in_dim, sum(chunks), height, width, device="cuda")
-    clip = Clip(noise, chunks, args.window, args.sink)
+    after = few_step_sigmas(args.levels_after or FEW_STEPS)
+    clip = Clip(noise, chunks, args.window, args.sink, after, not args.no_clean_pass)
     latents = {"float32": exact_latents(sampler, clip)}
     some = noise[:, :, :DECODED].to(args.vae_device)
     decoded = copy.deepcopy(sampler.vae).float().decode(some)

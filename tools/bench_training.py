@@ -4,6 +4,7 @@
     python tools/bench_training.py --stage dmd --offload         # one H100 80 GB
     python tools/bench_training.py --stage dmd --offload --compile --keep-attention   # dmd-5b.toml
     python tools/bench_training.py --stage dmd --offload --compile --gan    # gan-5b.toml; or --dfd
+    python tools/bench_training.py --levels-after 1000 500 --no-clean-pass   # 4, then 2 levels
     python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
     python tools/bench_training.py --lora 128 --compile --keep-attention   # dmd-lora-5b.toml
     python tools/bench_training.py --lora 128 --compile --size 480x832     # for a 24 GB card
@@ -98,6 +99,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dfd", action="store_true", help="dmd: the teacher scores clips in all steps")
     text = "adapters of this rank over one base, which is the teacher; 0: all weights"
     add("--lora", type=int, default=0, metavar="RANK", help=text)
+    text = "dmd, sid: levels of the chunks behind the first, in thousandths"
+    add("--levels-after", type=int, nargs="+", default=[], metavar="LEVEL", help=text)
+    text = "dmd, sid: the last level's keys are a chunk's context"
+    add("--no-clean-pass", action="store_true", help=text)
     add("--offload", action="store_true", help="the optimizers' state in host memory")
     add("--compile", action="store_true", help="fuse small operations")
     text = "checkpointing keeps the results of self-attention"
@@ -145,6 +150,8 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
         ema_start=0,
         dtype=dtype_of(args),
         checkpointing=not args.no_checkpointing,
+        levels_after=tuple(args.levels_after),
+        clean_pass=not args.no_clean_pass,
         **options,
     )
 
@@ -422,7 +429,7 @@ def print_distillation(clock: Clock, own: int, devices: int) -> None:
         optimizer[name] = float(means[f"  optimizer, {name}"][0])
         sample[name] = (float(means[f"{name} phase"][0]) - optimizer[name]) / own
     exits = sum(clock.exits) / len(clock.exits)
-    print(f"exit level {exits:.2f} on average; seconds of a sample on a device: {sample}")
+    print(f"exit level (last chunk) {exits:.2f} on average; seconds of a sample: {sample}")
     average = optimizer["generator"] - optimizer["critic"]
     print(f"average: {average:.3f} s of the generator's optimizer step")
 

@@ -155,8 +155,9 @@ class KeptProgress(Progress):
         tail = [piece.shape[2] for piece in moment.tail]
         about = self.record | moment.counts
         about |= {"video": video.name, "commits": commits, "tail": tail}
-        if any(torch.as_tensor(made.sigma).any() for made in moment.commits):
-            about["levels"] = [torch.as_tensor(made.sigma).tolist() for made in moment.commits]
+        levels = [torch.as_tensor(made.sigma, dtype=torch.float64) for made in moment.commits]
+        if any(level.any() for level in levels):
+            about["levels"] = [level.tolist() for level in levels]
         about["vae"] = self.vae
         about["begins"] = remux.known_by(video, min(moment.counts["pictures"], KNOWN_BY))
 
