@@ -1,7 +1,7 @@
 """The GAN branch of dmd: a classifier tells real clips from rollouts by the critic's features.
 
 It is what DMD2 (arXiv 2405.14867, section 4.3) adds to DMD, with the classifier of Self Forcing's
-code (arXiv 2506.08009, appendix; model/gan.py): three learned register tokens, each of which reads
+code (arXiv 2506.08009, model/gan.py): three learned register tokens, each of which reads
 the features of one layer of the critic by cross-attention; then LayerNorm(3 D) -> Linear(3 D, D) ->
 SiLU -> Linear(D, 1), where that code has its width of 1536 typed in. Losses are softplus, or
 relativistic (clip against rollout of one caption); R1 and R2 are finite differences.
