@@ -199,6 +199,9 @@ def test_gradient_of_the_generator_by_hand(data, changes):
     dmd = dmd_gradient(x0, x0_from_v(xs, v, sigma), *real, 2.0) / x0.numel()
     (adversarial,) = torch.autograd.grad(0.5 * fooling, x0)
     assert adversarial.norm() > 1e-3 * dmd.norm(), "nothing comes through the features"
+    share = adversarial.abs().mean() / dmd.abs().mean()
+    told = figures["gan_gradient"] / figures["gradient"]
+    assert told.item() == pytest.approx(share.item(), rel=1e-3)
     torch.cat(rollout_with_grad(run, 1), 2).backward(dmd + adversarial)
     assert furthest(caught, optimizer.grads) < 1e-4
 

@@ -1,7 +1,7 @@
 """The GAN branch of dmd: a classifier tells real clips from rollouts by the critic's features.
 
 It is what DMD2 (arXiv 2405.14867, section 4.3) adds to DMD, with the classifier of Self Forcing's
-code (arXiv 2506.08009, appendix; model/gan.py): three learned register tokens, each of which reads
+code (arXiv 2506.08009, model/gan.py): three learned register tokens, each of which reads
 the features of one layer of the critic by cross-attention; then LayerNorm(3 D) -> Linear(3 D, D) ->
 SiLU -> Linear(D, 1), where that code has its width of 1536 typed in. Losses are softplus, or
 relativistic (clip against rollout of one caption); R1 and R2 are finite differences.
@@ -258,13 +258,18 @@ def gan_generator_step(run: Run, batch: Batch) -> dict[str, Tensor]:
         real, real_uncond = stages.teach(run, batch, clip if forced else seen, frames)
         real_logit = judge(run, clip, batch.context)[1] if cfg.gan_relativistic else None
 
+    # The fooling's gradient comes through the critic into x0 first, to be looked at by itself.
+    fooling = fooling_loss(fake_logit, real_logit)
+    (pull,) = torch.autograd.grad(cfg.gan_weight * fooling, x0)
     gradient = dmd_gradient(x0, fake, real, real_uncond, cfg.guidance)
     loss = dmd_loss(x0, gradient)
-    fooling = fooling_loss(fake_logit, real_logit)
-    stages.into_weights(run, batch, rolled, loss + cfg.gan_weight * fooling)
+    stages.into_weights(run, batch, rolled, loss + (pull * x0).sum())
+
+    # gan_gradient beside gradient shows which of the two moves the generator.
     figures = {
         "loss": loss.detach().float(),
         "gan_loss": fooling.detach(),
+        "gan_gradient": pull.abs().mean() * pull.numel(),
         "forced": x0.new_tensor(float(forced)),
     }
     return figures | stages.health(rolled, gradient)
