@@ -85,6 +85,9 @@ def note_ignored(cfg, rank: int) -> None:
     ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
     if ignored and rank == 0:
         print(f"note: {', '.join(ignored)} has no effect in stage {cfg.stage}", file=sys.stderr)
+    ignored = [key for key in given if key in ("lora_alpha", "lora_targets") and not cfg.lora]
+    if ignored and rank == 0:
+        print(f"note: {', '.join(ignored)} has no effect without lora", file=sys.stderr)
 
 
 def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -> None:
