@@ -2,18 +2,23 @@
 
 import pytest
 import torch
-from common import compiling, randn, rel
+from common import compiling, gpu, randn, rel
+from safetensors.torch import load_file
 from training import (
     DIT,
     SIZES,
     STAGES,
+    apart,
+    config,
+    finish,
     furthest,
     make_run,
     run_phase,
     same,
 )
 
-from wan5b import fuse, stages
+import train
+from wan5b import fsdp, fuse, stages
 from wan5b.dit import Block, WanDiT
 from wan5b.extras.adapters import LoraLinear, adapters, flop_share
 
@@ -255,6 +260,25 @@ def test_gradients_of_compiled_pieces(data, monkeypatch):
         moved = gradients(run, "critic")
         fuse.enable(False)
         assert furthest(moved, gradients(run, "critic")) < 1e-5
+
+
+@gpu
+def test_on_a_gpu(data, tmp_path):
+    """In bfloat16: new adapters change nothing; compiled, with state in host memory, as without."""
+    options = {"lora": 4, "teacher": "", "device": "cuda", "dtype": "bfloat16"}
+    run = train.build(config(data, "dmd", **options), fsdp.World("cuda"))
+    x = randn(2, *SIZES).cuda()
+    context = run.context(["prompt 1", "neg"])
+    with torch.no_grad():
+        expected = run.teacher(x, 0.5, context)
+        assert torch.equal(run.generator(x, 0.5, context), expected)
+
+    left = []
+    for name, more in (("plain", {}), ("hosted", {"offload": True, "compile": True})):
+        with compiling():
+            finish(config(data, "dmd", tmp_path / name, **options, **more))
+        left.append(load_file(tmp_path / name / "dmd-lora/adapter_model.safetensors"))
+    assert apart(*left) < 0.5
 
 
 # ------------------------------------------------------------------------------------------- counts

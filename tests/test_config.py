@@ -142,6 +142,10 @@ def test_keys_without_effect_are_named(data, capsys):
     assert said("dmd", latents="x", rollout="data", guidance=1.0) == ""
     assert said("ar", weights="") == "note: no weights: ar starts from random ones\n"
     assert said("teacher", weights="") == ""
+    said_without = "note: lora_alpha, lora_targets has no effect without lora\n"
+    assert said("ar", lora_alpha=2.0, lora_targets=("q",)) == said_without
+    assert said("ar", lora=4, lora_alpha=2.0) == ""
+    assert said("dmd", lora=4) == "note: no lora_weights: dmd starts from its teacher\n"
 
 
 # -------------------------------------------------------------------------- what does not fit

@@ -115,7 +115,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save", type=Path, metavar="DIR", help=text)
     text = "start all networks from it; made, with random weights, if missing"
     add("--release", type=Path, metavar="DIR", help=text)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.save and args.save.exists():
+        raise ValueError(f"--save {args.save} exists; name a new folder")
+    return args
 
 
 def dtype_of(args: argparse.Namespace) -> str:

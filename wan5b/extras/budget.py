@@ -43,7 +43,7 @@ class Backward:
     late: bytes of weight gradients, counted elsewhere, that come only as the activations go, so
     that the larger of the two makes the peak. keys: how many keys self-attention reads besides the
     tokens' own (copies of a cache's, or of other chunks'). keeps: whether checkpointing keeps the
-    results of self-attention. ranks: of all adapters of a layer, added up.
+    results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are trained.
     """
 
     tokens: int
@@ -64,11 +64,12 @@ class Backward:
 
         # What a layer keeps of a token for its backward, in values: 12 D in the compute dtype
         # (inputs of the projections, of the query and key norms, of both attentions, and their
-        # outputs), 7 D in float32 (three normed inputs, two outputs of norms, two gated branches),
-        # twice the
-        # hidden
-        # layer.
-        layer = tokens * (12 * width + 7 * wide + 2 * hidden + self.ranks * self.itemsize)
+        # outputs), 7 D in float32 (three normed inputs, two outputs of norms, two gated branches;
+        # the last four are for the gradients of modulation and gates, which a frozen base has not),
+        # twice the hidden layer, and what adapters have between their matrices.
+        wides = 3 if self.ranks else 7
+        layer = 12 * width + wides * wide + 2 * hidden + self.ranks * self.itemsize
+        layer *= tokens
         if self.keys:
             # A replay copies the keys and values that it reads, and joins outputs made in parts.
             layer += (2 * self.keys + tokens) * width

@@ -45,7 +45,8 @@ ONLY_IN = {
     **dict.fromkeys(("levels_after", "clean_pass"), ("ode", *DISTILLATIONS)),
 }
 READS = ("text", "latents", "trajectories", "weights", "lora_weights", "teacher")
-# What has an effect beside gan_weight only.
+# What has an effect beside gan_weight, or lora, only.
+OF_LORA = ("lora_alpha", "lora_targets")
 OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_layers")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
@@ -147,9 +148,10 @@ def note_ignored(cfg, rank: int) -> None:
     ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
     if ignored and rank == 0:
         print(f"note: {', '.join(ignored)} has no effect in stage {cfg.stage}", file=sys.stderr)
-    alone = [key for key in given if key in OF_GAN and not cfg.gan_weight]
-    if alone and rank == 0:
-        print(f"note: {', '.join(alone)} has no effect without gan_weight", file=sys.stderr)
+    for keys, needed in ((OF_GAN, "gan_weight"), (OF_LORA, "lora")):
+        alone = [key for key in given if key in keys and not getattr(cfg, needed)]
+        if alone and rank == 0:
+            print(f"note: {', '.join(alone)} has no effect without {needed}", file=sys.stderr)
 
 
 def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -> None:
