@@ -14,20 +14,35 @@ ROOT = Path(__file__).parent.parent
 def test_demo_and_sampling_from_its_export(tmp_path):
     out = tmp_path / "demo"
     demo = ROOT / "examples" / "tiny" / "demo.py"
-    command = [sys.executable, demo, "--out", out, "--steps", "4", "--clips", "96"]
+    command = [
+        sys.executable,
+        demo,
+        "--out",
+        out,
+        "--steps",
+        "4",
+        "--clips",
+        "96",
+        "--longest",
+        "3",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads((out / "report.json").read_text())["rows"]
-    causal = ("ar", "ode", "dmd", "dmd-data")
+    report = json.loads((out / "report.json").read_text())
+    rows = report["rows"]
+    causal = ("ar", "ode", "dmd-data", "dmd")
     assert list(rows) == ["teacher x1", *(f"{name} x{n}" for name in causal for n in (1, 3))]
-    assert all(len(seeds) == 3 and seeds[0]["colour"] <= 1 for seeds in rows.values())
+    assert all(0 <= row["colour"] <= 1 for row in rows.values())
+    assert all(len(line["drift"]) == 9 for line in report["curves"].values())
+    assert 0.15 < report["another"] < 0.3
     assert (out / "sheet.png").exists()
+    assert (out / "drift.png").exists()
     assert (out / "dmd" / "curves.png").exists()
 
     clip = tmp_path / "clip.mp4"
     options = ["--release", out / "release", "--weights", out / "dmd" / "dmd.safetensors"]
     options += ["--prompt", "a red ring moves left", "--size", "64x64", "--frames", "105"]
-    options += ["--window", "9", "--sheet", "--out", clip]
+    options += ["--window", "5", "--sheet", "--out", clip]
     sample = [sys.executable, ROOT / "sample.py", *options]
     done = subprocess.run(sample, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

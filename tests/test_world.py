@@ -23,7 +23,9 @@ def clips():
 @pytest.fixture(scope="module")
 def codec():
     codec = LinearCodec(VAEConfig())
-    codec.load_state_dict(dict(zip(("basis", "dual"), world.codec_basis(), strict=True)))
+    codec.load_state_dict(
+        dict(zip(("basis", "dual"), world.codec_basis(mean_scale=0.35), strict=True))
+    )
     return codec
 
 

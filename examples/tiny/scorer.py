@@ -54,6 +54,7 @@ def score(chunks: Iterable[Tensor], labels: list[Label]) -> dict[str, Tensor]:
     """Judge chunks [B, 3, T, 64, 64] of clips, the first one, then any -> [B, chunks] each.
 
     - colour, shape, direction: whether the chunk shows what its label says (1 or 0);
+    - kind: whether its shape is nearest to what the label says, be it broken or doubled;
     - overlap: of what is painted with the nearest true shape, intersection over union;
     - ghosts: what is painted beside it, in areas of the shape; area: of what is painted, in pixels;
     - drift: how far the background has gone from the first chunk's, root mean square over pixels
@@ -166,6 +167,7 @@ def judge(
     right = (which == target.shape) & (overlap > AGREES) & (ghosts < BESIDE)
     return {
         "colour": (named == target.colour) & (off < OFF),
+        "kind": which == target.shape,
         "shape": right,
         "overlap": overlap,
         "ghosts": ghosts,
@@ -200,10 +202,10 @@ def moves_as(path: Tensor, step: Tensor) -> Tensor:
     return (along > 0.5) & (along < 1.5) & (across < 0.5)
 
 
-def summary(scores: dict[str, Tensor]) -> dict[str, float]:
-    """Means over clips and chunks; of area its change against the first chunk."""
-    means = {key: value.mean().item() for key, value in scores.items() if key != "area"}
-    area = scores["area"]
-    change = (area / area[:, :1].clamp(min=1) - 1).abs()
-    means["area_change"] = change[:, 1:].mean().item()
-    return means
+def summary(scores: dict[str, Tensor], chunks: list[int] | None = None) -> dict[str, float]:
+    """Means over clips and some chunks (None: all); of area its change against the first one."""
+    scores = dict(scores)
+    area = scores.pop("area")
+    scores["area_change"] = (area / area[:, :1].clamp(min=1) - 1).abs()
+    chosen = slice(None) if chunks is None else chunks
+    return {key: value[:, chosen].mean().item() for key, value in scores.items()}

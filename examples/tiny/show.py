@@ -39,25 +39,21 @@ def read_reports(runs: list[Path]) -> list[dict]:
 
 
 def table(runs: list[Path]) -> None:
-    """Print the reports of one run (over sampling seeds) or of several (over training seeds)."""
+    """Print the report of one run, or means over several of other training seeds."""
     reports = read_reports(runs)
-    rows = reports[0]["rows"]
-    seeds = len(next(iter(rows.values())))
-    spread = f"{seeds} sampling seeds"
-    if len(runs) > 1:
-        spread = f"{len(runs)} training seeds"
-    heads = " ".join(f"{column:>13}" for column in COLUMNS)
-    print(f"\n{'stage, length':14}{'steps':>6}{'ms/frame':>9} {heads}   mean +- sd, {spread}")
+    heads = " ".join(f"{column:>14}" for column in COLUMNS)
+    spread = f"   mean +- sd, {len(runs)} training seeds" if len(runs) > 1 else ""
+    print(f"\n{'stage, length':14}{'steps':>6}{'ms/frame':>9} {heads}{spread}")
 
-    for name, (first, *_) in rows.items():
-        values = []  # reports x sampling seeds x columns
-        for report in reports:
-            values.append([[scores[c] for c in COLUMNS] for scores in report["rows"][name]])
-        values = torch.tensor(values)
-        values = values.mean(1) if len(runs) > 1 else values[0]
-        pairs = zip(values.mean(0), values.std(0), strict=True)
-        cells = " ".join(f"{mean:6.3f} +-{sd:4.3f}" for mean, sd in pairs)
-        print(f"{name:14}{first['steps']:6}{first['ms_per_frame']:9.2f} {cells}")
+    for name, first in reports[0]["rows"].items():
+        cells = []
+        for column in COLUMNS:
+            values = torch.tensor([report["rows"][name][column] for report in reports])
+            cell = f"{values.mean():.3f}"
+            if len(runs) > 1:
+                cell += f" +- {values.std():.3f}"
+            cells.append(f"{cell:>14}")
+        print(f"{name:14}{first['steps']:6}{first['ms_per_frame']:9.2f} {' '.join(cells)}")
 
     for run, report in zip(runs, reports, strict=True):
         minutes = ", ".join(f"{key} {value / 60:.1f}" for key, value in report["seconds"].items())
