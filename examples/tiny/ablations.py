@@ -120,19 +120,16 @@ def trained(run: Path, name: str, row: Row) -> tuple[Path, float]:
 
 
 @torch.no_grad()
-def judged(run: Path, weights: Path, row: Row) -> dict[str, list[dict]]:
-    """Summaries by length, one of each sampling seed."""
-    model = load_dit(weights)
+def judged(run: Path, weights: Path, row: Row) -> dict[str, dict]:
+    """Summaries by length."""
     text = TextStore(run / "text")
-    codec = load_vae(run / "release")
-    found = {}
-    for seed in demo.SAMPLING_SEEDS:
-        frames = demo.TRAINED * LENGTHS[-1]
-        latents = demo.sample_clips(model, text, MODES["few"], frames, seed, **row.how)
-        spread = contrast(latents)
-        for length, summary in demo.at_lengths(demo.judge(latents, codec), {}).items():
-            found.setdefault(str(length), []).append(summary | {"contrast": spread[length]})
-    return found
+    frames = demo.TRAINED * LENGTHS[-1]
+    model = load_dit(weights)
+    few = MODES["few"]
+    latents = demo.sample_clips(model, text, few, frames, demo.SAMPLING_SEED, **row.how)
+    spread = contrast(latents)
+    found = demo.at_lengths(demo.judge(latents, load_vae(run / "release")))
+    return {str(length): found[length] | {"contrast": spread[length]} for length in found}
 
 
 def contrast(latents: Tensor) -> dict[int, float]:
@@ -158,7 +155,7 @@ def measure(run: Path, name: str) -> None:
 
 
 def table(runs: list[Path]) -> None:
-    """Means over sampling seeds, then mean and spread over the demos."""
+    """Mean and spread over the demos."""
     heads = "".join(f"{column:>14}" for column in ("colour", "shape", "direction"))
     heads += "".join(f"{f'shade x{length}':>14}" for length in LENGTHS)
     heads += "".join(f"{f'drift x{length}':>14}" for length in LENGTHS)
@@ -173,8 +170,7 @@ def table(runs: list[Path]) -> None:
         cells += [("drift", length) for length in LENGTHS] + [("contrast", 10)]
         line = f"{row.about:46}{len(reports):6}{'{}, {}'.format(*forwards(row)):>10}"
         for key, length in cells:
-            seeds = [report[str(length)] for report in reports]
-            values = torch.tensor([[one[key] for one in each] for each in seeds]).mean(1)
+            values = torch.tensor([report[str(length)][key] for report in reports])
             spread = f" +-{values.std():.3f}" if len(values) > 1 else ""
             line += f"{f'{values.mean():.3f}{spread}':>14}"
         print(line)
