@@ -24,6 +24,7 @@ from wan5b import stages
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.budget import GIB, FlopCount, forward_flop
 from wan5b.extras.random_weights import random_vae
+from wan5b.flow import few_step_sigmas
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset=tiny", "--device=cpu", "--size=32x32", "--frames=3", "--ratio=1"]
@@ -136,6 +137,25 @@ def test_uneven_chunks():
     assert bench.chunks_of(args.frames, args.chunk) == [4, 4]
     with pytest.raises(ValueError, match="nearest valid: 24 or 28"):
         bench.parse(["--frames", "29", "--chunk", "4", "--long", "97"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clean_pass", [False, True])
+@pytest.mark.parametrize("after", [(1000, 500), (1000, 750, 500, 250)])
+def test_flop_of_a_clip(monkeypatch, after, clean_pass):
+    """As they are counted where its forwards run."""
+    monkeypatch.setattr(bench, "decoding_flop", lambda *_: 0.0)
+    monkeypatch.setattr(bench, "place_of", lambda _: "cpu")
+    cfg = PRESETS["tiny"]
+    model = WanDiT(cfg)
+    noise = randn(1, cfg.in_dim, 7, 4, 4)
+    clip = bench.Clip(noise, [1, 3, 3], None, 0, few_step_sigmas(after), clean_pass)
+    flop = FlopCount()
+    flop.watch(model)
+    context = randn(1, cfg.text_len, cfg.text_dim)
+    assert len(list(clip.make(model, context, clip.new_cache(cfg, torch.float32)))) == 3
+    expected = clip.flop(cfg, None)["DiT"]
+    assert expected.linear + expected.attention == pytest.approx(flop.done)
 
 
 def test_rates():
