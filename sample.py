@@ -11,7 +11,8 @@
 --release DIR        folder of Wan2.2-TI2V-5B: DiT, VAE, text encoder
 --weights PATH       the DiT to use in place of the release's: an export, or a checkpoint
                      (runs/x/step-0000100)
---lora FILE ...        LoRAs to merge into it, of any layout; FILE:0.8 for another strength
+--lora FILE ...        LoRAs to merge into it, of any layout; FILE:0.8 for another strength. One of
+                     train.py (runs/x/dmd-lora, or a checkpoint) says how clips are made
 --recipe NAME        how clips are made: wan22, longlive2, longlive2-stage1, fastwan, turbo (each
                      a file in configs/sample), or a TOML of your own. By default as the weights
                      say: the release, diffusers' folders, LongLive's .pt and exports of train.py

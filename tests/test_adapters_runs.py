@@ -128,6 +128,22 @@ def test_convert_keeps_what_an_adapter_says(data, chain, tmp_path):
     assert said["levels"] == [1000, 750, 500, 250]
 
 
+def test_an_adapter_for_others(data, chain, tmp_path):
+    """In ComfyUI's layout it is the same to us, and says the same of itself."""
+    made = tmp_path / "made.safetensors"
+    folder = chain / "dmd/dmd-lora"
+    convert.main([str(folder), str(made), "--layout", "comfy"])
+    assert adapters.said_by(made) == adapters.said_by(folder)
+    tensors = load_file(made)
+    assert tensors[f"diffusion_model.{Q}.alpha"] == 6.0
+    assert tensors.keys() == {name for name in tensors if name.startswith("diffusion_model.blocks")}
+    found = load_dit(data / "generator.safetensors", loras=[(made, 1.0)]).state_dict()
+    assert furthest(found, load_file(chain / "dmd/dmd.safetensors")) < 1e-6
+    for more in (["--layout", "original"], ["--layout", "comfy", "--lora", str(folder)]):
+        with pytest.raises(ValueError, match="is an adapter, which stays one"):
+            convert.main([str(folder), str(tmp_path / "x.safetensors"), *more])
+
+
 def test_a_merged_export_in_bfloat16_is_rounded_once(data, chain, tmp_path):
     """Over a base that is bfloat16 itself, as the run has it."""
     base = tmp_path / "base.safetensors"

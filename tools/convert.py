@@ -19,6 +19,9 @@ TARGET must not exist. It becomes
     diffusers  a folder for WanPipeline.from_pretrained       a folder for WanTransformer3DModel
     comfy      a folder of three single files                 a file, TARGET.safetensors
 
+An adapter that train.py leaves (runs/dmd/dmd-lora) stays one: with --layout comfy it becomes
+TARGET.safetensors, which ComfyUI and diffusers' load_lora_weights take.
+
 The DiT (and diffusers' text encoder) above --shard-size goes into shards and their index.
 
 Numbers stay as they are: every tensor is written in its own dtype, but float8 as bfloat16, with its
@@ -39,6 +42,7 @@ until then it is a .partial beside, which a killed run leaves behind.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -49,16 +53,16 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from wan5b import weights
-from wan5b.extras import exports, formats, layouts, peers, recipes
+from wan5b.extras import adapters, exports, formats, layouts, peers, recipes
 from wan5b.extras.adapters import said_by
 from wan5b.extras.cli import script
 from wan5b.extras.exports import Model, Release
 from wan5b.extras.formats import Loras
 from wan5b.extras.layouts import Kind
-from wan5b.extras.lora import merged, parse_lora
+from wan5b.extras.lora import HEADER, merged, parse_lora
 from wan5b.extras.refusals import refuse_sizes
 from wan5b.extras.scaled import Made
-from wan5b.extras.streams import GB, Entry, new_folder, written_dtype
+from wan5b.extras.streams import GB, Entry, new_folder, write_stream, written_dtype
 from wan5b.t5 import T5Encoder
 from wan5b.util import read_json, replacing
 from wan5b.vae22 import VAE22
@@ -186,6 +190,39 @@ def sampled_as(source: Path, named: str | None, loras: Loras, metadata: Mapping)
     return name
 
 
+# ----------------------------------------------------------------------------------------- adapters
+
+
+def adapter_file(source: Path) -> Path | None:
+    """The file of an adapter that train.py left, its folder's or the file itself; else None."""
+    file = source / adapters.FILE if source.is_dir() else source
+    if not file.is_file() or file.suffix != ".safetensors":
+        return None
+    return file if said_by(file).get("training", {}).get("lora") and is_lora(file) else None
+
+
+def is_lora(file: Path) -> bool:
+    return any(".lora_A." in name for name in weights.open_tensors(file).tensors)
+
+
+def write_adapter(file: Path, target: Path, dtype: str | None) -> None:
+    """An adapter of train.py as ComfyUI's files have it: a layer's alpha beside its matrices."""
+    source = weights.open_tensors(file)
+    training = source.metadata["training"]
+    alpha = torch.tensor(float(training.get("lora_alpha") or training["lora"]))
+    asked = getattr(torch, dtype) if dtype else torch.float32
+    found = {}
+    for name, tensor in source.tensors.items():
+        name = f"diffusion_model.{name.removeprefix(adapters.PREFIX)}"
+        found[name] = Entry(tensor, asked)
+        if name.endswith(".lora_A.weight"):
+            found[name.replace("lora_A.weight", "alpha")] = Entry(alpha, torch.float32)
+    said = {key: json.dumps(entry) for key, entry in source.metadata.items() if key != HEADER}
+    with replacing(target) as partial:
+        write_stream(partial, found, said | exports.PT)
+    print(f"{target}: an adapter of {len(source.tensors) // 2} layers, alpha {alpha:g}")
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -204,6 +241,15 @@ def main(argv: list[str] | None = None) -> None:
     source, target = args.source, args.target
     if target.exists():
         raise ValueError(f"{target} exists; choose another name")
+
+    adapter = adapter_file(source)
+    if adapter:
+        alone = args.layout == "comfy" and not (args.lora or args.recipe)
+        if not alone or target.suffix != ".safetensors":
+            way_out = "give --layout comfy and a TARGET.safetensors, and nothing to merge"
+            raise ValueError(f"{source} is an adapter, which stays one: {way_out}")
+        write_adapter(adapter, target, args.dtype)
+        return
 
     # What there is to write: nothing is read yet.
     loras = [parse_lora(text) for text in args.lora]

@@ -1,12 +1,10 @@
 """Adapters that a run with LoRA leaves, loaded by peft and by diffusers: make test-interop."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from training import config, make_data
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -74,22 +72,16 @@ def test_peft(made, inputs, apart):
 
 
 def test_diffusers(made, inputs, apart):
-    """Its own converter from upstream's names, as ComfyUI's files have them, and its own model."""
+    """Of the file for ComfyUI, by its own table of names, into its own model."""
     from diffusers import WanTransformer3DModel
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
-    folder = made / "run" / "ar-lora"
-    alpha = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
-    state = {}
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        named = name.replace("base_model.model.", "diffusion_model.")
-        state[named] = tensor
-        state[named.replace("lora_A.weight", "alpha").replace("lora_B.weight", "alpha")] = (
-            torch.tensor(float(alpha))
-        )
+    file = made / "comfy.safetensors"
+    convert.main([str(made / "run/ar-lora"), str(file), "--layout", "comfy"])
     convert.main([str(made / "base.safetensors"), str(made / "theirs"), "--layout", "diffusers"])
     theirs = WanTransformer3DModel.from_pretrained(made / "theirs").eval()
-    theirs.load_lora_adapter(WanLoraLoaderMixin.lora_state_dict(state), prefix="transformer")
+    state = WanLoraLoaderMixin.lora_state_dict(str(file))
+    theirs.load_lora_adapter(state, prefix="transformer")
     x, timesteps, context = inputs
     v = velocity(theirs, x, timesteps, context, return_dict=False)
-    apart("adapter by diffusers, renamed", ours(made, inputs), v)
+    apart("adapter by diffusers", ours(made, inputs), v)
