@@ -205,12 +205,16 @@ def is_lora(file: Path) -> bool:
     return any(".lora_A." in name for name in weights.open_tensors(file).tensors)
 
 
-def write_adapter(file: Path, target: Path, dtype: str | None) -> None:
+def write_adapter(file: Path, args: argparse.Namespace) -> None:
     """An adapter of train.py as ComfyUI's files have it: a layer's alpha beside its matrices."""
+    alone = args.layout == "comfy" and not (args.lora or args.recipe)
+    if not alone or args.target.suffix != ".safetensors":
+        way_out = "give --layout comfy and a TARGET.safetensors, and nothing to merge"
+        raise ValueError(f"{args.source} is an adapter, which stays one: {way_out}")
     source = weights.open_tensors(file)
     training = source.metadata["training"]
     alpha = torch.tensor(float(training.get("lora_alpha") or training["lora"]))
-    asked = getattr(torch, dtype) if dtype else torch.float32
+    asked = getattr(torch, args.dtype or "float32")
     found = {}
     for name, tensor in source.tensors.items():
         name = f"diffusion_model.{name.removeprefix(adapters.PREFIX)}"
@@ -218,9 +222,9 @@ def write_adapter(file: Path, target: Path, dtype: str | None) -> None:
         if name.endswith(".lora_A.weight"):
             found[name.replace("lora_A.weight", "alpha")] = Entry(alpha, torch.float32)
     said = {key: json.dumps(entry) for key, entry in source.metadata.items() if key != HEADER}
-    with replacing(target) as partial:
+    with replacing(args.target) as partial:
         write_stream(partial, found, said | exports.PT)
-    print(f"{target}: an adapter of {len(source.tensors) // 2} layers, alpha {alpha:g}")
+    print(f"{args.target}: an adapter of {len(source.tensors) // 2} layers, alpha {alpha:g}")
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -244,11 +248,7 @@ def main(argv: list[str] | None = None) -> None:
 
     adapter = adapter_file(source)
     if adapter:
-        alone = args.layout == "comfy" and not (args.lora or args.recipe)
-        if not alone or target.suffix != ".safetensors":
-            way_out = "give --layout comfy and a TARGET.safetensors, and nothing to merge"
-            raise ValueError(f"{source} is an adapter, which stays one: {way_out}")
-        write_adapter(adapter, target, args.dtype)
+        write_adapter(adapter, args)
         return
 
     # What there is to write: nothing is read yet.

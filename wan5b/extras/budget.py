@@ -97,14 +97,12 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
     dtype = getattr(torch, cfg.dtype)
     size = dtype.itemsize
     base = parameters(model) / world.shards
-    # What is trained, of generator and critic, and what all of it and the rest weighs.
     generator = base
     critic = parameters(scores) / world.shards if scores else 0
     weights = size * (generator + 2 * critic)
     if cfg.lora:
-        dtype = torch.float32
-        numbers = sum(map(math.prod, of_a_block(cfg, model)))
-        generator = model.num_layers * numbers / world.shards
+        dtype = torch.float32  # of what is trained
+        generator = adapter_numbers(cfg, model) / world.shards
         critic = generator if scores else 0
         weights = size * base + 4 * (generator + critic)
     if cfg.with_gan:
@@ -134,12 +132,9 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
     if world.size > 1:
         # FSDP gathers two layers in a backward, with the gradients of one, and all of them in a
         # rollout, which keeps no activations.
-        trained = max(generator, critic) * world.shards
-        layers = (3 * dtype.itemsize + 4) * trained
-        gathered = generator * world.shards * dtype.itemsize
-        if cfg.lora:
-            layers += 2 * size * base * world.shards
-            gathered += size * base * world.shards
+        frozen = size * base * world.shards if cfg.lora else 0
+        layers = (3 * dtype.itemsize + 4) * max(generator, critic) * world.shards + 2 * frozen
+        gathered = generator * world.shards * dtype.itemsize + frozen
         device["activations"] += layers / model.num_layers
         if scores:
             device["activations"] = max(device["activations"], gathered)
@@ -198,6 +193,11 @@ def activations(
     # The replay, which copies the committed keys that its chunks see.
     replayed = Backward(tokens, keys=seen - tokens, **common).activations(model)
     return max(scored, replayed)
+
+
+def adapter_numbers(cfg, model: DiTConfig) -> int:
+    """In all adapters of one network of a run with lora."""
+    return model.num_layers * sum(map(math.prod, of_a_block(cfg, model)))
 
 
 def parameters(cfg: DiTConfig) -> int:
