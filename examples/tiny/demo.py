@@ -1,6 +1,6 @@
 """The whole method on two CPU cores: teacher -> ar -> ode -> dmd, each stage sampled and scored.
 
-    make demo        # about 13 minutes; ends with a table, out/demo/drift.png, sheet.png and curves
+    make demo        # about 14 minutes; ends with a table, out/demo/drift.png, sheet.png and curves
 
 Afterwards the model is an ordinary release plus export:
     .venv/bin/python sample.py --release out/demo/release --weights out/demo/dmd/dmd.safetensors \\

@@ -110,7 +110,7 @@ def draw_drift(path: Path, runs: list[Path]) -> None:
         panels[1].set_title("Shapes that are whole, with nothing beside them", loc="left")
         panels[1].set_ylabel("share of chunks")
         panels[1].set_ylim(0, 1.03)
-        panels[0].legend(frameon=False, fontsize=8.5, loc="upper left")
+        panels[0].legend(facecolor="white", edgecolor="none", framealpha=1, fontsize=8.5)
         with replacing(path) as partial:
             figure.savefig(partial, dpi=120, format="png")
         pyplot.close(figure)
