@@ -17,7 +17,6 @@ COLUMNS = (
     "direction",
     "overlap",
     "ghosts",
-    "area_change",
     "shade",
     "drift",
 )
