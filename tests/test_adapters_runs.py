@@ -325,7 +325,8 @@ def test_an_adapter_of_another_trainer(data, tmp_path):
 # ----------------------------------------------------------------------------------- two processes
 
 
-@pytest.mark.parametrize("given", ["dmd", pytest.param("sid ar", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["dmd", "sid ar"])
 def test_two_processes_are_one(data, chain, tmp_path, given):
     """Sharded base and adapters, which one process goes on with; through critic and teacher; in
     bfloat16.

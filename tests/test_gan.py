@@ -291,7 +291,7 @@ def test_accumulation_equals_a_larger_micro_batch(data, tmp_path):
         assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_it_goes_on_as_if_not_stopped(data, tmp_path, dtype):
     """Bit for bit, the classifier and its optimizer's state too; the export holds nothing of it."""
     cfg = config(data, "dmd", tmp_path / "straight", dtype=dtype, **ALL)

@@ -26,10 +26,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sample
-from wan5b import fuse, media
+from wan5b import fuse
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import clips as extras_clips
-from wan5b.extras import files, fp8, framing, mp4, pictures, plan, random_weights, sampling, texts
+from wan5b.extras import (
+    files,
+    fp8,
+    framing,
+    media,
+    mp4,
+    pictures,
+    plan,
+    random_weights,
+    sampling,
+    texts,
+)
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.util import rng
