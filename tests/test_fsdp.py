@@ -181,8 +181,6 @@ def two(data, place, tmp_path_factory):
     jobs.append(job("nan", values(data, "ar", folder / "nan", **common)))
     half = common | {"dtype": "bfloat16", "steps": 2, "offload": True}
     jobs.append(job("train", values(data, "ar", folder / "half", **half)))
-    jobs.append(job("train", values(data, "dmd", folder / "gan", **common, **GAN)))
-    jobs.append(job("train", values(data, "dmd", folder / "options", **OPTIONS, **common)))
     jobs.append(job("sigterm", values(data, "dmd", folder / "sigterm", **common)))
     results = torchrun(2, folder, jobs)
 
@@ -203,7 +201,6 @@ def one(data, place, tmp_path_factory):
     exports = {}
     for stage, steps in STEPS.items():
         exports[stage] = finish(config(data, stage, folder / stage, steps=steps, **common))
-    finish(config(data, "dmd", folder / "gan", **common, **GAN))
     return folder, exports
 
 
@@ -223,27 +220,32 @@ def test_two_processes_are_one(two, one, stage):
         assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
 
 
-def test_two_processes_are_one_with_a_gan(two, one):
-    """The classifier is sharded, trained and saved with the critic."""
-    states = [checkpoint_state(runs[0] / "gan/step-0000002") for runs in (two, one)]
-    for network in ("generator.master", "critic.master", "critic.master.classifier"):
-        parts = [{n: x for n, x in state.items() if n.startswith(network)} for state in states]
-        assert parts[0]
-        assert apart(*parts) < 1e-2
-    rows = zip(read_metrics(two[0] / "gan"), read_metrics(one[0] / "gan"), strict=True)
-    for a, b in rows:
-        assert without_std(a) == pytest.approx(without_std(b), rel=1e-3, abs=1e-5)
+@pytest.mark.slow
+def test_two_processes_are_one_with_options(data, place, tmp_path):
+    """The GAN branch, whose classifier is sharded, trained and saved with the critic; exits, levels
+    and the end of each rollout, a sink that is turned for each chunk.
+    """
+    given = {"gan": GAN, "rollouts": OPTIONS}
+    common = {"beta1": 0.5, "device": place}
+    jobs = []
+    for name, keys in given.items():
+        finish(config(data, "dmd", tmp_path / "one" / name, **keys, **common))
+        out = tmp_path / "two" / name
+        jobs.append(job("train", values(data, "dmd", out, micro_batch=1, **keys, **common)))
+    first, second = torchrun(2, tmp_path, jobs)
+    assert first[-1]["exits"] == second[-1]["exits"]
 
-
-def test_options_of_rollouts_are_the_same_on_all_ranks(data, place, two, tmp_path):
-    """Exits, levels and the end of each rollout; a sink that is turned for each chunk."""
-    cfg = config(data, "dmd", tmp_path, beta1=0.5, device=place, **OPTIONS)
-    weights = load_file(two[0] / "options/dmd.safetensors")
-    assert apart(weights, finish(cfg)) < 1e-2
-    for a, b in zip(read_metrics(two[0] / "options"), read_metrics(tmp_path), strict=True):
-        assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
-    first, second = (ranks[-2]["exits"] for ranks in two[1])
-    assert first == second
+    for name in given:
+        one, two = (tmp_path / folder / name for folder in ("one", "two"))
+        for a, b in zip(read_metrics(one), read_metrics(two), strict=True):
+            assert without_std(a) == pytest.approx(without_std(b), rel=1e-3, abs=1e-5)
+        states = [checkpoint_state(run / "step-0000002") for run in (one, two)]
+        networks = ["generator.master", "critic.master"]
+        networks += ["critic.master.classifier"] if name == "gan" else []
+        for network in networks:
+            parts = [{n: x for n, x in state.items() if n.startswith(network)} for state in states]
+            assert parts[0]
+            assert apart(*parts) < 1e-2
 
 
 def test_exit_levels_are_the_same_on_all_ranks(two):
