@@ -17,7 +17,7 @@ BIN := .venv/bin
 # test starts more processes.
 # The demo has the machine for itself: threads spin, and malloc keeps its memory (a tenth of a training step).
 test: .venv/.installed
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: .venv/.installed
 	MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python examples/tiny/demo.py

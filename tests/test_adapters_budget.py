@@ -109,7 +109,7 @@ def product(y: list[int], a: list[int], b: list[int], **_) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-@pytest.mark.parametrize("stage", ["dmd", pytest.param("sid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["teacher", pytest.param("sid", marks=pytest.mark.slow)])
 def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage):
     """As in test_budget: what is once a text or a frame is left out."""
     dit = DiTConfig(128, 512, 2, 6, text_dim=16, text_len=8, freq_dim=16)

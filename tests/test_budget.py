@@ -101,7 +101,7 @@ class FusedNorm(torch.autograd.Function):
     [
         (False, 1, False, False),
         (True, 1, False, False),
-        (True, 3, False, False),
+        pytest.param(True, 3, False, False, marks=pytest.mark.slow),
         (True, 1, True, False),
         pytest.param(True, 3, False, True, marks=pytest.mark.slow),
     ],

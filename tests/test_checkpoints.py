@@ -121,6 +121,7 @@ train.main(train.parse(sys.argv[1:]), fsdp.World("cpu"))
 """
 
 
+@pytest.mark.slow
 def test_killed_in_a_save_and_resumed_in_a_new_process(data, tmp_path):
     """4 iterations at once equal 2, a save, kill -9 in the next save, and a new process: bit for
     bit.
@@ -201,7 +202,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("step", "phase", "saved"), [(0, "generator", 0), (0, "critic", 1), (1, "critic", 1)]
+    ("step", "phase", "saved"),
+    [
+        (0, "generator", 0),
+        (0, "critic", 1),
+        pytest.param(1, "critic", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_sigterm_within_an_iteration(data, tmp_path, monkeypatch, capfd, step, phase, saved):
     """It ends after the micro-batch at work, if no network has moved; the step begins anew, and all
