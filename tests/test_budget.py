@@ -316,7 +316,7 @@ def test_free_memory_is_the_machine_s(monkeypatch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["teacher", "dmd", "sid"])
+@pytest.mark.parametrize("stage", ["teacher", "dmd", pytest.param("sid", marks=pytest.mark.slow)])
 def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage, checkpointing):
     """Where attention is made of matrix products, whose backward does not make the scores again.
 

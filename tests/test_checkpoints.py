@@ -205,7 +205,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data, tmp_path):
     ("step", "phase", "saved"),
     [
         (0, "generator", 0),
-        (0, "critic", 1),
+        pytest.param(0, "critic", 1, marks=pytest.mark.slow),
         pytest.param(1, "critic", 1, marks=pytest.mark.slow),
     ],
 )

@@ -68,6 +68,7 @@ def check_compiled(run: stages.Run) -> None:
     assert furthest(moved, gradients(run, 3)) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_of_traced_pieces(data, traced):
     """sid has all cases: teachers that carry grad too."""
     check_compiled(make_run(data, "sid", ratio=1))

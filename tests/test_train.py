@@ -130,7 +130,7 @@ def test_compiled_runs_train_alike(data, tmp_path, stage):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES[:-1], pytest.param("sid", marks=pytest.mark.slow)])
 def test_runs_in_bfloat16(data, tmp_path, stage, device):
     """On a GPU the state may lie in host memory, and a run go on from a checkpoint: the same but
     for rounding.
