@@ -60,10 +60,12 @@ from torch import Tensor
 from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
 from wan5b.extras.cli import DEVICES, Gathered, script
-from wan5b.extras.endless import Contexts, Endless, Job, plan, split_vae
+from wan5b.extras.codec import split_vae
+from wan5b.extras.endless import Contexts, Endless, Job, plan
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.options import Parser
 from wan5b.extras.plan import note
 from wan5b.extras.sampling import MODES
@@ -174,28 +176,30 @@ def main(args: argparse.Namespace) -> None:
 
     # The networks, all of which stay.
     contexts = Contexts(text_encoder(args, job))
-    decoder = args.vae_device or args.device
+    place = args.vae_device or args.device  # of the VAE
     if args.random_weights:
-        vae = random_weights.random_vae(args.preset, decoder)
+        vae = random_weights.random_vae(args.preset, place)
         model = random_weights.random_dit(args.preset, args.device, job.dtype)
     else:
-        vae = load_vae(args.release, decoder, torch.float32)
+        vae = load_vae(args.release, place, torch.float32)
         source = args.weights or args.release
         model = load_dit(source, args.device, job.dtype, **job.options)
     if args.fp8:
         quantize_blocks(model)
-    vae = split_vae(vae, job.dtype, args.fp8_vae)
+    encoder, decoder = split_vae(vae, job.dtype)
+    if args.fp8_vae:
+        quantize_decoder(decoder)
     fuse.enable(args.compile)
     if args.compile and args.device != "cpu":
         graphs.record(model)
 
     # Videos. All share one cache, and with it its CUDA graphs.
     new_cache = functools.cache(KVCache)
-    make = Endless(job, model, vae, contexts, args.interpolate or 1, new_cache)
+    make = Endless(job, model, (encoder, decoder), contexts, args.interpolate or 1, new_cache)
     print("warming up ...", flush=True)
     seconds = make.warm_up()
 
-    held = functools.partial(memory, {args.device, decoder})
+    held = functools.partial(memory, {args.device, place})
     about = {"seconds": seconds, "memory": held, "heard": contexts.begin}
     about |= {"example": args.example, "is_ahead": make.is_ahead}
     studio = Studio(make, job.size, job.recipe.fps, **about)

@@ -38,7 +38,8 @@ from wan5b.extras.rollouts import new_cache, rollouts
 from wan5b.extras.training_attention import arrange
 from wan5b.flow import FEW_STEPS
 from wan5b.optim import AdamW
-from wan5b.stages import DISTILLATIONS, STAGES, Run, iteration
+from wan5b.runs import Run
+from wan5b.stages import DISTILLATIONS, STAGES, iteration
 from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
 from wan5b.weights import fill, save_dit
@@ -60,7 +61,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     teacher: str = path()  # dmd, sid: the frozen network; the critic starts from it too
     latents: str = path()  # teacher, ar; dmd, sid with prefix = 1; dmd with keys of extras/phases
     trajectories: str = path()  # ode
-    vae: str = path()  # for sample videos
+    vae: str = path()  # for sample videos, and rollout_frames
     negative: str = NEGATIVE_PROMPT
 
     frames: int = at_least(1, 21)  # latent frames
@@ -99,7 +100,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     forcing: str = one_of(("teacher", "diffusion"), "teacher")  # ar, ode: on clean, on noisy chunks
     # dmd, sid: "self", or "data": one chunk behind real frames (the paper's baseline)
     rollout: str = one_of(("self", "data"), "self")
-    # up to so many latent frames are rolled out, of which `frames` are scored
+    # dmd, sid: up to so many latent frames are rolled out, the last `frames` of them scored
     rollout_frames: int = at_least(0, 0)
 
     device: str = one_of(DEVICES[:2], DEVICES[0])
@@ -151,24 +152,28 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     make = adapters.maker(network, cfg, world, start)
     generator, initial = make(cfg.weights, *start)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
-    options = rollouts(cfg, world)
+    own = {"phases": phases.of(cfg), "rollouts": rollouts(cfg, world)}
     if not distilling:
-        return Run(cfg, world, data, budget, generator, optimizers, options=options)
+        return Run(cfg, world, data, budget, generator, optimizers, **own)
 
     scored = cfg.teacher or cfg.weights
     teacher, _ = make(scored, *scores, trained=False)
     critic, initial = make(scored, *scores)
     optimizers["critic"] = optimizer(critic, initial | gan.attach(cfg, world, critic), False)
-    run = Run(cfg, world, data, budget, generator, optimizers, critic, teacher, options=options)
-    run.cache = new_cache(cfg, generator.cfg, world)
-    run.phases = phases.of(cfg)
+    own |= {"critic": critic, "teacher": teacher, "cache": new_cache(cfg, generator.cfg, world)}
+    run = Run(cfg, world, data, budget, generator, optimizers, **own)
     if cfg.fp8:
         without_grad_in_fp8(run)
     return run
 
 
 def network(
-    cfg: Config, world: fsdp.World, path: str, sizes: DiTConfig, tensors: dict, trained: bool = True
+    cfg: Config,
+    world: fsdp.World,
+    path: str,
+    sizes: DiTConfig,
+    tensors: dict,
+    trained: bool = True,
 ) -> tuple[WanDiT, dict]:
     """A sharded network in the compute dtype, and what it was filled from: if nothing, random."""
     if not tensors:

@@ -7,14 +7,12 @@ import torch
 from test_budget import BIG, FusedNorm, config_5b, on_a_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.flop_counter import FlopCounterMode
-from training import STAGES, make_run, run_phase
+from training import STAGES, flop_share, make_run, run_phase
 
-from wan5b import attention, stages
+from wan5b import stages
 from wan5b.dit import DiTConfig, WanDiT, rope_table
-from wan5b.extras import budget
 from wan5b.extras.adapters import TARGETS, attach
-from wan5b.extras.budget import Backward, FlopCount, parameters
+from wan5b.extras.budget import Backward, parameters
 from wan5b.weights import save_dit
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
@@ -117,23 +115,6 @@ def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage)
     save_dit(WanDiT(dit).init_weights(), network, {})
     changes = {"teacher": ""} if stage in DISTILLATIONS else {}
     run = make_run(data, stage, lora=16, weights=str(network), **changes)
-    flop = FlopCount()
-    for model in filter(None, (run.generator, run.critic, run.teacher)):
-        flop.watch(model)
-    monkeypatch.setattr(attention, "_BACKENDS", [torch.nn.attention.SDPBackend.MATH])
-    inner = budget.forward_flop
-    extra = 0.0
-
-    def spy(cfg, x, **options):
-        nonlocal extra
-        linear, scores = inner(cfg, x, **options)
-        if torch.is_grad_enabled():
-            extra += 0.5 * scores
-        return linear, scores
-
-    monkeypatch.setattr(budget, "forward_flop", spy)
     in_place = {torch.ops.aten.addmm_: product}  # which the counter does not know
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        stages.iteration(run, 0)
-    share = (flop.done - extra) / counter.get_total_flops()
+    share = flop_share(run, monkeypatch, custom_mapping=in_place)
     assert 0.9 < share < 0.96

@@ -16,6 +16,7 @@ from training import (
     SIZES,
     STAGES,
     config,
+    flop_share,
     make_run,
     refused,
     run_phase,
@@ -26,7 +27,7 @@ from training import (
 from wan5b import attention, fsdp, stages
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.extras import budget
-from wan5b.extras.budget import Backward, FlopCount, afford, expected
+from wan5b.extras.budget import Backward, afford, expected
 from wan5b.extras.training_attention import arrange
 from wan5b.kvcache import KVCache
 from wan5b.weights import save_dit
@@ -257,6 +258,16 @@ def test_processes_share_what_is_sharded(data):
     assert max(weights, activations) <= held < weights + activations, "a rollout gathers all"
 
 
+def test_copies_in_float8_are_there_while_no_backward_is(data):
+    """So one process, whose backward takes more, needs no more; of eight each has gathered all."""
+    cfg = config_5b(data, "dmd", batch=16)
+    fp8 = dataclasses.replace(cfg, fp8=True)
+    assert on_a_gpu(fp8)[1] == on_a_gpu(cfg)[1]
+    _, eight = on_a_gpu(fp8, processes=8, shards=8)
+    numbers = 8 * eight["device"]["weights"] / (3 * 2)
+    assert eight["device"]["activations"] == pytest.approx((2 + 1) * numbers)
+
+
 # ------------------------------------------------------------------------------- what does not fit
 
 
@@ -328,24 +339,7 @@ def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch, stage,
     save_dit(WanDiT(dit).init_weights(), network, {})
     changes = {"weights": str(network), "teacher": str(network)}
     run = make_run(data, stage, checkpointing=checkpointing, **changes)
-    flop = FlopCount()
-    for model in filter(None, (run.generator, run.critic, run.teacher)):
-        flop.watch(model)
-    monkeypatch.setattr(attention, "_BACKENDS", [torch.nn.attention.SDPBackend.MATH])
-    inner = budget.forward_flop
-    extra = 0.0
-
-    def spy(cfg, x, **options):
-        nonlocal extra
-        linear, scores = inner(cfg, x, **options)
-        if torch.is_grad_enabled():
-            extra += 0.5 * scores
-        return linear, scores
-
-    monkeypatch.setattr(budget, "forward_flop", spy)
-    with FlopCounterMode(display=False) as counter:
-        stages.iteration(run, 0)
-    share = (flop.done - extra) / counter.get_total_flops()
+    share = flop_share(run, monkeypatch)
     assert 0.9 < share < 0.94
 
 

@@ -6,7 +6,7 @@ from common import rel
 from training import first_batch, furthest, make_run, run_phase
 
 import train
-from wan5b import stages
+from wan5b import runs, stages
 from wan5b.distill import replay, rollout
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
@@ -85,7 +85,7 @@ def test_rollout_on_its_own_or_on_real_frames(data, monkeypatch, mode):
 
     With "data" a step generates one chunk; the steps are gone through until it is the second.
     """
-    inner = stages.Draws.__call__
+    inner = runs.Draws.__call__
 
     def second_chunk(clip=0.0, own=0.0):
         run = make_run(data, "dmd", rollout=mode, latents=str(data / "latents"))
@@ -104,7 +104,7 @@ def test_rollout_on_its_own_or_on_real_frames(data, monkeypatch, mode):
 
         with monkeypatch.context() as patch:
             patch.setattr(run, "clips", changed_clips)
-            patch.setattr(stages.Draws, "__call__", changed_noise)
+            patch.setattr(runs.Draws, "__call__", changed_noise)
             for step in range(20):
                 _, rolled = a_rollout(run, step)
                 if mode == "self" or run.cache.written == 6:

@@ -14,7 +14,8 @@ from common import compiling, gpu
 import live
 from wan5b import fuse
 from wan5b.extras import graphs, random_weights
-from wan5b.extras.endless import PATIENCE, TEXTS, Contexts, Endless, plan, split_vae
+from wan5b.extras.codec import split_vae
+from wan5b.extras.endless import PATIENCE, TEXTS, Contexts, Endless, plan
 from wan5b.extras.server import Server
 from wan5b.extras.studio import Wish
 from wan5b.kvcache import KVCache

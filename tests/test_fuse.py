@@ -27,7 +27,7 @@ GRAPHS = torch._dynamo.utils.counters["stats"]
 def gradients(run: stages.Run, step: int = 0) -> dict[str, torch.Tensor]:
     """Those of all phases of an iteration; no network moves."""
     found = {}
-    for phase in run.phases or stages.PHASES[run.cfg.stage]:
+    for phase in run.phases:
         run_phase(run, phase, step)
         grads = run.optimizers[phase.moves].grads
         found |= {f"{phase.name}.{name}": grad for name, grad in grads.items()}

@@ -382,6 +382,10 @@ def test_flop_are_those_of_pytorch_s_counter(data, tmp_path, monkeypatch):
         ({"gan_weight": -1.0}, "gan_weight must be at least 0"),
         ({"gan_critic_weight": 0.0}, "gan_critic_weight must be at least 1e-06"),
         ({"frames": 9}, "this run needs latent (48, 9, 4, 4)"),
+        (
+            {"lora": 4, "teacher": ""},
+            "gan_weight trains all of its classifier, lora adapters alone",
+        ),
     ],
 )
 def test_refusals(data, tmp_path, command, changes, message):

@@ -146,6 +146,16 @@ def test_bfloat16_weights_follow_masters_that_move_by_little():
         torch.testing.assert_close(master, initial[name] - 6e-3, rtol=0, atol=1e-4)
 
 
+def test_weights_are_of_one_dtype():
+    """State of another would be without masters, and not move by little."""
+    mlp, initial = make_mlp()
+    mlp[2].bfloat16()
+    with pytest.raises(AssertionError, match="weights of one dtype"):
+        make_optimizer(mlp, initial)
+    mlp[2].requires_grad_(False)
+    assert make_optimizer(mlp, initial).parameters.keys() == {"0.weight", "0.bias"}
+
+
 def test_gradients_add_up_in_float32():
     mlp, initial = make_mlp(torch.bfloat16)
     optimizer = make_optimizer(mlp, initial)

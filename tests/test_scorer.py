@@ -1,21 +1,13 @@
 """The scorer of the tiny world: true clips pass, and faults that an eye sees are seen."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from tiny import LABELS, make_codec, scorer, world
 
-from wan5b.extras.codec import LinearCodec
 from wan5b.flow import add_noise
-from wan5b.vae22 import VAEConfig
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
-import scorer  # noqa: E402
-import world  # noqa: E402
-
-LABELS = world.LABELS[::3]
 CHUNKS = world.pixel_chunks([3, 3, 3])
 WORDS = {
     "colour": list(world.COLOURS),
@@ -31,10 +23,7 @@ def clips():
 
 @pytest.fixture(scope="module")
 def codec():
-    codec = LinearCodec(VAEConfig())
-    names = ("basis", "dual")
-    codec.load_state_dict(dict(zip(names, world.codec_basis(mean_scale=0.35), strict=True)))
-    return codec
+    return make_codec()
 
 
 def judge(video, labels=LABELS):

@@ -2,24 +2,15 @@
 shows what captions say, and follows when they change.
 """
 
-import sys
-from pathlib import Path
-
 import imageio.v3 as iio
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_codec, scorer, small, world
 
 import sample
-from wan5b.extras.codec import LinearCodec
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.sampling import generate
-from wan5b.vae22 import VAEConfig
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
-import scorer  # noqa: E402
-import small  # noqa: E402
-import world  # noqa: E402
 
 # Twelve captions with every colour, shape and direction, and another one for each of them.
 ORDER = range(0, 60, 5)
@@ -124,8 +115,7 @@ def test_packing(tmp_path):
 
 def test_drawing_in_latents():
     """It is the codec's view of the world's clips; where a caption changes the place is kept."""
-    codec = LinearCodec(VAEConfig())
-    codec.load_state_dict(dict(zip(("basis", "dual"), world.codec_basis(), strict=True)))
+    codec = make_codec(mean_scale=1.0)
     labels = world.LABELS[::7]
     latents = codec.encode(world.draw(labels, 33, seed=2, plain=True))
     index = torch.tensor([divmod(world.LABELS.index(label), 4) for label in labels])

@@ -20,7 +20,7 @@ EVERYTHING = [*CORE, *EXTRAS, *TOOLS]
 # A module of wan5b imports only from those before it.
 ORDER = (
     *("util", "fuse", "flow", "attention", "kvcache", "dit", "vae22", "t5", "data"),
-    *("weights", "distill", "stages", "fsdp", "optim"),
+    *("weights", "distill", "runs", "stages", "fsdp", "optim"),
 )
 # PIL is the package pillow.
 RUN_TIME = {

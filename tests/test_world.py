@@ -1,18 +1,8 @@
 """The tiny world: its clips, and that the codec keeps what matters."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-from wan5b.extras.codec import LinearCodec
-from wan5b.vae22 import VAEConfig
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
-import world  # noqa: E402
-
-LABELS = world.LABELS[::3]
+from tiny import LABELS, make_codec, world
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +12,7 @@ def clips():
 
 @pytest.fixture(scope="module")
 def codec():
-    codec = LinearCodec(VAEConfig())
-    codec.load_state_dict(
-        dict(zip(("basis", "dual"), world.codec_basis(mean_scale=0.35), strict=True))
-    )
-    return codec
+    return make_codec()
 
 
 def test_captions():

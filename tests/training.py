@@ -14,10 +14,13 @@ import torch.distributed.checkpoint as dcp
 from common import rel
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from wan5b import fsdp, stages
+from wan5b import attention, fsdp, stages
 from wan5b.dit import DiTConfig, WanDiT
+from wan5b.extras import budget
+from wan5b.extras.budget import FlopCount
 from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.weights import save_dit
@@ -212,3 +215,31 @@ def apart(a: dict, b: dict, lr=1e-4) -> float:
     squares = sum((a[key] - b[key]).double().square().sum() for key in a)
     count = sum(value.numel() for value in a.values())
     return (squares / count).sqrt().item() / lr
+
+
+# ----------------------------------------------------------------------------------------- counting
+
+
+def flop_share(run: stages.Run, monkeypatch, **options) -> float:
+    """FlopCount's of an iteration, in those that torch's counter finds, without the scores that
+    attention's backward makes again: here attention is made of matrix products, which does not.
+    options: of the counter.
+    """
+    flop = FlopCount()
+    for model in filter(None, (run.generator, run.critic, run.teacher)):
+        flop.watch(model)
+    monkeypatch.setattr(attention, "_BACKENDS", [torch.nn.attention.SDPBackend.MATH])
+    inner = budget.forward_flop
+    extra = 0.0
+
+    def spy(cfg, x, **given):
+        nonlocal extra
+        linear, scores = inner(cfg, x, **given)
+        if torch.is_grad_enabled():
+            extra += 0.5 * scores
+        return linear, scores
+
+    monkeypatch.setattr(budget, "forward_flop", spy)
+    with FlopCounterMode(display=False, **options) as counter:
+        stages.iteration(run, 0)
+    return (flop.done - extra) / counter.get_total_flops()

@@ -64,7 +64,8 @@ from wan5b.extras.cli import script
 from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
-from wan5b.stages import Batch, Noised, Rolled, Run, micro_batches, roll_out, update
+from wan5b.runs import Batch, Run, micro_batches
+from wan5b.stages import Noised, Rolled, roll_out, update
 
 PROMPTS = [f"prompt {i}" for i in range(4)]
 # Of whose masters it is told how far they move: of a network's, or of an adapter's.

@@ -84,6 +84,7 @@ def rollout(
         for part in split_prefix(prefix, chunks):
             commit(generator, part, text, cache)
 
+    # Whichever ends first ends the video: noise may have no end, levels and exits need none.
     for index, (x, levels, leave) in enumerate(zip(noise, ways, exits, strict=False)):
         leave = len(levels) - 2 if leave is None else leave
         assert 0 <= leave < len(levels) - 1, f"exit_step {leave} of levels {levels}"
@@ -107,7 +108,8 @@ def rollout(
             x0 = solve(field, x, levels, solver)
         yield x0
         if clean_pass:
-            commit(generator, x0 if inside is None else torch.cat([inside, x0], 2), text, cache)
+            whole = x0 if inside is None else torch.cat([inside, x0], 2)
+            commit(generator, whole, text, cache)
         else:
             keep_last(field, x0, levels[leave:-1], partial(fresh, leave), cache)
         inside = None

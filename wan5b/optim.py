@@ -92,13 +92,20 @@ class AdamW:
         self.lr = lr
         self.betas = betas
         self.weight_decay = weight_decay
+        self.eps = 1e-8
         self.steps = 0
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         self.grads: dict[str, Tensor] = {}  # float32, of this process's shards
 
         self.storage = storage or Storage()
         weights = {name: local(parameter) for name, parameter in self.parameters.items()}
-        groups = state_groups(next(iter(weights.values())).dtype, betas[0], ema)
+        dtypes = {weight.dtype for weight in weights.values()}
+        assert len(dtypes) == 1, f"state is laid out for weights of one dtype, not {dtypes}"
+        groups = state_groups(dtypes.pop(), betas[0], ema)
         self.state_of = self.storage.make(weights, groups)
 
         # Masters and averages start from the exact values; gradients are taken over from now on.
@@ -161,10 +168,10 @@ class AdamW:
             square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
             direction = state["exp_avg"].lerp_(grad, 1 - beta1) if beta1 else grad
 
-            # 4. The master: decay, then the step (eps 1e-8). A float32 weight is updated in place.
+            # 4. The master: decay, then the step. A float32 weight is updated in place.
             master = join(weight, state["low"]) if "low" in state else weight
             master.mul_(1 - self.lr * self.weight_decay)
-            master.addcdiv_(direction, (square / correction).sqrt_().add_(1e-8), value=-rate)
+            master.addcdiv_(direction, (square / correction).sqrt_().add_(self.eps), value=-rate)
 
             # 5. What follows the master: a bfloat16 weight, and the average.
             if "low" in state:

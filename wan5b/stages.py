@@ -11,123 +11,21 @@ its mean over micro-batches and processes, so each of them has the same names in
 that is not finite ends the run: what only some samples have is returned as two means, whose ratio
 is meant (`critic_step`).
 
-Every random number comes from (seed, phase, step, sample), so a run is the same on any number of
-processes.
+What steps share, a run and its micro-batches, is in runs.py.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wan5b.data import Data, order
 from wan5b.distill import critic_loss, dmd_gradient, dmd_loss, replay, rollout, sid_loss
 from wan5b.dit import WanDiT
-from wan5b.flow import add_noise, ar_loss_weight, few_step_sigmas, shift_sigma, x0_from_v
-from wan5b.kvcache import KVCache, chunk_sizes
-from wan5b.util import rng
-
-# --------------------------------------------------------------------------------- what steps share
-
-
-@dataclass
-class Run:
-    """Config, data and networks of a run; train.py makes it.
-
-    cfg: train.py's Config. world: fsdp.World. optimizers: optim.AdamW by the name of what they
-    move. critic, teacher and cache are those of distillations. options: of rollouts, where they are
-    not all like the plain method's (extras/rollouts.py). phases: of an iteration, where they are
-    not those that PHASES has for the stage (extras/phases.py).
-    """
-
-    cfg: Any
-    world: Any
-    data: Data
-    budget: dict[str, dict[str, float]]
-    generator: WanDiT
-    optimizers: dict[str, Any]
-    critic: WanDiT | None = None
-    teacher: WanDiT | None = None
-    cache: KVCache | None = None
-    options: Any = None
-    phases: list["Phase"] | None = None
-
-    def __post_init__(self):
-        cfg = self.cfg
-        self.device = self.world.device
-        self.dtype = getattr(torch, cfg.dtype)
-        self.window = cfg.window or None
-        self.sigmas = few_step_sigmas(cfg.levels, cfg.shift)
-        self.layout = chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)  # of whole sequences
-        self.chunks = self.layout[cfg.prefix :]  # the generated ones
-
-    def context(self, prompts: list[str]) -> Tensor:
-        """Their embeddings, [B, L, D]."""
-        length = self.generator.cfg.text_len
-        return self.data.text.batch(prompts, length).to(self.device, self.dtype)
-
-    def clips(self, items: list[int]) -> Tensor:
-        """Clean latents of these items, float32: the data's, or the ends of trajectories."""
-        return torch.stack([self.data.clip(i) for i in items]).to(self.device, torch.float32)
-
-    def shape(self, frames: int) -> tuple[int, ...]:
-        """Of so many frames of one sample: [C, T, H, W]."""
-        return (self.generator.cfg.in_dim, frames, self.cfg.height, self.cfg.width)
-
-    def per_frame(self, per_chunk: Tensor, clean: float = 0) -> Tensor:
-        """Levels (or their indices) [B, chunks] or [B, 1] -> [B, T]; `clean` at a prefix."""
-        sizes = torch.tensor(self.layout, device=self.device)
-        level = per_chunk.expand(-1, len(sizes)).repeat_interleave(sizes, 1)
-        level[:, : self.cfg.prefix] = clean
-        return level
-
-
-class Draws:
-    """The random numbers of a micro-batch, each sample's from a generator of its own."""
-
-    def __init__(self, device: torch.device, samples: range, *keys):
-        self.generators = [rng(device, *keys, sample) for sample in samples]
-
-    def __call__(self, draw: Callable, *shape: int) -> Tensor:
-        """[samples, *shape] by torch.randn or torch.rand."""
-        return torch.stack([draw(shape, generator=g, device=g.device) for g in self.generators])
-
-
-class Batch(NamedTuple):
-    """One micro-batch."""
-
-    draws: Draws
-    items: list[int]  # of the data
-    context: Tensor  # [B, L, D]
-    chance: torch.Generator  # for what all samples of a global batch share, alike on all processes
-
-
-def micro_batches(run: Run, phase: str, step: int, moved: bool) -> Iterator[Batch]:
-    """This process's micro-batches of a global batch.
-
-    InterruptedError, on all processes at once, if one has got SIGTERM, unless a network has moved
-    in this step already: until then what is unfinished can be left.
-    """
-    cfg = run.cfg
-    share = run.world.share(cfg.batch)
-    for start in range(share.start, share.stop, cfg.micro_batch):
-        if not moved and run.world.stops():
-            raise InterruptedError
-        samples = range(start, start + cfg.micro_batch)
-        prompts = run.data.prompts
-        shuffle = str((cfg.seed, phase))
-        items = [order(len(prompts), step * cfg.batch + sample, shuffle) for sample in samples]
-        yield Batch(
-            Draws(run.device, samples, cfg.seed, phase, step),
-            items,
-            run.context([prompts[i] for i in items]),
-            rng("cpu", cfg.seed, phase, step, "exit"),
-        )
-
+from wan5b.flow import add_noise, ar_loss_weight, shift_sigma, x0_from_v
+from wan5b.runs import Batch, Run, micro_batches
 
 # ------------------------------------------------------------------------------- against real data
 
@@ -148,7 +46,8 @@ def ar_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     x0, noise, sigma, context = flow_example(run, batch, levels=len(run.layout))
     clean = x0 if run.cfg.forcing == "teacher" else None
     noisy = add_noise(x0, noise, sigma)
-    v = run.generator(noisy, sigma, context, chunks=run.layout, window=run.window, clean=clean)
+    options = {"chunks": run.layout, "window": run.window, "clean": clean}
+    v = run.generator(noisy, sigma, context, **options)
     return backward(flow_loss(run, v, x0, noise, sigma))
 
 
@@ -166,7 +65,8 @@ def flow_example(run: Run, batch: Batch, levels: int) -> tuple[Tensor, Tensor, T
 def flow_loss(run: Run, v: Tensor, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """mean((v - (noise - x0))^2) behind the prefix, weighted over levels with `bell`."""
     cfg = run.cfg
-    error = (v.float() - (noise - x0)).square().mean((1, 3, 4))[:, cfg.prefix :]  # [B, T]
+    error = (v.float() - (noise - x0)).square().mean((1, 3, 4))  # [B, T]
+    error = error[:, cfg.prefix :]
     if cfg.bell:
         error = error * ar_loss_weight(sigma[:, cfg.prefix :], cfg.shift)
     return error.mean()
@@ -186,17 +86,18 @@ def ode_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     # learn.
     teacher_forcing = cfg.forcing == "teacher"
     count = len(levels) - 1 if teacher_forcing else len(levels)
-    chosen = (batch.draws(torch.rand, len(run.layout)) * count).long()
-    if run.options:
-        chosen = run.options.ode_levels(run, batch, levels)
+    if run.rollouts:
+        chosen = run.rollouts.ode_levels(run, batch, levels)
+    else:
+        chosen = (batch.draws(torch.rand, len(run.layout)) * count).long()
     index = run.per_frame(chosen, clean=len(levels) - 1)  # [B, T]
     sigma = levels[index]
     noisy = x.gather(1, index[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:]))[:, 0]
 
     clean = end if teacher_forcing else None
     options = {"chunks": run.layout, "window": run.window, "clean": clean}
-    if run.options and teacher_forcing:
-        options |= run.options.ode_context(run, batch, end)
+    if run.rollouts and teacher_forcing:
+        options |= run.rollouts.ode_context(run, batch, end)
     v = run.generator(noisy, sigma, batch.context, **options)
 
     # The mean over each sample's own frames at levels above 0: so it does not depend on
@@ -235,8 +136,13 @@ class Noised(NamedTuple):
     noise: Tensor
 
 
-def dmd_step(run: Run, batch: Batch) -> dict[str, Tensor]:
-    """Distribution matching of the generator on its own rollouts (Self Forcing, algorithm 1)."""
+def dmd_step(
+    run: Run, batch: Batch, taught: Callable[[Noised], Noised] | None = None
+) -> dict[str, Tensor]:
+    """Distribution matching of the generator on its own rollouts (Self Forcing, algorithm 1).
+
+    taught: what the teacher scores in place of the noised rollout, made from it.
+    """
     # 1. Roll out without grad, up to a random exit level.
     rolled = roll_out(run, batch)
     x0 = rolled.x0
@@ -245,7 +151,8 @@ def dmd_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         noised = noise_again(run, batch, rolled)
         fake = estimate(run.critic, noised, batch.context, x0.shape[2])
-        real, real_uncond = teach(run, batch, noised, x0.shape[2])
+        scored = taught(noised) if taught else noised
+        real, real_uncond = teach(run, batch, scored, x0.shape[2])
 
     # 4. The DMD gradient, as a loss in x0 alone.
     gradient = dmd_gradient(x0, fake, real, real_uncond, run.cfg.guidance)
@@ -263,14 +170,15 @@ def sid_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """Score identity distillation on its own rollouts: as `dmd_step`, but the loss's gradient in x0
     runs through the critic and the teacher.
     """
+    cfg = run.cfg
     rolled = roll_out(run, batch)
     x0 = rolled.x0.requires_grad_()
     noised = noise_again(run, batch, rolled)
     fake = estimate(run.critic, noised, batch.context, x0.shape[2])
     real, real_uncond = teach(run, batch, noised, x0.shape[2])
-    loss = sid_loss(x0, fake, real, real_uncond, run.cfg.guidance, run.cfg.alpha)
+    loss = sid_loss(x0, fake, real, real_uncond, cfg.guidance, cfg.alpha)
     into_weights(run, batch, rolled, loss)
-    gradient = dmd_gradient(x0, fake, real, real_uncond, run.cfg.guidance)
+    gradient = dmd_gradient(x0, fake, real, real_uncond, cfg.guidance)
     return {"loss": loss.detach().float()} | health(rolled, gradient)
 
 
@@ -287,15 +195,20 @@ def critic_step(run: Run, batch: Batch) -> dict[str, Tensor]:
 def critic_figures(rolled: Rolled, noised: Noised, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The critic's loss for its velocity v of the whole sequence, and what is worth a look."""
     x0 = rolled.x0
-    v = v[:, :, -x0.shape[2] :]
-    noise = noised.noise[:, :, -x0.shape[2] :]
+    frames = x0.shape[2]
+    v = v[:, :, -frames:]
+    noise = noised.noise[:, :, -frames:]
     loss = critic_loss(v, x0, noise)
 
     # The loss at high levels is critic_high / critic_share_high: a micro-batch may have none.
     error = (v.detach().float() - (noise - x0)).square().mean((1, 2, 3, 4))
     high = (noised.sigma[:, -1] > 0.8).float()
-    figures = {"critic_loss": loss.detach(), "critic_high": (high * error).mean()}
-    return loss, figures | {"critic_share_high": high.mean()}
+    figures = {
+        "critic_loss": loss.detach(),
+        "critic_high": (high * error).mean(),
+        "critic_share_high": high.mean(),
+    }
+    return loss, figures
 
 
 @torch.no_grad()
@@ -306,8 +219,8 @@ def roll_out(run: Run, batch: Batch) -> Rolled:
     clip.
     """
     cfg = run.cfg
-    if run.options:
-        return run.options.roll_out(run, batch)
+    if run.rollouts:
+        return run.rollouts.roll_out(run, batch)
     exit_step = int(torch.randint(len(run.sigmas) - 1, (), generator=batch.chance))
     chunks = run.chunks
     prefix_frames = cfg.prefix
@@ -319,12 +232,12 @@ def roll_out(run: Run, batch: Batch) -> Rolled:
     return Rolled(*made, exit_step, run.sigmas[exit_step])
 
 
-def roll(run: Run, batch: Batch, chunks: list[int], given: int, sigmas, **options) -> tuple:
+def roll(run: Run, batch: Batch, chunks: list[int], in_front: int, sigmas, **options) -> tuple:
     """The rollout itself -> x0, prefix and trace, as `Rolled` has them.
 
-    given: how many frames of a clip stand in front. sigmas, options: of `rollout`.
+    in_front: how many frames of a clip are. sigmas, options: of `rollout`.
     """
-    prefix = run.clips(batch.items)[:, :, :given] if given else None
+    prefix = run.clips(batch.items)[:, :, :in_front] if in_front else None
 
     def renoise(chunk: int, step: int, like: Tensor) -> Tensor:
         return batch.draws(torch.randn, *like.shape[1:])
@@ -421,7 +334,7 @@ def iteration(run: Run, step: int) -> dict[str, Tensor]:
     """
     metrics = {}
     moved = False
-    for phase in run.phases or PHASES[run.cfg.stage]:
+    for phase in run.phases:
         rests = run.critic is not None and step % run.cfg.ratio != 0
         if phase.moves == "generator" and rests:
             continue

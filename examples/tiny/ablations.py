@@ -28,7 +28,12 @@ from wan5b.flow import few_step_sigmas
 from wan5b.util import write_json
 
 LENGTHS = (3, 10, 30)  # of which the table tells
-COLUMNS = ("colour", "shape", "direction", "shade", "drift")
+# Of the table: a score, and at which of these.
+COLUMNS = [
+    *((score, 10) for score in ("colour", "shape", "direction", "contrast")),
+    *(("shade", length) for length in LENGTHS),
+    *(("drift", length) for length in LENGTHS),
+]
 FEW = [1000, 500]  # levels behind the first chunk
 
 
@@ -47,43 +52,42 @@ class Row:
     clips: bool = False
 
 
+# What `generate` is told, and what dmd.toml.
 KEPT = {"clean_pass": False}
+TRAINED_KEPT = {"clean_pass": "false"}
 FEWER = {"sigmas_after": few_step_sigmas(FEW)}
+TRAINED_FEWER = {"levels_after": str(FEW)}
 SINK = {"sink": 1}
-TURNING = {"sink": 1, "sink_rope": "relative"}
 TRAINED_SINK = {"sink": "1"}
-TRAINED_TURNING = {"sink": "1", "sink_rope": "relative"}
+TURNING = SINK | {"sink_rope": "relative"}
+TRAINED_TURNING = TRAINED_SINK | {"sink_rope": "relative"}
+LONG = {"rollout_frames": "27"}
+GAN = {"gan_weight": "0.01"}
 ROWS = {
     "dmd": Row("as make demo trains it"),
     # 1. and 2.: real clips
-    "gan": Row("GAN branch", {"gan_weight": "0.01"}, clips=True),
-    "gan-relativistic": Row(
-        "GAN branch, relativistic", {"gan_weight": "0.01", "gan_relativistic": "true"}, clips=True
-    ),
+    "gan": Row("GAN branch", GAN, clips=True),
+    "gan-relativistic": Row("relativistic", GAN | {"gan_relativistic": "true"}, clips=True),
     "data-forcing": Row("half of the steps on real clips", {"data_forcing": "0.5"}, clips=True),
     "data-forcing-after": Row(
-        "120 more steps on real clips",
-        {"data_forcing": "1.0", "steps": "120"},
+        "120 more steps, half of them on real clips",
+        {"data_forcing": "0.5", "steps": "120"},
         start="dmd",
         clips=True,
     ),
     # 3.: fewer forwards
     "levels-untrained": Row("4 levels, then 2: only sampled", how=FEWER),
-    "levels": Row("4 levels, then 2", {"levels_after": "[1000, 500]"}, FEWER),
+    "levels": Row("4 levels, then 2", TRAINED_FEWER, FEWER),
     "no-clean-pass-untrained": Row("no clean pass: only sampled", how=KEPT),
-    "no-clean-pass": Row("no clean pass", {"clean_pass": "false"}, KEPT),
-    "levels-no-clean-pass": Row(
-        "both", {"levels_after": "[1000, 500]", "clean_pass": "false"}, FEWER | KEPT
-    ),
+    "no-clean-pass": Row("no clean pass", TRAINED_KEPT, KEPT),
+    "levels-no-clean-pass": Row("both", TRAINED_FEWER | TRAINED_KEPT, FEWER | KEPT),
     # 4.: longer rollouts, sinks
-    "long": Row("rollouts of up to 27 frames", {"rollout_frames": "27"}),
+    "long": Row("rollouts of up to 27 frames", LONG),
     "sink-untrained": Row("a sink of 1: only sampled", how=SINK),
     "sink-turning-untrained": Row("that follows the window: only sampled", how=TURNING),
     "sink": Row("a sink of 1", TRAINED_SINK, SINK),
     "sink-turning": Row("that follows the window", TRAINED_TURNING, TURNING),
-    "long-sink-turning": Row(
-        "that, in rollouts of up to 27", TRAINED_TURNING | {"rollout_frames": "27"}, TURNING
-    ),
+    "long-sink-turning": Row("that, in rollouts of up to 27", TRAINED_TURNING | LONG, TURNING),
     # 5.: the init
     "from-ar": Row("from ar, without ode", start="ar"),
     # 6.: the defaults
@@ -97,9 +101,10 @@ ROWS = {
 
 def forwards(row: Row) -> tuple[int, int]:
     """Of the first chunk, and of each behind it."""
-    clean = row.how.get("clean_pass", True)
-    first = len(few_step_sigmas()) - 1 + clean
-    return first, len(row.how.get("sigmas_after", few_step_sigmas())) - 1 + clean
+    usual = few_step_sigmas()
+    levels = (usual, row.how.get("sigmas_after", usual))
+    first, after = (len(each) - 1 + row.how.get("clean_pass", True) for each in levels)
+    return first, after
 
 
 def trained(run: Path, name: str, row: Row) -> tuple[Path, float]:
@@ -108,13 +113,12 @@ def trained(run: Path, name: str, row: Row) -> tuple[Path, float]:
         return demo.export(run, "dmd"), 0.0
     out = run / "ablations" / name
     seed = read_metadata(demo.export(run, "dmd"))["training"]["seed"]
-    options = {key: f"{key}={value}" for key, value in row.keys.items()}
-    options["weights"] = f"weights={demo.export(run, row.start)}"
-    options["teacher"] = f"teacher={demo.export(run, 'teacher')}"
-    options["seed"] = f"seed={seed}"
+    keys = {"out": out, "seed": seed, **row.keys}
+    keys["weights"] = demo.export(run, row.start)
+    keys["teacher"] = demo.export(run, "teacher")
     if row.clips:
-        options["latents"] = f"latents={run / 'latents'}"
-    seconds = demo.run_stage(run, "dmd", f"out={out}", *options.values())
+        keys["latents"] = run / "latents"
+    seconds = demo.run_stage(run, "dmd", *(f"{key}={value}" for key, value in keys.items()))
     return out / "dmd.safetensors", seconds
 
 
@@ -155,23 +159,19 @@ def measure(run: Path, name: str) -> None:
 
 def table(runs: list[Path]) -> None:
     """Mean and spread over the demos."""
-    heads = "".join(f"{column:>14}" for column in ("colour", "shape", "direction"))
-    heads += "".join(f"{f'shade x{length}':>14}" for length in LENGTHS)
-    heads += "".join(f"{f'drift x{length}':>14}" for length in LENGTHS)
-    print(f"{'row':46}{'seeds':>6}{'forwards':>10}{heads}{'contrast x10':>14}")
+    heads = "".join(f"{f'{score} x{length}':>16}" for score, length in COLUMNS)
+    print(f"{'row':46}{'seeds':>6}{'forwards':>10}{heads}")
     for name, row in ROWS.items():
         files = [run / "ablations" / f"{name}.json" for run in runs]
         reports = [json.loads(file.read_text())["rows"] for file in files if file.exists()]
         if not reports:
             continue
-        cells = [(key, 10) for key in ("colour", "shape", "direction")]
-        cells += [("shade", length) for length in LENGTHS]
-        cells += [("drift", length) for length in LENGTHS] + [("contrast", 10)]
-        line = f"{row.about:46}{len(reports):6}{'{}, {}'.format(*forwards(row)):>10}"
-        for key, length in cells:
-            values = torch.tensor([report[str(length)][key] for report in reports])
+        first, after = forwards(row)
+        line = f"{row.about:46}{len(reports):6}{f'{first}, {after}':>10}"
+        for score, length in COLUMNS:
+            values = torch.tensor([report[str(length)][score] for report in reports])
             spread = f" +-{values.std():.3f}" if len(values) > 1 else ""
-            line += f"{f'{values.mean():.3f}{spread}':>14}"
+            line += f"{f'{values.mean():.3f}{spread}':>16}"
         print(line)
 
 

@@ -55,7 +55,7 @@ SAMPLING_SEED = 1
 LENGTHS = (1, 3, 10, 30)  # at which clips are judged, in lengths of a training clip
 PART = 3  # latent frames that are judged together
 SHOWN = (0, 9, 14, 23)  # of JUDGED, on the sheet: all colours, shapes and directions
-# How each run is sampled: a name of distill.MODES.
+# How each run is sampled: a name of extras/sampling.MODES.
 SAMPLED = {
     "teacher": "bidirectional",
     "ar": "many",
@@ -68,7 +68,10 @@ SAMPLED = {
 
 
 def make_release(folder: Path, mean_scale: float = 1.0) -> None:
-    """What stands in for a release: codec for the VAE, a frozen random T5, the tokenizer."""
+    """What stands in for a release: codec for the VAE, a frozen random T5, the tokenizer.
+
+    mean_scale: of the codec, see `codec_basis`.
+    """
     tokenizer = folder / "google" / "umt5-xxl"
     tokenizer.mkdir(parents=True)
     shutil.copy(TOKENIZER, tokenizer)
@@ -221,10 +224,10 @@ def sample_clips(
 
 def parts(length: int) -> list[int]:
     """Which parts of a clip of so many training lengths are judged: all of the first three lengths,
-    then every third, and all of the last length of LENGTHS.
+    then one in four, and all of the length that ends at each of LENGTHS.
     """
-    each = TRAINED // PART
-    chosen = {*range(3 * each), *range(3 * each, 30 * each, 3 * each // 2)}
+    each = TRAINED // PART  # parts of a training length
+    chosen = {*range(3 * each), *range(3 * each, LENGTHS[-1] * each, 4)}
     for whole in LENGTHS:
         chosen |= set(range((whole - 1) * each, whole * each))
     return sorted(part for part in chosen if part < length * each)

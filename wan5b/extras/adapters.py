@@ -292,7 +292,7 @@ def merged(run, final: Path, said: dict) -> tuple[WanDiT, Callable[[str], Tensor
 
     With lora the adapter is written first, alone, into a folder beside; then weights are those of
     the base with it merged. For every process to call, the result too, in the same order.
-    run: stages.Run. final: the export's file. said: what it says of itself.
+    run: runs.Run. final: the export's file. said: what it says of itself.
     """
     model = run.generator
     result = run.optimizers["generator"].result

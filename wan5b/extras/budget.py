@@ -26,7 +26,7 @@ from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
 from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.optim import state_groups
-from wan5b.stages import Run
+from wan5b.runs import Run
 
 GIB = 2**30
 MEMINFO = Path("/proc/meminfo")
@@ -129,6 +129,7 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         positions = cfg.micro_batch * (tokens + model.text_len)
         device["KV cache"] = 2 * model.num_layers * positions * model.dim * size
     device["activations"] = activations(cfg, world, model, scores, device["gradients"])
+    gathered = 0
     if world.size > 1:
         # FSDP gathers two layers in a backward, with the gradients of one, and all of them in a
         # rollout, which keeps no activations.
@@ -136,8 +137,10 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         layers = (3 * dtype.itemsize + 4) * max(generator, critic) * world.shards + 2 * frozen
         gathered = generator * world.shards * dtype.itemsize + frozen
         device["activations"] += layers / model.num_layers
-        if scores:
-            device["activations"] = max(device["activations"], gathered)
+    if scores:
+        # In float8 a rollout has all layers once more, a byte a number.
+        copied = generator * world.shards if cfg.fp8 else 0
+        device["activations"] = max(device["activations"], gathered + copied)
     if world.device.type == "cuda":
         return {"device": device, "host": host}
     return {"device": device | host}

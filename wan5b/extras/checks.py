@@ -74,6 +74,10 @@ def check_config(cfg, world: World) -> None:
         )
     if cfg.with_real_clips and not cfg.latents:
         raise ValueError("gan_weight and data_forcing take real clips: name latents")
+    if cfg.with_gan and cfg.lora:
+        raise ValueError(
+            "gan_weight trains all of its classifier, lora adapters alone: leave out one of them"
+        )
     if cfg.data_forcing > 1:
         raise ValueError(
             f"data_forcing is a share of the generator's steps, 0 to 1, got {cfg.data_forcing}"

@@ -1,10 +1,14 @@
-"""A linear codec with VAE22's interface, for worlds that are small enough for a CPU."""
+"""A linear codec with VAE22's interface, for worlds that are small enough for a CPU; and the halves
+of either, apart.
+"""
+
+import copy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan5b.vae22 import Stream, VAEConfig, check_video
+from wan5b.vae22 import VAE22, Stream, VAEConfig, check_video
 
 
 class LinearCodec(nn.Module):
@@ -51,3 +55,16 @@ class LinearCodec(nn.Module):
             video = torch.cat([lead.mean(2, keepdim=True), rest], dim=2)
         state.first = False
         return video
+
+
+def split_vae(vae: VAE22 | LinearCodec, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of a VAE in float32: the first stays so, since bfloat16 spoils an image,
+    the second is in dtype.
+    """
+    if dtype == torch.float32:
+        return vae, vae
+    decoder = copy.deepcopy(vae)
+    if isinstance(vae, VAE22):  # half of each is of no use
+        vae.decoder.to("meta")
+        decoder.encoder.to("meta")
+    return vae, decoder.to(dtype)

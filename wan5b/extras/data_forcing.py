@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from wan5b import stages
-from wan5b.distill import dmd_gradient, dmd_loss
 from wan5b.flow import add_noise
-from wan5b.stages import Batch, Noised, Run
+from wan5b.runs import Batch, Run
+from wan5b.stages import Noised
 
 
 def noised_clip(run: Run, batch: Batch, noised: Noised) -> Noised:
@@ -40,20 +40,11 @@ def is_forced(run: Run, batch: Batch) -> bool:
 
 def data_forcing_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """`dmd_step` whose teacher scores the real clips of the batch in a share of all steps."""
-    rolled = stages.roll_out(run, batch)
-    x0 = rolled.x0
-    frames = x0.shape[2]
-    forced = is_forced(run, batch)
+    figures = {}
 
-    with torch.no_grad():
-        noised = stages.noise_again(run, batch, rolled)
-        shown = noised_clip(run, batch, noised) if forced else noised
-        fake = stages.estimate(run.critic, noised, batch.context, frames)
-        real, real_uncond = stages.teach(run, batch, shown, frames)
+    def taught(noised: Noised) -> Noised:
+        forced = is_forced(run, batch)
+        figures["forced"] = noised.xs.new_tensor(float(forced))
+        return noised_clip(run, batch, noised) if forced else noised
 
-    gradient = dmd_gradient(x0, fake, real, real_uncond, run.cfg.guidance)
-    x0.requires_grad_()
-    loss = dmd_loss(x0, gradient)
-    stages.into_weights(run, batch, rolled, loss)
-    figures = {"loss": loss.detach().float(), "forced": x0.new_tensor(float(forced))}
-    return figures | stages.health(rolled, gradient)
+    return stages.dmd_step(run, batch, taught) | figures

@@ -10,8 +10,14 @@ from pathlib import Path
 BLOCKS = 16  # of each file, evenly spread
 BLOCK = 4096  # bytes
 # What of a folder counts: a store's shards, a release's DiT, an adapter, a checkpoint of train.py.
-FILES = ("*.safetensors", "config.json", "adapter_config.json", ".metadata", "facts.json")
-FILES = (*FILES, "*.distcp")
+FILES = (
+    "*.safetensors",
+    "config.json",
+    "adapter_config.json",
+    ".metadata",
+    "facts.json",
+    "*.distcp",
+)
 
 
 def digest(path: str | Path) -> str:

@@ -2,7 +2,6 @@
 chunk.
 """
 
-import copy
 import threading
 import time
 from argparse import Namespace
@@ -21,7 +20,6 @@ from torch import Tensor
 from wan5b.dit import DiTConfig
 from wan5b.extras.cards import carried, decode, place_of
 from wan5b.extras.files import parse_size
-from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.graphs import Graphs
 from wan5b.extras.plan import (
@@ -36,7 +34,6 @@ from wan5b.extras.plan import (
 from wan5b.extras.recipes import Recipe
 from wan5b.extras.sampling import draw_noise, generate
 from wan5b.extras.studio import Wish
-from wan5b.vae22 import VAE22
 
 WINDOW = 21  # latent frames, where the recipe has none: what clips of 81 frames have
 TEXTS = 32  # whose contexts are kept
@@ -137,20 +134,6 @@ class Contexts:
 
     def close(self) -> None:
         self.thread.shutdown(cancel_futures=True)
-
-
-def split_vae(vae, dtype: torch.dtype, fp8: bool = False) -> tuple:
-    """Encoder and decoder of a VAE in float32: the first stays so, since bfloat16 spoils an image,
-    the second is in dtype, its convolutions in float8 if asked for.
-    """
-    if dtype == torch.float32:
-        return vae, vae
-    decoder = copy.deepcopy(vae)
-    if isinstance(vae, VAE22):  # half of each is of no use
-        vae.decoder.to("meta")
-        decoder.encoder.to("meta")
-    decoder = decoder.to(dtype)
-    return vae, quantize_decoder(decoder) if fp8 else decoder
 
 
 class Endless:

@@ -3,7 +3,7 @@
 `without_grad_in_fp8(run)` gives the linear layers of the networks' blocks float8 copies of their
 weights, which are there for a rollout, or for one forward, and then go: so they are never those of
 other weights, and a backward has their memory. Forwards with grad, and so gradients in the weights,
-stay in the run's dtype.
+stay in the run's dtype. Sample videos are rollouts too: they look as with sample.py's --fp8.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wan5b.dit import Block, WanDiT
 from wan5b.extras.fp8 import product, quantize
-from wan5b.stages import Run
+from wan5b.runs import Run
 
 
 class Linear(nn.Linear):

@@ -32,7 +32,8 @@ from wan5b.distill import dmd_gradient, dmd_loss
 from wan5b.dit import Attention, DiTConfig, WanDiT, linear32
 from wan5b.extras.data_forcing import is_forced, noised_clip
 from wan5b.flow import x0_from_v
-from wan5b.stages import Batch, Noised, Run
+from wan5b.runs import Batch, Run
+from wan5b.stages import Noised
 from wan5b.util import rng
 from wan5b.weights import fill
 

@@ -1,5 +1,5 @@
 """Rollouts of training that are not all like the plain method's: levels that differ between chunks,
-no clean pass, videos that are longer than what is scored. `Run.options` of a run that has any.
+no clean pass, videos that are longer than what is scored. `Run.rollouts` of a run that has any.
 
 **Levels.** The first chunk goes down `levels`, all others `levels_after` (4 and 2 in
 Causal-Forcing++; behind an image or a video the first generated chunk is the first). One exit is
@@ -31,16 +31,17 @@ from torch import Tensor
 from wan5b.attention import rope_table, rotate
 from wan5b.dit import DiTConfig
 from wan5b.extras.budget import cache_frames
-from wan5b.extras.endless import split_vae
+from wan5b.extras.codec import split_vae
 from wan5b.extras.formats import load_vae
 from wan5b.flow import add_noise, few_step_sigmas
 from wan5b.fsdp import World
 from wan5b.kvcache import KVCache, Span
-from wan5b.stages import DISTILLATIONS, Batch, Rolled, Run, roll
+from wan5b.runs import Batch, Run
+from wan5b.stages import DISTILLATIONS, Rolled, roll
 
 
 class Rollouts:
-    """What `Run.options` is called for.
+    """What `Run.rollouts` is asked for.
 
     cfg: train.py's Config. vae: encoder and decoder, where rollouts are longer than what is scored.
     """
@@ -146,7 +147,7 @@ def picture(vae: tuple, latents: Tensor) -> Tensor:
 
 
 def rollouts(cfg, world: World) -> Rollouts | None:
-    """The options of a run, if it has any. cfg: train.py's Config."""
+    """Of a run whose rollouts are not all like the plain method's. cfg: train.py's Config."""
     longer = cfg.stage in DISTILLATIONS and cfg.rollout_frames > cfg.frames
     own = cfg.stage == "ode" or cfg.stage in DISTILLATIONS
     if not own or not (cfg.levels_after or longer or not cfg.clean_pass):
