@@ -14,12 +14,13 @@
     torchrun --nproc_per_node=8 tools/bench_training.py --batch 16   # the losses of one process
     torchrun --nproc_per_node=8 tools/bench_training.py --batch 16 --shard 4   # two replicas
 
-Figures are means without the first of each kind, over exit levels as they were drawn (their mean,
-1.5 in the long run, is printed). FLOP are arithmetic (wan5b/extras/budget.py): "work" with what is
-done twice (checkpointing's recomputation, a rollout's last level in the replay, the scores in
-attention's backward), "MFU" without. Percentages are of a large matrix product, measured in the
-same call. With several processes all but losses and norms is the first one's, FLOP and memory
-included. Set-up is what train.py does before its first step, here with random weights made on the
+Figures are means without the first of each kind, over exit levels as they were drawn. Their mean is
+1.5 in the long run, and with the seed that is set also in runs of --ratio 1 --iterations 3 (or 5).
+FLOP are arithmetic (wan5b/extras/budget.py): "work" with what is done twice (checkpointing's
+recomputation, a rollout's last level in the replay, the scores in attention's backward), "MFU"
+without. Percentages are of a large matrix product, measured in the same call. With several
+processes all but losses and norms is the first one's, FLOP and memory included.
+Set-up is what train.py does before its first step, here with random weights made on the
 device, or those of a release, page cache warm.
 """
 
@@ -92,6 +93,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "default: two generator phases, or three of the other stages"
     add("--iterations", type=int, help=text)
     add("--lr", type=float, default=1e-5, help="of both networks")
+    add("--seed", type=int, default=240, help="of all draws, exit levels among them")
     add("--forcing", default="teacher", choices=["teacher", "diffusion"])
     add("--gan", action="store_true", help="dmd: the GAN branch; its clips are random numbers")
     text = "with --gan: of logits against their clip's"
@@ -130,7 +132,7 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
     """The run's config. stores: those of `make_data`."""
     options = dict(stores)
     same = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
-    same += ("lora", "device", "offload", "keep_attention", "split_attention", "fp8")
+    same += ("seed", "lora", "device", "offload", "keep_attention", "split_attention", "fp8")
     for name in same:
         options[name] = getattr(args, name)
     if args.release:
@@ -268,7 +270,7 @@ class Clock:
     and ends with its optimizer's step.
 
     rows: for every part, by name, the three figures of each time it ran.
-    exits: the exit levels that were drawn.
+    exits: the exit levels that were drawn, by phase.
     """
 
     def __init__(self, run: Run):
@@ -280,7 +282,7 @@ class Clock:
                 self.flop.watch(model)
                 self.repeated.watch(model)
         self.rows: dict[str, list[np.ndarray]] = defaultdict(list)
-        self.exits: list[int] = []
+        self.exits: dict[str, list[int]] = defaultdict(list)
         self.phase = ""  # the one that is running
         self.phase_began = np.zeros(3)
 
@@ -306,8 +308,14 @@ class Clock:
         began = self.now()
         rolled = roll_out(run, batch)
         self.rows[f"  a rollout, {self.phase}"].append(self.now() - began)
-        self.exits.append(rolled.exit_step)
+        self.exits[self.phase].append(rolled.exit_step)
         return rolled
+
+    def exit_level(self, phase: str) -> float:
+        """Of the last chunk, on average: over those times that `means` counts."""
+        drawn = self.exits[phase]
+        first = len(drawn) // len(self.rows[f"{phase} phase"])  # of the phase's first time
+        return float(np.mean(drawn[first:] or drawn))
 
     def update(self, run: Run, network: str, step: int) -> Tensor:
         began = self.now()
@@ -424,21 +432,27 @@ def print_parts(clock: Clock, ratio: int, ceiling: float) -> None:
         print(row)
 
 
-def print_distillation(clock: Clock, own: int, devices: int) -> None:
-    """What the phases come to. own: samples of a phase on a device."""
+def print_distillation(clock: Clock, own: int, devices: int, ceiling: float) -> None:
+    """What the phases come to. own: samples of a phase on a device. ceiling: as `print_parts`."""
     means = clock.means()
     optimizer = {}
     sample = {}
     for name in ("generator", "critic"):
         optimizer[name] = float(means[f"  optimizer, {name}"][0])
         sample[name] = (float(means[f"{name} phase"][0]) - optimizer[name]) / own
-    exits = sum(clock.exits) / len(clock.exits)
-    print(f"exit level (last chunk) {exits:.2f} on average; seconds of a sample: {sample}")
+    shown = ", ".join(f"{phase} {clock.exit_level(phase):.2f}" for phase in sample)
+    print(f"exit level (last chunk) on average: {shown}; seconds of a sample: {sample}")
     average = optimizer["generator"] - optimizer["critic"]
     print(f"average: {average:.3f} s of the generator's optimizer step")
 
     # Whole runs, at batch 64 and a ratio of 5.
-    step = {name: 64 / devices * sample[name] + optimizer[name] for name in sample}
+    share = 64 / devices
+    step = {name: share * sample[name] + optimizer[name] for name in sample}
+    seconds = step["generator"] + 5 * step["critic"]
+    flop, repeated = share / own * (means["generator phase"] + 5 * means["critic phase"])[1:]
+    work = flop / seconds / ceiling
+    mfu = (flop - repeated) / seconds / ceiling
+    print(f"generator + 5 critic at batch 64: {seconds:.1f} s, work {work:.1%}, MFU {mfu:.1%}")
     for critic_steps in (3000, 600):
         generator_steps = critic_steps // 5
         seconds = generator_steps * step["generator"] + critic_steps * step["critic"]
@@ -520,7 +534,7 @@ def measure(args: argparse.Namespace, world: World) -> None:
     print(f"matrix product {ceiling / 1e12:.3g} TFLOP/s")
     print_parts(clock, args.ratio, ceiling)
     if distilling:
-        print_distillation(clock, args.batch // world.size, world.size)
+        print_distillation(clock, args.batch // world.size, world.size, ceiling)
     print_memory(run)
     if error is not None:
         print(f"scores in float8: the DMD gradient is off by {error:.2%}")
