@@ -25,10 +25,10 @@ demo: .venv/.installed
 # The demo's model if there is one, else the small one that comes along. LIVE="--port 9000" adds options.
 live: .venv/.installed
 	@if test -f out/demo/dmd/dmd.safetensors; then \
-		set -- --release out/demo/release --weights out/demo/dmd/dmd.safetensors --window 5; \
+		set -- --release out/demo/release --weights out/demo/dmd/dmd.safetensors --window 5 --anew; \
 	else \
-		$(BIN)/python examples/tiny/small.py && set -- --release out/live/release --weights out/live/small.safetensors --window 9; \
-	fi && exec $(BIN)/python live.py "$$@" --size 64x64 --recache \
+		$(BIN)/python examples/tiny/small.py && set -- --release out/live/release --weights out/live/small.safetensors --window 9 --recache; \
+	fi && exec $(BIN)/python live.py "$$@" --size 64x64 \
 		--example "a red ring moves left" $(LIVE)
 
 test-slow: .venv/.installed

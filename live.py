@@ -27,6 +27,9 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --recache            at a new prompt the window is run again under it: a firmer change, one pass
                      over the window later
 
+--anew               a new prompt begins a new video, which knows nothing of the one before: for
+                     models that can't follow a change
+
 --example TEXT       of a prompt, shown where none is written yet
 
 --host ADDRESS       where to listen (default 127.0.0.1: this machine alone). 0.0.0.0 is for every
@@ -85,7 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     for name in ("release", "weights", "recipe", "negative"):
         add(f"--{name}")
-    for name in ("random-weights", "recache", "compile", "fp8", "fp8-vae", "low-memory"):
+    for name in ("random-weights", "recache", "anew", "compile", "fp8", "fp8-vae", "low-memory"):
         add(f"--{name}", action="store_true")
     for name in ("chunk", "window", "sink", "steps", "interpolate", "port"):
         add(f"--{name}", type=int)
@@ -108,6 +111,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("release", "weights", "recipe"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
+    if args.anew and (args.recache or args.interpolate):
+        raise ValueError("--anew keeps nothing of the old prompt: no --recache, no --interpolate")
     if not 0 <= args.port < 65536:
         raise ValueError(f"--port {args.port}: must be from 0 to 65535")
     return args
@@ -195,7 +200,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Videos. All share one cache, and with it its CUDA graphs.
     new_cache = functools.cache(KVCache)
-    make = Endless(job, model, (encoder, decoder), contexts, args.interpolate or 1, new_cache)
+    changes = (args.interpolate or 1, args.anew)
+    make = Endless(job, model, (encoder, decoder), contexts, new_cache, *changes)
     print("warming up ...", flush=True)
     seconds = make.warm_up()
 

@@ -325,7 +325,7 @@ def test_a_live_video_on_two_cards():
         model = random_weights.random_dit("tiny", "cuda", job.dtype)
         vae = random_weights.random_vae("tiny", decoder)
         contexts = live.Contexts(live.text_encoder(args, job))
-        make = Endless(job, model, vae, contexts, 1, live.KVCache)
+        make = Endless(job, model, vae, contexts, live.KVCache)
         assert make.is_ahead == (decoder == "cuda:1")
         return list(islice(make(wish()), 4))
 

@@ -37,7 +37,7 @@ def maker(*options: str, encode=None) -> Endless:
     contexts = Contexts(encode or live.text_encoder(args, job))
     model = random_weights.random_dit("tiny", "cpu", job.dtype)
     vae = split_vae(random_weights.random_vae("tiny", "cpu"), job.dtype)
-    return Endless(job, model, vae, contexts, args.interpolate or 1, KVCache)
+    return Endless(job, model, vae, contexts, KVCache, args.interpolate or 1, args.anew)
 
 
 def wish(prompt="a red ball", seed=0, image=None) -> Wish:
@@ -82,6 +82,20 @@ def test_a_new_prompt_changes_what_follows_and_nothing_before():
         assert equal == [True, True, False, False]
     assert not np.array_equal(plain[2], recached[2])
     assert not np.array_equal(plain[2], interpolated[2])
+
+
+def test_a_new_prompt_may_begin_a_new_video():
+    before, _, *after = changed("--anew")
+    assert np.array_equal(before, taken(maker("--window", "6"), wish(), 1)[0])
+    begun = taken(maker("--window", "6"), wish("a blue ball", seed=1), 2)
+    assert [len(chunk) for chunk in begun] == [9, 12]
+    assert all(np.array_equal(a, b) for a, b in zip(after, begun, strict=True))
+
+
+@pytest.mark.parametrize("other", [["--recache"], ["--interpolate", "2"]])
+def test_what_a_new_video_cannot_keep(other):
+    with pytest.raises(ValueError, match="--anew keeps nothing of the old prompt"):
+        live.parse([*TINY, "--anew", *other])
 
 
 def test_a_decoder_in_bfloat16_leaves_the_encoder_as_it_is():
@@ -187,7 +201,7 @@ def test_graphs_made_while_warming_up_serve_the_studios_thread():
     def make() -> Endless:
         model = random_weights.random_dit("tiny", "cuda", job.dtype)
         vae = split_vae(random_weights.random_vae("tiny", "cuda"), job.dtype)
-        return Endless(job, model, vae, Contexts(live.text_encoder(args, job)), 1, cache)
+        return Endless(job, model, vae, Contexts(live.text_encoder(args, job)), cache)
 
     plain = taken(make(), wish(), 6)
     with compiling():

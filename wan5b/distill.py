@@ -7,7 +7,7 @@ chunks=...).
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -78,18 +78,18 @@ def rollout(
         assert len(context) == len(chunks), f"{len(context)} contexts for {len(chunks)} chunks"
     texts = repeat(context) if isinstance(context, Tensor) else iter(context)
     text = next(texts)
+    texts = chain([text], texts)
 
     inside = prefix if prefix_inside else None
     if prefix is not None and prefix.shape[2] and not prefix_inside:
         for part in split_prefix(prefix, chunks):
             commit(generator, part, text, cache)
 
-    # Whichever ends first ends the video: noise may have no end, levels and exits need none.
-    for index, (x, levels, leave) in enumerate(zip(noise, ways, exits, strict=False)):
+    # Whichever ends first ends the video: noise and texts may have no end, the others need none.
+    each = zip(noise, texts, ways, exits, strict=False)
+    for index, (x, text, levels, leave) in enumerate(each):
         leave = len(levels) - 2 if leave is None else leave
         assert 0 <= leave < len(levels) - 1, f"exit_step {leave} of levels {levels}"
-        if index:
-            text = next(texts)
         x = x.to(text.device)
         if cuts and index in cuts:
             cache.cut(x.shape[2], cuts[index])

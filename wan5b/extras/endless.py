@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -140,19 +140,27 @@ class Endless:
     """make(wish) of a Studio, by a model."""
 
     def __init__(
-        self, job: Job, model, vae: tuple, contexts: Contexts, interpolate: int, new_cache
+        self,
+        job: Job,
+        model,
+        vae: tuple,
+        contexts: Contexts,
+        new_cache,
+        interpolate: int = 1,
+        anew: bool = False,
     ):
         """vae: encoder and decoder, see `split_vae`, on another GPU than the model if both are to
-        work at once: see `is_ahead`. interpolate: chunks over which a new prompt takes the old
-        one's place. new_cache: see `generate`.
+        work at once: see `is_ahead`. new_cache: see `generate`. interpolate: chunks over which a
+        new prompt takes the old one's place. anew: a new prompt begins a video of its own instead.
         """
         self.job = job
         self.model = model
         self.encoder, self.decoder = vae
         self.place = place_of(self.encoder)
         self.contexts = contexts
-        self.interpolate = interpolate
         self.new_cache = new_cache
+        self.interpolate = interpolate
+        self.anew = anew
 
     @torch.no_grad()
     def __call__(self, wish: Wish) -> Iterator[np.ndarray]:
@@ -173,16 +181,17 @@ class Endless:
         sampler = job.samplers[has_image]
         first, rest = sampler["chunks"]
         size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
-        noise = draw_noise(wish.seed, chain([first], repeat(rest)), size)
-        own = {"prefix": prefix, "seed": wish.seed, "new_cache": self.new_cache}
-        latents = generate(self.model, noise, self.texts(wish), **sampler, **own)
-        state = self.decoder.stream()
         waiting = deque()  # chunks that are being decoded, and the versions of their prompts
-        for chunk in carried(latents, self.place):
-            waiting.append((decode(self.decoder, chunk, state), wish.in_force))
-            if len(waiting) > self.is_ahead:
-                decoded, wish.version = waiting.popleft()
-                yield decoded.wait()
+        for seed, texts in enumerate(self.scenes(wish), wish.seed):
+            noise = draw_noise(seed, chain([first], repeat(rest)), size)
+            own = {"prefix": prefix, "seed": seed, "new_cache": self.new_cache}
+            latents = generate(self.model, noise, texts, **sampler, **own)
+            state = self.decoder.stream()
+            for chunk in carried(latents, self.place):
+                waiting.append((decode(self.decoder, chunk, state), wish.in_force))
+                if len(waiting) > self.is_ahead:
+                    decoded, wish.version = waiting.popleft()
+                    yield decoded.wait()
 
     @property
     def is_ahead(self) -> bool:
@@ -191,6 +200,14 @@ class Endless:
         """
         place = place_of(self.model)
         return self.place != place and {self.place.type, place.type} == {"cuda"}
+
+    def scenes(self, wish: Wish) -> Iterator[Iterator[Tensor]]:
+        """The contexts of each scene's chunks: of a single one, or a new one for each prompt."""
+        texts = self.texts(wish)
+        if self.anew:
+            yield from (scene for _, scene in groupby(texts, key=id))
+        else:
+            yield texts
 
     def texts(self, wish: Wish) -> Iterator[Tensor]:
         """The context of each chunk. A new one takes the old one's place at once, or bit by bit."""
