@@ -4,16 +4,22 @@ they keep, goes first.
 
 import dataclasses
 import weakref
+from functools import partial
 
 import pytest
 import torch
-from common import randn
+from common import compiling, randn
+from test_budget import FusedNorm
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from training import DIT, SIZES, config, finish, make_run, run_phase, same
 
-from wan5b import stages
-from wan5b.dit import Block, WanDiT
+from wan5b import fuse, stages
+from wan5b.attention import attention, rope_table
+from wan5b.dit import Block, DiTConfig, WanDiT
 from wan5b.extras import budget
+from wan5b.extras.adapters import TARGETS, attach
+from wan5b.extras.budget import Backward
 from wan5b.extras.checks import check_config
 from wan5b.extras.training_attention import arrange
 from wan5b.fsdp import World
@@ -72,6 +78,7 @@ def test_a_run_goes_on_with_another_number(data, tmp_path):
     expected = finish(config(data, "dmd", tmp_path / "plain"))
     out = tmp_path / "out"
     finish(config(data, "dmd", out, steps=2))
+    (out / "dmd.safetensors").unlink()
     assert same(finish(config(data, "dmd", out, kept_blocks=1)), expected)
 
 
@@ -117,6 +124,56 @@ def test_flop_that_are_not_done_again(monkeypatch, keep):
     assert told[2] == 0
     assert counted[0] - counted[1] == told[0] - told[1] + text
     assert counted[0] - counted[2] == told[0] + 2 * text
+
+
+def bytes_kept(dtype: torch.dtype, rank: int) -> tuple[float, float, float]:
+    """Of one block, counted in what autograd saves, and as the budget tells it eager and
+    compiled.
+    """
+    sizes = DiTConfig(384, 1792, 3, 1, text_dim=16, text_len=8, freq_dim=16)
+    model = WanDiT(sizes).to(dtype)
+    if rank:
+        attach(model.requires_grad_(False), rank, 1.0, TARGETS)
+    x = randn(1, 3, 1024, 384).to(dtype).requires_grad_()
+    mod = randn(1, 3, 6, 384).requires_grad_(not rank)
+    rope = rope_table(128, 0, 3, 32, 32, x.device)
+    context = randn(1, 8, 384).to(dtype).requires_grad_(not rank)
+
+    shared = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), rope)}
+    found = {}
+
+    def pack(saved):
+        storage = saved.untyped_storage()
+        # Beside weights' copies, and what there is of a frame or of the text.
+        if storage._cdata not in shared and saved.numel() >= 3 * 1024:
+            found[storage._cdata] = saved
+        return saved
+
+    with saved_tensors_hooks(pack, lambda saved: saved):
+        model.blocks[0](x, mod, rope, context, partial(attention))
+    counted = sum(saved.untyped_storage().nbytes() for saved in found.values())
+    told = Backward(3 * 1024, dtype.itemsize, True, ranks=10 * rank)
+    return counted, told.layer(sizes), dataclasses.replace(told, compiled=True).layer(sizes)
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_block_keeps(monkeypatch, dtype, rank):
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x))
+        counted, told, _ = bytes_kept(dtype, rank)
+    assert told == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_compiled_block_keeps(dtype, rank):
+    with compiling():
+        torch._dynamo.reset()
+        fuse.enable()
+        counted, _, told = bytes_kept(dtype, rank)
+    assert told == pytest.approx(counted, rel=0.02)
 
 
 def test_refusals(data):

@@ -41,10 +41,11 @@ class Backward:
 
     tokens: of the forward, all samples together. graphs: forwards that share one backward (SiD's).
     late: bytes of weight gradients, counted elsewhere, that come only as the activations go, so
-    that the larger of the two makes the peak. keys: how many keys self-attention reads besides the
-    tokens' own (copies of a cache's, or of other chunks'). keeps: whether checkpointing keeps the
+    that the larger of the two makes the peak. keys: how many keys self-attention reads as copies (of
+    a cache's, of other chunks', and those of its own beside them). keeps: whether checkpointing keeps the
     results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are trained.
-    kept_blocks: of each forward, those that checkpointing leaves out.
+    kept_blocks: of each forward, those that checkpointing leaves out. compiled: whether the pieces
+    of layers are.
     """
 
     tokens: int
@@ -56,6 +57,29 @@ class Backward:
     keeps: bool = False
     ranks: int = 0
     kept_blocks: int = 0
+    compiled: bool = False
+
+    def layer(self, cfg: DiTConfig) -> float:
+        """Bytes that a layer keeps for its backward.
+
+        Of a token, in values: 12 D in the compute dtype (inputs of the projections, of the query
+        and key norms, of both attentions, and their outputs), 7 D in float32 (three normed inputs,
+        two outputs of norms, two gated branches; the last four are for the gradients of modulation
+        and gates, which a frozen base has not), twice the hidden layer, and what adapters have
+        between their matrices. Compiled pieces keep nothing in float32: 17 D, or 15, of the compute
+        dtype.
+        """
+        width = cfg.dim * self.itemsize
+        if self.compiled:
+            layer = (15 if self.ranks else 17) * width
+        else:
+            layer = 12 * width + (3 if self.ranks else 7) * cfg.dim * 4
+        layer += (2 * cfg.ffn_dim + self.ranks) * self.itemsize
+        layer *= self.tokens
+        if self.keys:
+            # A replay copies the keys and values that it reads, and joins outputs made in parts.
+            layer += (2 * self.keys + self.tokens) * width
+        return layer
 
     def activations(self, cfg: DiTConfig) -> float:
         """Bytes held at the peak."""
@@ -63,18 +87,7 @@ class Backward:
         width = cfg.dim * self.itemsize
         wide = cfg.dim * 4
         hidden = cfg.ffn_dim * self.itemsize
-
-        # What a layer keeps of a token for its backward, in values: 12 D in the compute dtype
-        # (inputs of the projections, of the query and key norms, of both attentions, and their
-        # outputs), 7 D in float32 (three normed inputs, two outputs of norms, two gated branches;
-        # the last four are for the gradients of modulation and gates, which a frozen base has not),
-        # twice the hidden layer, and what adapters have between their matrices.
-        wides = 3 if self.ranks else 7
-        layer = 12 * width + wides * wide + 2 * hidden + self.ranks * self.itemsize
-        layer *= tokens
-        if self.keys:
-            # A replay copies the keys and values that it reads, and joins outputs made in parts.
-            layer += (2 * self.keys + tokens) * width
+        layer = self.layer(cfg)
 
         # With checkpointing the inputs of the first layers are there, what the last ones keep, and
         # one layer's values: if the last one keeps its own, as the backward begins.
@@ -167,7 +180,7 @@ def activations(
     size = getattr(torch, cfg.dtype).itemsize
     tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
     common = {"itemsize": size, "checkpointing": cfg.checkpointing, "keeps": cfg.keep_attention}
-    common["kept_blocks"] = cfg.kept_blocks
+    common |= {"kept_blocks": cfg.kept_blocks, "compiled": cfg.compile}
     if cfg.lora:
         common["ranks"] = cfg.lora * len(of_a_block(cfg, model)) // 2
 
@@ -179,7 +192,8 @@ def activations(
     # The keys that all chunks see, in tokens; each chunk's own among them. The frames may be the
     # end of a longer rollout.
     before = max(cfg.rollout_frames - cfg.frames, 0) if scores else 0
-    ends = [before + end for end in accumulate(chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix))]
+    sizes = chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
+    ends = [before + end for end in accumulate(sizes)]
     seen = sum(min(end, cfg.window or end) for end in ends) * tokens // cfg.frames
 
     if scores is None:
@@ -196,8 +210,10 @@ def activations(
         graphs = 3 if cfg.guidance else 2
     scored = Backward(tokens, graphs=graphs, **common).activations(scores)
 
-    # The replay, which copies the committed keys that its chunks see.
-    replayed = Backward(tokens, keys=seen - tokens, **common).activations(model)
+    # The replay, whose chunks copy all keys that they see; the first one sees its own, where they
+    # are.
+    copied = seen - sizes[0] * tokens // cfg.frames
+    replayed = Backward(tokens, keys=copied, **common).activations(model)
     return max(scored, replayed)
 
 
@@ -236,7 +252,7 @@ def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
                 helps.append("offload = true")
             if not cfg.checkpointing:
                 helps.append("checkpointing = true")
-            if cfg.kept_blocks > 1:  # one is free
+            if cfg.kept_blocks:
                 helps.append("smaller kept_blocks")
             if cfg.micro_batch > 1:
                 helps.append("a smaller micro_batch")
