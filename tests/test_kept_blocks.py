@@ -1,5 +1,5 @@
-"""Checkpointing that leaves the last blocks out: gradients as without it, with less done again; what
-they keep, goes first.
+"""Checkpointing that leaves the last blocks out: the same gradients, with less done again; what
+these keep, goes first.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_another_number(data, tmp_path):
 
 
 def test_what_is_kept_goes_first():
-    """By the time the first gradients of a recomputed block come, only inputs of blocks are left."""
+    """When the first gradients of a recomputed block come, only inputs of blocks are left."""
     model = WanDiT(dataclasses.replace(DIT, num_layers=6)).init_weights()
     model.checkpointing = True
     model.kept_blocks = 2

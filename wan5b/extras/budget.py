@@ -41,11 +41,11 @@ class Backward:
 
     tokens: of the forward, all samples together. graphs: forwards that share one backward (SiD's).
     late: bytes of weight gradients, counted elsewhere, that come only as the activations go, so
-    that the larger of the two makes the peak. keys: how many keys self-attention reads as copies (of
-    a cache's, of other chunks', and those of its own beside them). keeps: whether checkpointing keeps the
-    results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are trained.
-    kept_blocks: of each forward, those that checkpointing leaves out. compiled: whether the pieces
-    of layers are.
+    that the larger of the two makes the peak. keys: how many keys self-attention reads as copies
+    (of a cache's, of other chunks', and its own beside them). keeps: whether checkpointing keeps
+    the results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are
+    trained. kept_blocks: of each forward, those that checkpointing leaves out. compiled: whether
+    the pieces of layers are.
     """
 
     tokens: int
@@ -153,8 +153,8 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         gathered = generator * world.shards * dtype.itemsize + frozen
         device["activations"] += layers / model.num_layers
     if scores:
-        # In float8 a rollout has all layers once more, a byte a number.
-        copied = generator * world.shards if cfg.fp8 else 0
+        # In float8 a rollout has all layers once more, adapters merged, a byte a number.
+        copied = base * world.shards if cfg.fp8 else 0
         device["activations"] = max(device["activations"], gathered + copied)
     if world.device.type == "cuda":
         return {"device": device, "host": host}

@@ -90,10 +90,6 @@ def check_config(cfg, world: World) -> None:
         )
     if cfg.fp8:
         check_fp8("fp8", getattr(torch, cfg.dtype), world.device)
-        if cfg.lora:
-            raise ValueError(
-                "fp8 rounds whole weights, not those under adapters: leave out fp8 or lora"
-            )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
     few_step_sigmas(cfg.levels, cfg.shift)
