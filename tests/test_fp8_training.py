@@ -57,7 +57,7 @@ LORA_TARGETS = [adapters.TARGETS, ("self_attn.q", "ffn.2")]
 
 @pytest.mark.parametrize("targets", LORA_TARGETS)
 def test_rollouts_under_adapters_are_those_of_the_export(data, tmp_path, targets):
-    """Quantised, to the bit; and of the adapter as it is by then. The critic scores with its own."""
+    """Quantised, to the bit; of the adapter as it is by then. The critic scores with its own."""
     run = bf16_run(data, lora=4, lora_targets=targets, ema=0.0)
     without_grad_in_fp8(run)
     batch = first_batch(run, "critic")
