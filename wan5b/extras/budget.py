@@ -98,6 +98,10 @@ class Backward:
         # On top come gradients, at most of the hidden layer and of D twice in float32, and what the
         # heads of further graphs keep, 3 D in float32.
         gradients = tokens * (hidden + 2 * wide)
+        if whole:
+            # The last layer's values are there in the head's backward, which has those 3 D of its
+            # own, four gradients of D in float32, and its input.
+            gradients = max(gradients, tokens * (7 * wide + width))
         heads = tokens * (self.graphs - 1) * 3 * wide
         return layer + gradients + heads + max(kept - self.late, 0)
 
