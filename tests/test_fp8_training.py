@@ -141,9 +141,10 @@ def test_refusals(data):
 
 
 @pytest.mark.slow
-def test_compiled(data):
+@pytest.mark.parametrize("method", [{}, {"lora": 4}])
+def test_compiled(data, method):
     """Copies are inputs of what is compiled: made anew, they compile nothing anew."""
-    run = bf16_run(data)
+    run = bf16_run(data, **method)
     without_grad_in_fp8(run)
     expected = roll_out(run).x0
     with compiling():
