@@ -108,6 +108,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
         ("bfloat16", "float32"), "bfloat16" if torch.cuda.is_available() else "float32"
     )
     checkpointing: bool = True
+    kept_blocks: int = at_least(0, 0)  # so many of a network's blocks are not recomputed
     keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
     split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
     fp8: bool = False  # dmd, sid: rollouts and scores, all that has no grad, in float8 (Hopper)
@@ -183,6 +184,7 @@ def network(
     model = world.shard(model.requires_grad_(trained)).to_empty(device=world.device)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
+    model.kept_blocks = cfg.kept_blocks
     arrange(model, cfg.keep_attention, cfg.split_attention)
     return model, tensors
 

@@ -98,20 +98,26 @@ class FusedNorm(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "graphs", "replayed", "keeps"),
+    ("checkpointing", "kept", "graphs", "replayed", "keeps"),
     [
-        (False, 1, False, False),
-        (True, 1, False, False),
-        pytest.param(True, 3, False, False, marks=pytest.mark.slow),
-        (True, 1, True, False),
-        pytest.param(True, 3, False, True, marks=pytest.mark.slow),
+        (False, 0, 1, False, False),
+        (True, 0, 1, False, False),
+        (True, 2, 1, False, True),
+        pytest.param(True, 0, 3, False, False, marks=pytest.mark.slow),
+        (True, 0, 1, True, False),
+        pytest.param(True, 0, 3, False, True, marks=pytest.mark.slow),
+        pytest.param(True, 1, 3, False, True, marks=pytest.mark.slow),
+        pytest.param(True, 1, 1, True, True, marks=pytest.mark.slow),
     ],
 )
-def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graphs, replayed, keeps):
+def test_activations_are_what_a_backward_needs(
+    monkeypatch, checkpointing, kept, graphs, replayed, keeps
+):
     """The peak of blocks as wide as the 5B's, at the size it is trained at, on tensors that hold no
     memory.
 
-    Several graphs: into their common input, as SiD's. replayed: over a cache, seven chunks at once.
+    kept: blocks that are not made again. Several graphs: into their common input, as SiD's.
+    replayed: over a cache, seven chunks at once.
     """
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x))
     dit = dataclasses.replace(BIG, num_layers=4)
@@ -122,6 +128,7 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
         torch.set_default_dtype(torch.float32)
         for model in models:
             model.checkpointing = checkpointing
+            model.kept_blocks = kept
             arrange(model, keeps)
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -144,8 +151,9 @@ def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graph
     weights = sum(p.nbytes for model in models for p in model.parameters())
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     peak -= weights + cache.memory.nbytes
-    keys = 63 * 880 if replayed else 0  # 3 + 6 + ... + 21 frames seen, 21 of them one's own
-    told = Backward(21 * 880, 2, checkpointing, graphs, keys=keys, keeps=keeps).activations(dit)
+    keys = 81 * 880 if replayed else 0  # copies of 6 + 9 + ... + 21 frames
+    known = Backward(21 * 880, 2, checkpointing, graphs, keys=keys, keeps=keeps, kept_blocks=kept)
+    told = known.activations(dit)
     assert told == pytest.approx(peak, rel=0.1)
 
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from common import compiling, rel
+from test_adapters import lora_run, merged
 from torch._dynamo.utils import counters
 from training import config, first_batch, make_run, run_phase
 
 from wan5b import fuse, stages
-from wan5b.extras import fp8_training
+from wan5b.extras import adapters, fp8_training
 from wan5b.extras.checks import check_config
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.fp8_training import linear_layers, without_grad_in_fp8
@@ -19,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
 
 def bf16_run(data, stage="dmd", **changes) -> stages.Run:
-    return make_run(data, stage, dtype="bfloat16", **changes)
+    """With `lora` the adapters have an effect."""
+    make = lora_run if "lora" in changes else make_run
+    return make(data, stage, dtype="bfloat16", **changes)
 
 
 def copies(run: stages.Run) -> int:
@@ -49,6 +52,36 @@ def test_rollouts_are_those_of_a_quantised_network(data):
                 weight.mul_(1.1)
 
 
+LORA_TARGETS = [adapters.TARGETS, ("self_attn.q", "ffn.2")]
+
+
+@pytest.mark.parametrize("targets", LORA_TARGETS)
+def test_rollouts_under_adapters_are_those_of_the_export(data, tmp_path, targets):
+    """Quantised, to the bit; of the adapter as it is by then. The critic scores with its own."""
+    run = bf16_run(data, lora=4, lora_targets=targets, ema=0.0)
+    without_grad_in_fp8(run)
+    batch = first_batch(run, "critic")
+    x = batch.draws(torch.randn, *run.shape(run.cfg.frames))
+    for _ in range(2):
+        plain = bf16_run(data)
+        names = plain.generator.state_dict()
+        _, exported = adapters.merged(run, tmp_path / "dmd.safetensors", {})
+        plain.generator.load_state_dict({name: exported(name) for name in names})
+        plain.critic.load_state_dict(merged(run.critic))
+        plain.teacher.load_state_dict(run.teacher.state_dict())
+        for name in ("generator", "critic", "teacher"):
+            quantize_blocks(getattr(plain, name))
+        assert torch.equal(roll_out(run).x0, roll_out(plain).x0)
+        with torch.no_grad():
+            scores = [run.critic(x, 0.5, batch.context), run.teacher(x, 0.5, batch.context)]
+            assert rel(scores[0], plain.critic(x, 0.5, batch.context)) < 1e-2
+            assert torch.equal(scores[1], plain.teacher(x, 0.5, batch.context))
+            assert rel(*scores) > 0.05
+            for weight in adapters.adapters(run.generator).values():
+                weight.mul_(1.1)
+        assert copies(run) == 0
+
+
 def test_copies_are_made_once_a_rollout(data, monkeypatch):
     made = []
     inner = fp8_training.quantize
@@ -64,11 +97,12 @@ def test_copies_are_made_once_a_rollout(data, monkeypatch):
     assert len(made) == 10 * len(run.generator.blocks)
 
 
+@pytest.mark.parametrize("method", [{}, {"lora": 4}])
 @pytest.mark.parametrize("stage", ["dmd", "sid"])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_with_grad_nothing_changes(data, stage, checkpointing):
+def test_with_grad_nothing_changes(data, stage, checkpointing, method):
     """The same loss and gradients to the bit, given the same rollout and scores."""
-    run = bf16_run(data, stage, checkpointing=checkpointing)
+    run = bf16_run(data, stage, checkpointing=checkpointing, **method)
     other = copy.deepcopy(run.critic)
     without_grad_in_fp8(run)
     batch = first_batch(run, "critic")
@@ -77,7 +111,7 @@ def test_with_grad_nothing_changes(data, stage, checkpointing):
     found = []
     for model in (run.critic, other):
         v = model(x, 0.5, batch.context)
-        weights = list(model.parameters())
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
         found.append((v, *torch.autograd.grad(v.square().mean(), [x, *weights])))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     with torch.no_grad():
@@ -107,9 +141,10 @@ def test_refusals(data):
 
 
 @pytest.mark.slow
-def test_compiled(data):
+@pytest.mark.parametrize("method", [{}, {"lora": 4}])
+def test_compiled(data, method):
     """Copies are inputs of what is compiled: made anew, they compile nothing anew."""
-    run = bf16_run(data)
+    run = bf16_run(data, **method)
     without_grad_in_fp8(run)
     expected = roll_out(run).x0
     with compiling():

@@ -113,6 +113,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "ar, ode: chunk by chunk, without a mask"
     add("--split-attention", action="store_true", help=text)
     add("--no-checkpointing", action="store_true")
+    text = "so many blocks of a network are not recomputed"
+    add("--kept-blocks", type=int, default=0, metavar="N", help=text)
     add("--fp8", action="store_true", help="dmd, sid: rollouts and scores in float8")
     text = "at the end write a checkpoint there, with its bytes and seconds"
     add("--save", type=Path, metavar="DIR", help=text)
@@ -156,6 +158,7 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
         ema_start=0,
         dtype=dtype_of(args),
         checkpointing=not args.no_checkpointing,
+        kept_blocks=args.kept_blocks,
         levels_after=tuple(args.levels_after),
         clean_pass=not args.no_clean_pass,
         **options,
@@ -255,8 +258,8 @@ class RepeatedFlop:
         if not torch.is_grad_enabled():
             return
         linear, attention = forward_flop(model.cfg, args[0], **options)
-        if model.checkpointing:
-            self.done += recomputed_flop(model, args[0], **options) + share * linear
+        again = model.recomputed_blocks / model.cfg.num_layers
+        self.done += recomputed_flop(model, args[0], **options) + again * share * linear
         if "cache" in options:  # a replay, of what the rollout has done
             self.done += (1 + share) * linear + attention
         self.done += 0.5 * attention  # the scores, in the backward

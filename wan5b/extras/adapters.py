@@ -97,6 +97,16 @@ class LoraLinear(nn.Linear):
         y.addmm_(down, self.lora_B.weight.to(x.dtype).t(), alpha=self.scale)
         return y.unflatten(0, x.shape[:-1])
 
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight of a plain layer that gives the same, float32."""
+        return merge(self.weight, self.lora_B.weight, self.lora_A.weight, self.scale)
+
+
+def merge(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
+    """weight [out, in] + scale * up [out, rank] down [rank, in], in float32."""
+    return weight.float().add(up @ down, alpha=scale)
+
 
 def attach(model: WanDiT, rank: int, scale: float, targets: tuple[str, ...]) -> None:
     """Put adapters around the layers of the blocks whose names end so.
@@ -215,6 +225,7 @@ class Views:
             fsdp.copy_part(parameter.detach(), initial[name])
 
         model.checkpointing = cfg.checkpointing
+        model.kept_blocks = cfg.kept_blocks
         arrange(model, cfg.keep_attention, cfg.split_attention)
         return model, initial
 
@@ -308,7 +319,7 @@ def merged(run, final: Path, said: dict) -> tuple[WanDiT, Callable[[str], Tensor
             return weight
         up = result(f"{owner}.lora_B.weight")
         down = result(f"{owner}.lora_A.weight")
-        return weight.add(up @ down, alpha=layer.scale)
+        return merge(weight, up, down, layer.scale)
 
     with torch.device("meta"):
         return WanDiT(model.cfg).to(run.dtype), value

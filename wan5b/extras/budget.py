@@ -41,9 +41,11 @@ class Backward:
 
     tokens: of the forward, all samples together. graphs: forwards that share one backward (SiD's).
     late: bytes of weight gradients, counted elsewhere, that come only as the activations go, so
-    that the larger of the two makes the peak. keys: how many keys self-attention reads besides the
-    tokens' own (copies of a cache's, or of other chunks'). keeps: whether checkpointing keeps the
-    results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are trained.
+    that the larger of the two makes the peak. keys: how many keys self-attention reads as copies
+    (of a cache's, of other chunks', and its own beside them). keeps: whether checkpointing keeps
+    the results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are
+    trained. kept_blocks: of each forward, those that checkpointing leaves out. compiled: whether
+    the pieces of layers are.
     """
 
     tokens: int
@@ -54,6 +56,30 @@ class Backward:
     keys: int = 0
     keeps: bool = False
     ranks: int = 0
+    kept_blocks: int = 0
+    compiled: bool = False
+
+    def layer(self, cfg: DiTConfig) -> float:
+        """Bytes that a layer keeps for its backward.
+
+        Of a token, in values: 12 D in the compute dtype (inputs of the projections, of the query
+        and key norms, of both attentions, and their outputs), 7 D in float32 (three normed inputs,
+        two outputs of norms, two gated branches; the last four are for the gradients of modulation
+        and gates, which a frozen base has not), twice the hidden layer, and what adapters have
+        between their matrices. Compiled pieces keep nothing in float32: 17 D, or 15, of the compute
+        dtype.
+        """
+        width = cfg.dim * self.itemsize
+        if self.compiled:
+            layer = (15 if self.ranks else 17) * width
+        else:
+            layer = 12 * width + (3 if self.ranks else 7) * cfg.dim * 4
+        layer += (2 * cfg.ffn_dim + self.ranks) * self.itemsize
+        layer *= self.tokens
+        if self.keys:
+            # A replay copies the keys and values that it reads, and joins outputs made in parts.
+            layer += (2 * self.keys + self.tokens) * width
+        return layer
 
     def activations(self, cfg: DiTConfig) -> float:
         """Bytes held at the peak."""
@@ -61,28 +87,21 @@ class Backward:
         width = cfg.dim * self.itemsize
         wide = cfg.dim * 4
         hidden = cfg.ffn_dim * self.itemsize
+        layer = self.layer(cfg)
 
-        # What a layer keeps of a token for its backward, in values: 12 D in the compute dtype
-        # (inputs of the projections, of the query and key norms, of both attentions, and their
-        # outputs), 7 D in float32 (three normed inputs, two outputs of norms, two gated branches;
-        # the last four are for the gradients of modulation and gates, which a frozen base has not),
-        # twice the hidden layer, and what adapters have between their matrices.
-        wides = 3 if self.ranks else 7
-        layer = 12 * width + wides * wide + 2 * hidden + self.ranks * self.itemsize
-        layer *= tokens
-        if self.keys:
-            # A replay copies the keys and values that it reads, and joins outputs made in parts.
-            layer += (2 * self.keys + tokens) * width
-
-        # With checkpointing only the inputs of all layers and one layer's values are there at once.
-        if self.checkpointing:
-            kept = cfg.num_layers * self.graphs * tokens * width * (2 if self.keeps else 1)
-        else:
-            kept = (cfg.num_layers * self.graphs - 1) * layer
+        # With checkpointing the inputs of the first layers are there, what the last ones keep, and
+        # one layer's values: if the last one keeps its own, as the backward begins.
+        whole = self.graphs * (self.kept_blocks if self.checkpointing else cfg.num_layers)
+        again = self.graphs * cfg.num_layers - whole
+        kept = again * tokens * width * (2 if self.keeps else 1) + max(whole - 1, 0) * layer
 
         # On top come gradients, at most of the hidden layer and of D twice in float32, and what the
         # heads of further graphs keep, 3 D in float32.
         gradients = tokens * (hidden + 2 * wide)
+        if whole:
+            # The last layer's values are there in the head's backward, which has those 3 D of its
+            # own, four gradients of D in float32, and its input.
+            gradients = max(gradients, tokens * (7 * wide + width))
         heads = tokens * (self.graphs - 1) * 3 * wide
         return layer + gradients + heads + max(kept - self.late, 0)
 
@@ -138,8 +157,8 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         gathered = generator * world.shards * dtype.itemsize + frozen
         device["activations"] += layers / model.num_layers
     if scores:
-        # In float8 a rollout has all layers once more, a byte a number.
-        copied = generator * world.shards if cfg.fp8 else 0
+        # In float8 a rollout has all layers once more, adapters merged, a byte a number.
+        copied = base * world.shards if cfg.fp8 else 0
         device["activations"] = max(device["activations"], gathered + copied)
     if world.device.type == "cuda":
         return {"device": device, "host": host}
@@ -165,6 +184,7 @@ def activations(
     size = getattr(torch, cfg.dtype).itemsize
     tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
     common = {"itemsize": size, "checkpointing": cfg.checkpointing, "keeps": cfg.keep_attention}
+    common |= {"kept_blocks": cfg.kept_blocks, "compiled": cfg.compile}
     if cfg.lora:
         common["ranks"] = cfg.lora * len(of_a_block(cfg, model)) // 2
 
@@ -176,7 +196,8 @@ def activations(
     # The keys that all chunks see, in tokens; each chunk's own among them. The frames may be the
     # end of a longer rollout.
     before = max(cfg.rollout_frames - cfg.frames, 0) if scores else 0
-    ends = [before + end for end in accumulate(chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix))]
+    sizes = chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
+    ends = [before + end for end in accumulate(sizes)]
     seen = sum(min(end, cfg.window or end) for end in ends) * tokens // cfg.frames
 
     if scores is None:
@@ -193,8 +214,10 @@ def activations(
         graphs = 3 if cfg.guidance else 2
     scored = Backward(tokens, graphs=graphs, **common).activations(scores)
 
-    # The replay, which copies the committed keys that its chunks see.
-    replayed = Backward(tokens, keys=seen - tokens, **common).activations(model)
+    # The replay, whose chunks copy all keys that they see; the first one sees its own, where they
+    # are.
+    copied = seen - sizes[0] * tokens // cfg.frames
+    replayed = Backward(tokens, keys=copied, **common).activations(model)
     return max(scored, replayed)
 
 
@@ -233,6 +256,8 @@ def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
                 helps.append("offload = true")
             if not cfg.checkpointing:
                 helps.append("checkpointing = true")
+            if cfg.kept_blocks:
+                helps.append("smaller kept_blocks")
             if cfg.micro_batch > 1:
                 helps.append("a smaller micro_batch")
             helps.append("more processes")
@@ -297,13 +322,15 @@ def forward_flop(
 def recomputed_flop(model: WanDiT, x: Tensor, **options) -> float:
     """FLOP of a forward that checkpointing does once more; options as in `forward_flop`."""
     linear, attention = forward_flop(model.cfg, x, **options)
+    share = model.recomputed_blocks / model.cfg.num_layers
     if not keeps_results(model, x, options):
-        return linear + attention
+        return share * (linear + attention)
     tokens = model.cfg.tokens_per_frame(*x.shape[3:]) * len(x) * x.shape[2]
     if options.get("clean") is not None:
         tokens *= 2
     # Attention to the text alone.
-    return linear + model.cfg.num_layers * 4 * model.cfg.dim * tokens * model.cfg.text_len
+    text = model.cfg.num_layers * 4 * model.cfg.dim * tokens * model.cfg.text_len
+    return share * (linear + text)
 
 
 class FlopCount:
@@ -339,8 +366,8 @@ class FlopCount:
         self.done += (1 + share) * linear + attention
         if not torch.is_grad_enabled():
             return
-        if model.checkpointing:
-            self.done += recomputed_flop(model, args[0], **known) + share * linear
+        again = model.recomputed_blocks / model.cfg.num_layers
+        self.done += recomputed_flop(model, args[0], **known) + again * share * linear
         # Two products of a layer's backward, or one where the input needs grad and the weights
         # don't (SiD; a base under adapters); attention's recomputes the scores: 2.5 forwards.
         products = 1 if args[0].requires_grad else 2

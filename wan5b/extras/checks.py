@@ -51,7 +51,7 @@ OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_laye
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
-    *("keep_attention", "split_attention"),
+    *("kept_blocks", "keep_attention", "split_attention"),
     *("save_every", "keep", "vae", "sample_every", "sample_prompts", "sample_guidance"),
 }
 
@@ -83,12 +83,13 @@ def check_config(cfg, world: World) -> None:
             f"data_forcing is a share of the generator's steps, 0 to 1, got {cfg.data_forcing}"
         )
 
+    if cfg.kept_blocks and not cfg.checkpointing:
+        raise ValueError(
+            f"kept_blocks = {cfg.kept_blocks} is how many blocks checkpointing leaves out; without "
+            "checkpointing all are kept: leave kept_blocks out"
+        )
     if cfg.fp8:
         check_fp8("fp8", getattr(torch, cfg.dtype), world.device)
-        if cfg.lora:
-            raise ValueError(
-                "fp8 rounds whole weights, not those under adapters: leave out fp8 or lora"
-            )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
     few_step_sigmas(cfg.levels, cfg.shift)
@@ -164,6 +165,9 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     Process 0 says what in the config has no effect.
     """
     model.tokens_per_frame(cfg.height, cfg.width)
+    depth = min(model.num_layers, scores.num_layers)
+    if cfg.kept_blocks > depth:
+        raise ValueError(f"kept_blocks = {cfg.kept_blocks}, but there are {depth} blocks")
     if cfg.with_gan:
         layers_read(cfg.gan_layers, scores.num_layers)
     _check_stages(cfg)

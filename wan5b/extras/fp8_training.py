@@ -4,6 +4,10 @@
 weights, which are there for a rollout, or for one forward, and then go: so they are never those of
 other weights, and a backward has their memory. Forwards with grad, and so gradients in the weights,
 stay in the run's dtype. Sample videos are rollouts too: they look as with sample.py's --fp8.
+
+With LoRA a copy is of the base with the adapter merged, rounded as an export of it is when it is
+read: so a rollout is what `--fp8` makes of that export. The forwards with grad round base and
+adapter apart.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wan5b.dit import Block, WanDiT
+from wan5b.extras.adapters import LoraLinear
 from wan5b.extras.fp8 import product, quantize
 from wan5b.runs import Run
 
@@ -27,6 +32,10 @@ class Linear(nn.Linear):
         if self.copy is None:
             return super().forward(x)
         return product(x, *self.copy, self.bias)
+
+
+class Adapted(Linear, LoraLinear):
+    """A layer under an adapter: without a copy its forward is that of LoRA."""
 
 
 class FeedForward(nn.Sequential):
@@ -55,7 +64,10 @@ def copy_weights(block: Block, args: tuple) -> None:
     if torch.is_grad_enabled() or layers[0].copy is not None:
         return
     for layer in layers:
-        weight, scale = quantize(layer.weight.detach())
+        weight = layer.weight.detach()
+        if isinstance(layer, Adapted):
+            weight = layer.merged().to(weight.dtype)
+        weight, scale = quantize(weight)
         layer.copy = weight, scale.T.contiguous()
 
 
@@ -92,7 +104,7 @@ def without_grad_in_fp8(run: Run) -> None:
         for block in model.blocks:
             block.ffn.__class__ = FeedForward
             for layer in linear_layers(block):
-                layer.__class__ = Linear
+                layer.__class__ = Adapted if isinstance(layer, LoraLinear) else Linear
             block.register_forward_pre_hook(copy_weights)
         model.register_forward_hook(drop_after)
     run.world.gathered = partial(keeping_copies, run.world.gathered)
