@@ -180,7 +180,7 @@ def train_all(out: Path, seed: int, steps: int | None) -> dict[str, float]:
     run_stage(out, "ode", weights, f"trajectories={out / 'trajectories'}", *common)
     seconds["ode"] = time.time() - start
 
-    # Self Forcing, and what it is compared with: rollouts behind frames of the data.
+    # Self Forcing, and what it is compared with: each chunk behind real frames.
     weights = f"weights={export(out, 'ode')}"
     teacher = f"teacher={export(out, 'teacher')}"
     for name, rollout in (("dmd", "self"), ("dmd-data", "data")):
