@@ -98,7 +98,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     dropout: float = within(0, 1, 0.1)  # teacher, ar: share of samples with the negative prompt
     bell: bool = True  # teacher, ar: weight the flow loss over levels
     forcing: str = one_of(("teacher", "diffusion"), "teacher")  # ar, ode: on clean, on noisy chunks
-    # dmd, sid: "self", or "data": one chunk behind real frames (the paper's baseline)
+    # dmd, sid: "self", or "data": each chunk behind real frames (the paper's baseline)
     rollout: str = one_of(("self", "data"), "self")
     # dmd, sid: up to so many latent frames are rolled out, the last `frames` of them scored
     rollout_frames: int = at_least(0, 0)

@@ -91,7 +91,7 @@ def test_what_the_networks_see(data, mode):
             assert torch.equal(at, sigma)
             assert torch.allclose(shown, (1 - level) * clip + level * noise, atol=1e-5)
         seen.append(xs.shape[2])
-    assert set(seen) == ({6} if mode == "self" else {3, 6})
+    assert set(seen) == {6}
 
 
 def test_a_share_of_the_steps(data):

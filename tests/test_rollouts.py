@@ -75,13 +75,13 @@ class Noted:
         self.inner = rollouts.roll
         monkeypatch.setattr(rollouts, "roll", self)
 
-    def __call__(self, run, batch, chunks, given, sigmas, **options):
+    def __call__(self, run, batch, chunks, sigmas, **options):
         self.chunks = chunks
         self.ways = list(sigmas)
         self.steps = list(options.pop("exit_step"))
         self.rest = options
         again = {"exit_step": iter(self.steps), **options}
-        return self.inner(run, batch, chunks, given, iter(self.ways), **again)
+        return self.inner(run, batch, chunks, iter(self.ways), **again)
 
     def in_one_graph(self, run, batch) -> list[torch.Tensor]:
         """The same rollout with grad, over a memory of all frames: its chunks."""
@@ -176,7 +176,7 @@ def test_exits_are_uniform_in_every_list_and_one_for_all(data, monkeypatch):
     run = a_run(data, monkeypatch, levels_after=(1000, 750, 250), frames=9, micro_batch=1)
     seen = []
 
-    def fake(run, batch, chunks, given, sigmas, exit_step, **options):
+    def fake(run, batch, chunks, sigmas, exit_step, **options):
         seen.append(tuple(exit_step))
         x = torch.zeros(1, *run.shape(9))
         return x, None, list(x.split(chunks, 2))

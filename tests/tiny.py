@@ -9,11 +9,13 @@ from wan5b.vae22 import VAEConfig
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
 import ablations  # noqa: E402
 import demo  # noqa: E402
+import jobs  # noqa: E402
+import lora  # noqa: E402
 import scorer  # noqa: E402
 import small  # noqa: E402
 import world  # noqa: E402
 
-__all__ = ["LABELS", "ablations", "demo", "make_codec", "scorer", "small", "world"]
+__all__ = ["LABELS", "ablations", "demo", "jobs", "lora", "make_codec", "scorer", "small", "world"]
 
 LABELS = world.LABELS[::3]
 

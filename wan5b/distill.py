@@ -30,6 +30,7 @@ def rollout(
     renoise: Callable | None = None,
     prefix: Tensor | None = None,
     prefix_inside: bool = False,
+    committed: Tensor | None = None,
     cuts: dict[int, int] | None = None,
     solver: str = "",
     trace: list[Tensor] | None = None,
@@ -56,6 +57,8 @@ def rollout(
     - prefix: clean frames [B, C, T', H, W] (an image, a video to continue) committed ahead of the
       first chunk. prefix_inside: they are the first frames of that chunk instead, made and
       committed with it.
+    - committed: frames [B, C, T, H, W] that the cache takes in behind each chunk in place of those
+      generated: with a real clip's each chunk stands behind real frames, whatever was generated.
     - cuts: chunk index -> how many RoPE positions a scene cut leaves out there (`KVCache.cut`).
     - solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising.
     - trace: a list that takes the input of every chunk's exit level, for `replay`.
@@ -69,6 +72,8 @@ def rollout(
     exits = exit_step if isinstance(exit_step, Iterator) else repeat(exit_step)
     renoises = solver in ("", "renoise")
     assert renoises or clean_pass, f"without a clean pass chunks re-noise, they do not by {solver}"
+    assert clean_pass or committed is None, "without a clean pass a chunk's own keys are kept"
+    others = None if committed is None else iter(committed.split(chunks, dim=2))
     if trace is not None:
         # What `replay` can run again: a prefix in front, one text, an exit level.
         assert renoises, f"nothing to replay of solver {solver}"
@@ -108,7 +113,8 @@ def rollout(
             x0 = solve(field, x, levels, solver)
         yield x0
         if clean_pass:
-            whole = x0 if inside is None else torch.cat([inside, x0], 2)
+            kept = next(others) if others else x0
+            whole = kept if inside is None else torch.cat([inside, kept], 2)
             commit(generator, whole, text, cache)
         else:
             keep_last(field, x0, levels[leave:-1], partial(fresh, leave), cache)

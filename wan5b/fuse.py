@@ -22,7 +22,7 @@ def enable(on: bool = True) -> None:
     again.
 
     Compiling takes tens of seconds once per process. A piece has about four kinds of inputs in a
-    stage of training, and more where lengths are drawn (rollout = "data"); over 256 are an error.
+    stage of training; over 256 are an error.
     """
     global _enabled
     _enabled = on

@@ -131,8 +131,7 @@ class Noised(NamedTuple):
     """Prefix and rollout at one random level a sample."""
 
     xs: Tensor
-    # [B, T], 0 at the config's prefix; the real chunks in front of rollout = "data" are noised too.
-    sigma: Tensor
+    sigma: Tensor  # [B, T], 0 at the prefix
     noise: Tensor
 
 
@@ -215,41 +214,39 @@ def critic_figures(rolled: Rolled, noised: Noised, v: Tensor) -> tuple[Tensor, d
 def roll_out(run: Run, batch: Batch) -> Rolled:
     """A rollout up to a random exit level, the same for all samples.
 
-    With rollout = "data", the paper's baseline, one chunk is generated, behind the real frames of a
-    clip.
+    With rollout = "data" each chunk stands behind real frames, those of a clip: teacher forcing
+    with DMD, which the paper compares itself with. Scored and replayed it is as any other.
     """
-    cfg = run.cfg
     if run.rollouts:
         return run.rollouts.roll_out(run, batch)
     exit_step = int(torch.randint(len(run.sigmas) - 1, (), generator=batch.chance))
-    chunks = run.chunks
-    prefix_frames = cfg.prefix
-    if cfg.rollout == "data":
-        chosen = int(torch.randint(len(chunks), (), generator=batch.chance))
-        prefix_frames += sum(chunks[:chosen])
-        chunks = [chunks[chosen]]
-    made = roll(run, batch, chunks, prefix_frames, run.sigmas, exit_step=exit_step)
+    made = roll(run, batch, run.chunks, run.sigmas, exit_step=exit_step)
     return Rolled(*made, exit_step, run.sigmas[exit_step])
 
 
-def roll(run: Run, batch: Batch, chunks: list[int], in_front: int, sigmas, **options) -> tuple:
+def roll(run: Run, batch: Batch, chunks: list[int], sigmas, **options) -> tuple:
     """The rollout itself -> x0, prefix and trace, as `Rolled` has them.
 
-    in_front: how many frames of a clip are. sigmas, options: of `rollout`.
+    sigmas, options: of `rollout`.
     """
-    prefix = run.clips(batch.items)[:, :, :in_front] if in_front else None
+    given = run.cfg.prefix
+    on_data = run.cfg.rollout == "data"
+    clips = run.clips(batch.items) if given or on_data else None
+    prefix = clips[:, :, :given] if given else None
+    if on_data:
+        options["committed"] = clips[:, :, given:]
 
     def renoise(chunk: int, step: int, like: Tensor) -> Tensor:
         return batch.draws(torch.randn, *like.shape[1:])
 
     run.cache.reset()
     noise = batch.draws(torch.randn, *run.shape(sum(chunks)))
-    given = (run.generator, noise, batch.context, sigmas, chunks, run.cache)
+    inputs = (run.generator, noise, batch.context, sigmas, chunks, run.cache)
     trace = []
     options |= {"renoise": renoise, "prefix": prefix, "trace": trace}
     with run.world.gathered(run.generator):
         # Asking for no more than there is: nothing needs the last chunk in the cache.
-        finished = islice(rollout(*given, **options), len(chunks))
+        finished = islice(rollout(*inputs, **options), len(chunks))
         x0 = torch.cat(list(finished), 2)
     return x0, prefix, trace
 
@@ -261,7 +258,7 @@ def noise_again(run: Run, batch: Batch, rolled: Rolled) -> Noised:
         whole = torch.cat([rolled.prefix, rolled.x0], 2)
     noise = batch.draws(torch.randn, *whole.shape[1:])
     level = shift_sigma(batch.draws(torch.rand, 1), run.cfg.shift).clamp(0.02, 0.98)
-    sigma = run.per_frame(level)[:, : whole.shape[2]]  # rollout = "data" has no chunks behind
+    sigma = run.per_frame(level)
     return Noised(add_noise(whole, noise, sigma), sigma, noise)
 
 

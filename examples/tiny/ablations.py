@@ -2,27 +2,37 @@
 
     make demo                                                  # or several, with --seed and --out
     python examples/tiny/ablations.py --demos out/demo         # hours: all rows of a training seed
-    python examples/tiny/ablations.py --demos out/demo out/demo-1 --rows gan levels
+    python examples/tiny/ablations.py --demos out/demo out/demo-1 --rows gan levels --jobs 4
     python examples/tiny/ablations.py --demos out/demo out/demo-1 --table
+    python examples/tiny/ablations.py --demos out/demo --quick    # do all rows start and end?
 
 Every row starts from the stages of a finished demo, trains dmd again with other keys (or samples
-the demo's dmd in another way), and is judged as the demo is. What is done is kept in the demo's
-folder, under ablations/, and not done again: a run that was stopped goes on.
+the demo's dmd in another way), and is judged as the demo is. Of a demo it takes report.json,
+release, text, latents for rows with real clips, and the exports, */*.safetensors.
+
+Each row of each demo is a process of one thread, --jobs at a time; what it prints goes to
+ablations/ROW.log in the demo's folder, what it found to ROW.json. What is done is not done again,
+and SIGTERM saves what is at work: the same command goes on.
 """
 
 import argparse
 import json
+import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import demo
 import torch
+from jobs import Job, run_jobs
 from torch import Tensor
 
+import train
 from wan5b.data import TextStore
+from wan5b.extras import signals
 from wan5b.extras.cli import script
 from wan5b.extras.formats import load_dit, load_vae, read_metadata
+from wan5b.extras.log import METRICS, read_metrics
 from wan5b.extras.sampling import MODES
 from wan5b.flow import few_step_sigmas
 from wan5b.util import write_json
@@ -34,15 +44,18 @@ COLUMNS = [
     *(("shade", length) for length in LENGTHS),
     *(("drift", length) for length in LENGTHS),
 ]
-FEW = [1000, 500]  # levels behind the first chunk
+PLAIN_COLUMNS = [column for column in COLUMNS if column[0] != "shade"]  # with --markdown
+FEW = [1000, 500]  # levels, of all chunks or behind the first
+QUICK = {"steps": 2, "longest": 3}  # of --quick: of training, and up to which length it is judged
 
 
 @dataclass(frozen=True)
 class Row:
     """One thing changed.
 
-    keys: of dmd.toml; none: the demo's dmd is sampled. how: arguments of `generate`. start: the
-    stage whose weights dmd starts from. clips: whether it reads real ones.
+    keys: of dmd.toml; none: the demo's dmd is sampled. how: arguments of `demo.sample_clips`, what
+    JSON can hold. start: the stage whose weights dmd starts from. clips: whether it reads real
+    ones.
     """
 
     about: str
@@ -61,10 +74,15 @@ SINK = {"sink": 1}
 TRAINED_SINK = {"sink": "1"}
 TURNING = SINK | {"sink_rope": "relative"}
 TRAINED_TURNING = TRAINED_SINK | {"sink_rope": "relative"}
+TWO = {"sigmas": few_step_sigmas(FEW)}
 LONG = {"rollout_frames": "27"}
+LONGER = {"rollout_frames": "54"}
+TWICE = {"steps": "960"}
+LARGE = {"batch": "16", "micro_batch": "16"}
 GAN = {"gan_weight": "0.01"}
 ROWS = {
     "dmd": Row("as make demo trains it"),
+    "data": Row("each chunk behind real frames", {"rollout": "data"}, clips=True),
     # 1. and 2.: real clips
     "gan": Row("GAN branch", GAN, clips=True),
     "gan-relativistic": Row("relativistic", GAN | {"gan_relativistic": "true"}, clips=True),
@@ -78,122 +96,261 @@ ROWS = {
     # 3.: fewer forwards
     "levels-untrained": Row("4 levels, then 2: only sampled", how=FEWER),
     "levels": Row("4 levels, then 2", TRAINED_FEWER, FEWER),
+    "two-levels-untrained": Row("2 levels in all chunks: only sampled", how=TWO),
+    "two-levels": Row("2 levels in all chunks", {"levels": str(FEW)}, TWO),
     "no-clean-pass-untrained": Row("no clean pass: only sampled", how=KEPT),
     "no-clean-pass": Row("no clean pass", TRAINED_KEPT, KEPT),
     "levels-no-clean-pass": Row("both", TRAINED_FEWER | TRAINED_KEPT, FEWER | KEPT),
     # 4.: longer rollouts, sinks
     "long": Row("rollouts of up to 27 frames", LONG),
+    "long-54": Row("rollouts of up to 54 frames", LONGER),
+    "long-levels": Row("rollouts of up to 27, 4 levels, then 2", LONG | TRAINED_FEWER, FEWER),
     "sink-untrained": Row("a sink of 1: only sampled", how=SINK),
     "sink-turning-untrained": Row("that follows the window: only sampled", how=TURNING),
     "sink": Row("a sink of 1", TRAINED_SINK, SINK),
     "sink-turning": Row("that follows the window", TRAINED_TURNING, TURNING),
-    "long-sink-turning": Row("that, in rollouts of up to 27", TRAINED_TURNING | LONG, TURNING),
+    "long-sink": Row("a sink of 1, rollouts of up to 27", TRAINED_SINK | LONG, SINK),
+    "long-sink-turning": Row("that follows, rollouts of up to 27", TRAINED_TURNING | LONG, TURNING),
+    "long-54-sink-turning": Row("that, of up to 54", TRAINED_TURNING | LONGER, TURNING),
     # 5.: the init
     "from-ar": Row("from ar, without ode", start="ar"),
     # 6.: the defaults
     "guidance-0": Row("guidance 0", {"guidance": "0.0"}),
+    "guidance-0.5": Row("guidance .5", {"guidance": "0.5"}),
     "guidance-1": Row("guidance 1", {"guidance": "1.0"}),
     "ratio-1": Row("1 critic update", {"ratio": "1"}),
     "ratio-6": Row("6 critic updates", {"ratio": "6", "steps": "960"}),
+    "ratio-6-480": Row("6 critic updates, 80 of the generator", {"ratio": "6"}),
     "batch-2": Row("batch 2", {"batch": "2", "micro_batch": "2"}),
+    "critic-lr-quarter": Row("critic's learning rate / 4", {"critic_lr": "1.25e-4"}),
+    "critic-lr-4": Row("critic's learning rate x 4", {"critic_lr": "2e-3"}),
+    "lr-half": Row("generator's learning rate / 2", {"lr": "1e-4"}),
+    "lr-2": Row("generator's learning rate x 2", {"lr": "4e-4"}),
+    "ema-0": Row("no average of the weights", {"ema": "0.0"}),
+    "ema-0.98": Row("ema .98", {"ema": "0.98"}),
+    "decay": Row("learning rates fall to 0", {"decay": "true"}),
+    # 7.: more training, and that with what may lower the drift
+    "twice": Row("960 steps", TWICE),
+    "batch-16": Row("batch 16", LARGE),
+    "twice-decay": Row("960 steps, learning rates fall to 0", TWICE | {"decay": "true"}),
+    "twice-batch-16": Row("960 steps, batch 16", TWICE | LARGE),
+    "twice-ratio-2": Row("960 steps, 2 critic updates", TWICE | {"ratio": "2"}),
+    "twice-long": Row("960 steps, rollouts of up to 27", TWICE | LONG),
+    "twice-long-54": Row("960 steps, rollouts of up to 54", TWICE | LONGER),
+    "twice-sink-turning": Row("960 steps, a sink that follows", TWICE | TRAINED_TURNING, TURNING),
+    "twice-long-batch-16": Row("960 steps, batch 16, up to 27", TWICE | LONG | LARGE),
+    "twice-data": Row(
+        "960 steps, each chunk behind real frames", TWICE | {"rollout": "data"}, clips=True
+    ),
 }
 
 
 def forwards(row: Row) -> tuple[int, int]:
     """Of the first chunk, and of each behind it."""
-    usual = few_step_sigmas()
+    usual = row.how.get("sigmas", few_step_sigmas())
     levels = (usual, row.how.get("sigmas_after", usual))
     first, after = (len(each) - 1 + row.how.get("clean_pass", True) for each in levels)
     return first, after
 
 
-def trained(run: Path, name: str, row: Row) -> tuple[Path, float]:
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def kept(run: Path, quick: bool = False) -> Path:
+    """Where results lie; those of --quick never among others."""
+    return run / ("ablations-quick" if quick else "ablations")
+
+
+def seed_of(run: Path) -> int:
+    """With which the demo was trained."""
+    return read_metadata(demo.export(run, "dmd"))["training"]["seed"]
+
+
+def is_trained(row: Row) -> bool:
+    """Or the demo's dmd is sampled."""
+    return bool(row.keys) or row.start != "ode"
+
+
+def trained(run: Path, name: str, row: Row, quick: bool = False) -> tuple[Path, float]:
     """The row's weights, trained if they are not there; the seconds that it took."""
-    if not row.keys and row.start == "ode":
+    if not is_trained(row):
         return demo.export(run, "dmd"), 0.0
-    out = run / "ablations" / name
-    seed = read_metadata(demo.export(run, "dmd"))["training"]["seed"]
-    keys = {"out": out, "seed": seed, **row.keys}
+    keys = dict(row.keys)
     keys["weights"] = demo.export(run, row.start)
     keys["teacher"] = demo.export(run, "teacher")
     if row.clips:
         keys["latents"] = run / "latents"
-    seconds = demo.run_stage(run, "dmd", *(f"{key}={value}" for key, value in keys.items()))
-    return out / "dmd.safetensors", seconds
+    return train_stage(run, "dmd", kept(run, quick) / name, keys, quick)
+
+
+def train_stage(
+    run: Path, stage: str, out: Path, keys: dict, quick: bool = False
+) -> tuple[Path, float]:
+    """One run of train.py into a folder of its own -> its weights, and the seconds of its steps.
+
+    Ends this process with 143 if SIGTERM has stopped it: the state is saved then.
+    """
+    keys = {"out": out, "seed": seed_of(run), **keys}
+    if quick:
+        keys["steps"] = QUICK["steps"]
+    demo.run_stage(run, stage, *(f"{key}={value}" for key, value in keys.items()))
+    signals.while_running()  # training has taken SIGTERM for itself
+    weights = out / f"{stage}.safetensors"
+    if not weights.exists():
+        sys.exit(143)
+    return weights, sum(row["seconds"] for row in read_metrics(out / METRICS))
+
+
+def judged(run: Path, weights: Path, row: Row, quick: bool = False) -> dict[str, dict]:
+    """Summaries by length."""
+    return judged_as(run, weights, "few", quick, **row.how)
 
 
 @torch.no_grad()
-def judged(run: Path, weights: Path, row: Row) -> dict[str, dict]:
-    """Summaries by length."""
+def judged_as(run: Path, weights: Path, mode: str, quick: bool, **how) -> dict[str, dict]:
+    """Summaries by length. mode: of MODES. how: of `demo.sample_clips`."""
     text = TextStore(run / "text")
-    frames = demo.TRAINED * LENGTHS[-1]
+    frames = demo.TRAINED * (QUICK["longest"] if quick else LENGTHS[-1])
     model = load_dit(weights)
-    few = MODES["few"]
-    latents = demo.sample_clips(model, text, few, frames, demo.SAMPLING_SEED, **row.how)
-    spread = contrast(latents)
+    latents = demo.sample_clips(model, text, MODES[mode], frames, demo.SAMPLING_SEED, **how)
     found = demo.at_lengths(demo.judge(latents, load_vae(run / "release")))
-    return {str(length): found[length] | {"contrast": spread[length]} for length in found}
+    return {
+        str(length): found[length] | {"contrast": contrast(latents, length)} for length in found
+    }
 
 
-def contrast(latents: Tensor) -> dict[int, float]:
-    """Length -> the latents' spread in the last training length there; about 1 in real clips."""
-    found = {}
-    for length in demo.LENGTHS:
-        part = latents[:, :, demo.TRAINED * (length - 1) : demo.TRAINED * length]
-        found[length] = float(part.std())
-    return found
+def contrast(latents: Tensor, length: int) -> float:
+    """The latents' spread in the last training length there; about 1 in real clips."""
+    return float(latents[:, :, demo.TRAINED * (length - 1) : demo.TRAINED * length].std())
 
 
-def measure(run: Path, name: str) -> None:
+def measure(run: Path, name: str, row: Row, quick: bool = False) -> None:
     """Train and judge one row of one demo, unless that has been done."""
-    row = ROWS[name]
-    result = run / "ablations" / f"{name}.json"
+    result = kept(run, quick) / f"{name}.json"
     if result.exists():
         return
     print(f"== {run} {name}: {row.about}", flush=True)
+    weights, seconds = trained(run, name, row, quick)
     began = time.time()
-    weights, seconds = trained(run, name, row)
-    rows = judged(run, weights, row)
-    write_json(result, {"rows": rows, "training": seconds, "total": time.time() - began})
+    rows = judged(run, weights, row, quick)
+    total = seconds + time.time() - began
+    write_json(result, {"rows": rows, "training": seconds, "total": total})
 
 
-def table(runs: list[Path]) -> None:
-    """Mean and spread over the demos."""
-    heads = "".join(f"{f'{score} x{length}':>16}" for score, length in COLUMNS)
-    print(f"{'row':46}{'seeds':>6}{'forwards':>10}{heads}")
-    for name, row in ROWS.items():
-        files = [run / "ablations" / f"{name}.json" for run in runs]
-        reports = [json.loads(file.read_text())["rows"] for file in files if file.exists()]
+def run_rows(rows: dict[str, Row], demos: list[Path], jobs: int, quick: bool = False) -> None:
+    """Measure all that is not done, so many at a time, each in a process of one thread.
+
+    Those that fail don't keep the others: ValueError at the end. SIGTERM is passed on, and exits
+    when all have saved: see `jobs.run_jobs`.
+    """
+    check_demos(demos)
+    todo = []
+    for run in demos:
+        for name, row in rows.items():
+            folder = kept(run, quick)
+            if (folder / f"{name}.json").exists():
+                continue
+            given = {"run": str(run), "name": name, "row": asdict(row), "quick": quick}
+            command = [str(Path(__file__).resolve()), "--one", json.dumps(given)]
+            todo.append(Job(f"{run} {name}", command, folder / f"{name}.log", cost(row)))
+    run_jobs(todo, jobs)
+
+
+def run_one(given: dict) -> None:
+    """What `run_rows` has one of its processes do."""
+    measure(Path(given["run"]), given["name"], Row(**given["row"]), given["quick"])
+
+
+def cost(row: Row) -> float:
+    """Of the training, in frames that networks see: to begin with the longest."""
+    if not is_trained(row):
+        return 0.0
+    keys = [f"{key}={value}" for key, value in row.keys.items()]
+    cfg = train.parse([str(demo.HERE / "dmd.toml"), *keys])
+    rolled = (cfg.frames + max(cfg.frames, cfg.rollout_frames)) / 2
+    levels = len(cfg.levels) / 2 + cfg.clean_pass
+    rollouts = (1 + 1 / cfg.ratio) * rolled * levels
+    return cfg.steps * cfg.batch * (rollouts + (3 + 5 / cfg.ratio) * cfg.frames)
+
+
+def check_demos(demos: list[Path]) -> None:
+    """ValueError for a folder that is none."""
+    for run in demos:
+        if not (run / "report.json").exists():
+            raise ValueError(f"{run} is no finished demo: make demo first")
+
+
+# -------------------------------------------------------------------------------------------- table
+
+
+def table(runs: list[Path], rows: dict[str, Row] = ROWS, markdown=False, quick=False) -> None:
+    """Print mean and spread over the demos of all that there is."""
+    columns = PLAIN_COLUMNS if markdown else COLUMNS
+    heads = ["row", "seeds", "forwards", *(f"{score} x{length}" for score, length in columns)]
+    lines = []
+    for name, row in rows.items():
+        files = [kept(run, quick) / f"{name}.json" for run in runs]
+        reports = [json.loads(file.read_text()) for file in files if file.exists()]
         if not reports:
             continue
         first, after = forwards(row)
-        line = f"{row.about:46}{len(reports):6}{f'{first}, {after}':>10}"
-        for score, length in COLUMNS:
-            values = torch.tensor([report[str(length)][score] for report in reports])
-            spread = f" +-{values.std():.3f}" if len(values) > 1 else ""
-            line += f"{f'{values.mean():.3f}{spread}':>16}"
-        print(line)
+        line = [row.about, str(len(reports)), f"{first}, {after}"]
+        for score, length in columns:
+            found = [report["rows"].get(str(length)) for report in reports]
+            line.append(mean_and_spread([each[score] for each in found if each]))
+        line.append(f"{sum(report['training'] for report in reports) / len(reports):.0f}")
+        lines.append(line)
+    print_table([*heads, "seconds"], lines, markdown)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    drawn = torch.tensor(values)
+    spread = f" +-{drawn.std():.3f}" if len(values) > 1 else ""
+    return f"{drawn.mean():.3f}{spread}"
+
+
+def print_table(heads: list[str], lines: list[list[str]], markdown: bool) -> None:
+    """In columns, or as Markdown has them."""
+    if markdown:
+        for line in (heads, ["---"] * len(heads), *lines):
+            print(f"| {' | '.join(line)} |")
+        return
+    for line in (heads, *lines):
+        first, *others = line
+        print(f"{first:46}{''.join(f'{cell:>16}' for cell in others)}")
+
+
+def options(doc: str) -> argparse.ArgumentParser:
+    """What ablations.py and lora.py are told alike."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--demos", nargs="+", type=Path, default=[], metavar="DIR", help="finished demos")
+    add("--jobs", type=int, default=1, metavar="N", help="processes at a time")
+    add("--table", action="store_true", help="only print what there is")
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    quick = f"{QUICK['steps']} steps a stage, judged up to {QUICK['longest']} lengths, kept apart"
+    add("--quick", action="store_true", help=f"whether all works: {quick}")
+    add("--one", help=argparse.SUPPRESS)  # of a process that `run_jobs` starts
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--demos", nargs="+", type=Path, required=True, metavar="DIR", help="finished demos")
-    add("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    add("--threads", type=int, default=1)
-    add("--table", action="store_true", help="only print what there is")
+    parser = options(__doc__)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for run in args.demos:
-        if not (run / "report.json").exists():
-            raise ValueError(f"{run} is no finished demo: make demo first")
+    if args.one:
+        run_one(json.loads(args.one))
+        return
+    if not args.demos:
+        parser.error("name --demos")
+    rows = {name: ROWS[name] for name in args.rows}
     if not args.table:
-        for name in args.rows:
-            for run in args.demos:
-                measure(run, name)
-    table(args.demos)
+        run_rows(rows, args.demos, args.jobs, args.quick)
+    table(args.demos, rows, args.markdown, args.quick)
 
 
 if __name__ == "__main__":

@@ -99,13 +99,13 @@ def make_data(out: Path, clips: int) -> None:
         write_shard(path, {"latent": latents}, [str(label) for label in labels])
 
 
-def make_trajectories(out: Path, seed: int) -> None:
-    """ODE trajectories of the causal model, six for each caption."""
-    options = ["--release", out / "release", "--weights", export(out, "ar"), "--causal"]
+def make_trajectories(out: Path, seed: int, weights: Path, folder: Path, repeats: int = 6) -> None:
+    """ODE trajectories of a causal model, so many for each caption."""
+    options = ["--release", out / "release", "--weights", weights, "--causal"]
     options += ["--text", out / "text", "--size", "64x64", "--frames", 4 * TRAINED - 3]
-    options += ["--guidance", 2, "--steps", 12, "--seed", seed, "--repeats", 6]
+    options += ["--guidance", 2, "--steps", 12, "--seed", seed, "--repeats", repeats]
     options += ["--batch", 48, "--per-shard", 48]
-    run_prepare("trajectories", *options, "--out", out / "trajectories")
+    run_prepare("trajectories", *options, "--out", folder)
 
 
 def run_prepare(*arguments) -> None:
@@ -175,12 +175,12 @@ def train_all(out: Path, seed: int, steps: int | None) -> dict[str, float]:
     seconds["ar"] = run_stage(out, "ar", weights, latents, *common)
 
     start = time.time()
-    make_trajectories(out, seed)
+    make_trajectories(out, seed, export(out, "ar"), out / "trajectories")
     weights = f"weights={export(out, 'ar')}"
     run_stage(out, "ode", weights, f"trajectories={out / 'trajectories'}", *common)
     seconds["ode"] = time.time() - start
 
-    # Self Forcing, and what it is compared with: rollouts behind frames of the data.
+    # Self Forcing, and what it is compared with: each chunk behind real frames.
     weights = f"weights={export(out, 'ode')}"
     teacher = f"teacher={export(out, 'teacher')}"
     for name, rollout in (("dmd", "self"), ("dmd-data", "data")):
@@ -201,9 +201,12 @@ def levels(mode: Mode) -> list[float]:
 
 @torch.no_grad()
 def sample_clips(
-    model: WanDiT, text: TextStore, mode: Mode, frames: int, seed: int, **more
+    model: WanDiT, text: TextStore, mode: Mode, frames: int, seed: int, sigmas=None, **more
 ) -> Tensor:
-    """Latents [24, C, frames, 4, 4], one clip for each of JUDGED. more: arguments of `generate`."""
+    """Latents [24, C, frames, 4, 4], one clip for each of JUDGED.
+
+    sigmas: other levels than the mode's. more: arguments of `generate`.
+    """
     prompts = [str(label) for label in JUDGED]
     how = {"causal": mode.causal, "solver": "renoise", "seed": seed}
     if mode.guided:
@@ -218,7 +221,7 @@ def sample_clips(
         how["window"] = WINDOW
     shape = (len(JUDGED), model.cfg.in_dim, frames, SIDE, SIDE)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    pieces = generate(model, noise, context, levels(mode), chunks, **how, **more)
+    pieces = generate(model, noise, context, sigmas or levels(mode), chunks, **how, **more)
     return torch.cat(list(pieces), 2)
 
 

@@ -9,10 +9,9 @@ that DMD has trained already; from further away the authors saw it fail (section
 From the paper: the rule, the share of 1/2 (eq. 10, drawn anew every step; 1 did about as well), no
 GAN beside it, the critic's step as in DMD. From the authors' code on top of Self Forcing: guidance
 and critic as in DMD; the gradient is divided by the mean of |x0 - real| with the rollout's x0,
-although `real` is the clip's; one draw for all samples of a step. Ours: a clip is cut to the length
-of the rollout where that is shorter (rollout = "data"), and a first frame that is given stays clean
-in both. Whether the critic should go on from the DMD stage's, the paper does not say; a run of
-train.py starts it from the teacher.
+although `real` is the clip's; one draw for all samples of a step. Ours: a first frame that is given
+stays clean in both. Whether the critic should go on from the DMD stage's, the paper does not say; a
+run of train.py starts it from the teacher.
 """
 
 import torch
@@ -26,7 +25,7 @@ from wan5b.stages import Noised
 
 def noised_clip(run: Run, batch: Batch, noised: Noised) -> Noised:
     """The real clips of a batch as its rollouts are noised: the same level, the same noise."""
-    clips = run.clips(batch.items)[:, :, : noised.xs.shape[2]]
+    clips = run.clips(batch.items)
     return noised._replace(xs=add_noise(clips, noised.noise, noised.sigma))
 
 

@@ -64,7 +64,7 @@ class Rollouts:
         steps = [share * (len(way) - 1) // self.exits for way in ways]
 
         how = {"exit_step": iter(steps), "clean_pass": cfg.clean_pass}
-        x0, prefix, trace = roll(run, batch, chunks, cfg.prefix, iter(ways), **how)
+        x0, prefix, trace = roll(run, batch, chunks, iter(ways), **how)
 
         # The window, and at which level each of its frames was left.
         frames = sum(run.chunks)

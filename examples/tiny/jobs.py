@@ -1,0 +1,113 @@
+"""Processes of one thread each, so many at a time: what ablations.py and lora.py train in."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# One thread each; malloc keeps its memory, as in make demo (a tenth of a training step).
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+}
+AGAIN = 5  # seconds from one SIGTERM to the next: training only notes the first
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str  # in the lines about it
+    command: list[str]  # arguments of the interpreter
+    log: Path  # takes all that it prints, behind what is there
+    cost: float  # the most expensive jobs begin first
+
+
+@dataclass
+class Running:
+    job: Job
+    process: subprocess.Popen
+    began: float
+
+
+def run_jobs(jobs: list[Job], at_once: int) -> None:
+    """Run all of them; a line on stdout when each begins and ends.
+
+    One that fails does not keep the others: ValueError at the end, with the logs of all that did.
+    SIGTERM and Ctrl-C are passed on as SIGTERM; when all have ended, this exits with 143.
+    """
+    if at_once < 1:
+        raise ValueError(f"--jobs {at_once}: must be at least 1")
+    waiting = sorted(jobs, key=lambda job: job.cost)
+    running: list[Running] = []
+    failed: list[Job] = []
+    with stopping() as stopped:
+        told = 0.0
+        while running or (waiting and not stopped):
+            while waiting and len(running) < at_once and not stopped:
+                running.append(begin(waiting.pop()))
+            # Again, because a training that ends at the first goes on to be judged.
+            if stopped and time.monotonic() - told > AGAIN:
+                told = time.monotonic()
+                for each in running:
+                    each.process.terminate()
+            time.sleep(0.1)
+            for each in [each for each in running if each.process.poll() is not None]:
+                running.remove(each)
+                if not end(each, bool(stopped)):
+                    failed.append(each.job)
+    if stopped:
+        print("stopped; the same command goes on", flush=True)
+        sys.exit(143)
+    if failed:
+        logs = ", ".join(str(job.log) for job in failed)
+        raise ValueError(f"{len(failed)} of {len(jobs)} failed; what they said: {logs}")
+
+
+@contextmanager
+def stopping() -> Iterator[list[int]]:
+    """A list that takes the signals that ask to stop."""
+    seen: list[int] = []
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, lambda number, _: seen.append(number))
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def begin(job: Job) -> Running:
+    """In a session of its own, so that Ctrl-C reaches it as SIGTERM, on which training saves."""
+    print(f"begins  {job.name}", flush=True)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, *job.command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | ENVIRONMENT,
+            start_new_session=True,
+        )
+    return Running(job, process, time.monotonic())
+
+
+def end(ended: Running, stopped: bool) -> bool:
+    """Tell of one that has ended; whether that was well, or asked for."""
+    code = ended.process.returncode
+    seconds = f"{time.monotonic() - ended.began:.0f} s"
+    if code == 0:
+        print(f"done    {ended.job.name}, {seconds}", flush=True)
+    elif stopped and code in (143, -signal.SIGTERM):
+        print(f"stopped {ended.job.name}, {seconds}", flush=True)
+    else:
+        print(f"FAILED  {ended.job.name}, {seconds}, code {code}: {ended.job.log}", flush=True)
+        return False
+    return True
