@@ -229,12 +229,10 @@ def roll(run: Run, batch: Batch, chunks: list[int], sigmas, **options) -> tuple:
 
     sigmas, options: of `rollout`.
     """
-    given = run.cfg.prefix
-    on_data = run.cfg.rollout == "data"
-    clips = run.clips(batch.items) if given or on_data else None
-    prefix = clips[:, :, :given] if given else None
-    if on_data:
-        options["committed"] = clips[:, :, given:]
+    cfg = run.cfg
+    clips = run.clips(batch.items) if cfg.prefix or cfg.rollout == "data" else None
+    prefix = clips[:, :, : cfg.prefix] if cfg.prefix else None
+    committed = clips[:, :, cfg.prefix :] if cfg.rollout == "data" else None
 
     def renoise(chunk: int, step: int, like: Tensor) -> Tensor:
         return batch.draws(torch.randn, *like.shape[1:])
@@ -243,7 +241,7 @@ def roll(run: Run, batch: Batch, chunks: list[int], sigmas, **options) -> tuple:
     noise = batch.draws(torch.randn, *run.shape(sum(chunks)))
     inputs = (run.generator, noise, batch.context, sigmas, chunks, run.cache)
     trace = []
-    options |= {"renoise": renoise, "prefix": prefix, "trace": trace}
+    options |= {"renoise": renoise, "prefix": prefix, "committed": committed, "trace": trace}
     with run.world.gathered(run.generator):
         # Asking for no more than there is: nothing needs the last chunk in the cache.
         finished = islice(rollout(*inputs, **options), len(chunks))
