@@ -10,10 +10,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny"))
 import ablations  # noqa: E402
 import demo  # noqa: E402
 import scorer  # noqa: E402
+import sick  # noqa: E402
 import small  # noqa: E402
+import stages  # noqa: E402
+import stages_show  # noqa: E402
 import world  # noqa: E402
 
-__all__ = ["LABELS", "ablations", "demo", "make_codec", "scorer", "small", "world"]
+__all__ = [
+    *("LABELS", "ablations", "demo", "make_codec", "scorer", "sick", "small", "stages"),
+    *("stages_show", "world"),
+]
 
 LABELS = world.LABELS[::3]
 
