@@ -36,7 +36,7 @@ from wan5b.util import first_line, replacing, write_json
 
 BEFORE = {"teacher": "init", "ar": "teacher", "dmd": "ode"}  # what a stage starts from
 ENDS = (1, 3, 9, 27, 54, 90)  # latent frames whose last pixel frame is kept
-KEPT = (9, 14)  # of JUDGED: the captions of these frames
+KEPT = (0, 14)  # of JUDGED: the captions of these frames
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -90,7 +90,7 @@ def still_clips(run: Path) -> Path:
 def sampled(case: Case, model: WanDiT, text: TextStore, frames: int) -> Tensor:
     """Latents [24, C, frames, 4, 4] as the healthy run is sampled, but for what the case says.
 
-    The noise is that of the demo's report.
+    The same noise for all cases of one length.
     """
     mode = mode_of(case, demo.SAMPLED)
     how = {"causal": mode.causal, "solver": "renoise", "sigmas": demo.levels(mode)}
@@ -145,7 +145,8 @@ def measure(run: Path, name: str, longest: int, steps: int | None) -> None:
     case = CASES[name]
     print(f"== {run} {name}: {case.about}", flush=True)
     began = time.time()
-    found = {"ended": "", "scores": {}}
+    captions = [str(demo.JUDGED[i]) for i in KEPT]
+    found = {"ended": "", "scores": {}, "captions": captions}
     try:
         model = load_dit(weights_of(run, name, steps))
     except FloatingPointError as error:  # that too is a way to be sick

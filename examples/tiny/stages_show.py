@@ -30,7 +30,6 @@ WIDTH = 880  # pixels of a picture
 TILE = 118
 MARGIN = 170
 HEADS = ("frame 1", "frame 9", "frame 33", "frame 105", "frame 213", "frame 357")  # of stages.ENDS
-CAPTIONS = 2  # rows of frames a case leaves
 LIMIT = 150_000  # bytes of a picture
 
 
@@ -198,7 +197,7 @@ def picture(path: Path, name: str, found: dict[str, list[dict]], runs: list[Path
     parts = []
     if has_curves(case):
         parts.append(curves(name, case, found))
-    parts.append(frames(name, case, runs))
+    parts.append(frames(name, case, found[name][0]["captions"], runs))
     sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:
@@ -257,7 +256,7 @@ def scaled(panel, healthy: list[dict], figure: str) -> None:
         panel.set_ylim(bottom=0)
 
 
-def frames(name: str, case: Case, runs: list[Path]) -> Image.Image:
+def frames(name: str, case: Case, captions: list[str], runs: list[Path]) -> Image.Image:
     """Rows of frames, the healthy one above the sick one for each caption, of the first demo that
     has both.
     """
@@ -270,17 +269,17 @@ def frames(name: str, case: Case, runs: list[Path]) -> Image.Image:
     sheets = [Image.open(file).convert("RGB") for file in there[0]]
 
     font = ImageFont.load_default(12)
-    out = Image.new("RGB", (WIDTH, 22 + TILE * CAPTIONS * len(shown)), "white")
+    out = Image.new("RGB", (WIDTH, 22 + TILE * len(captions) * len(shown)), "white")
     pen = ImageDraw.Draw(out)
     columns = max(sheet.width for sheet in sheets) // 64
     for column, head in enumerate(HEADS[:columns]):
         pen.text((MARGIN + TILE * column + 2, 4), head, INK, font)
-    for caption in range(CAPTIONS):
+    for caption, label in enumerate(captions):
         for i, (each, sheet) in enumerate(zip(shown, sheets, strict=True)):
             top = 22 + TILE * (caption * len(shown) + i)
             color = BLUE if each in HEALTHY else RED
             word = "healthy" if each in HEALTHY else "sick"
-            pen.text((6, top + 28), f"{word}: {each}", color, font)
+            pen.text((6, top + 40), f"{word}: {each}\n{label}", color, font)
             strip = sheet.crop((0, 64 * caption, sheet.width, 64 * caption + 64))
             for column in range(strip.width // 64):
                 tile = strip.crop((64 * column, 0, 64 * column + 64, 64))
