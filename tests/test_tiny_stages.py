@@ -9,9 +9,7 @@ from PIL import Image
 from tiny import demo, sick, stages, stages_show
 
 import train
-from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.config import types
-from wan5b.weights import save_dit
 
 TRAINED = [name for name, case in sick.CASES.items() if sick.is_trained(case)]
 PAGE = "\n".join(f"<!-- figures: {n} -->\nold\n<!-- end: {n} -->" for n in ("usual", "sick"))
@@ -56,7 +54,7 @@ def tiny_demo(tmp_path_factory):
     patch.setattr(train.log, "curves", lambda folders: None)
     demo.make_release(run / "release", demo.MEAN_SCALE)
     demo.make_data(run, demo.PER_SHARD)
-    save_dit(demo.carrying(WanDiT(PRESETS["tiny"])), run / "init.safetensors", {})
+    stages.first_weights(run)
     common = ["steps=2", "batch=2", "micro_batch=2"]
     latents = f"latents={run / 'latents'}"
     demo.run_stage(run, "teacher", f"weights={run / 'init.safetensors'}", latents, *common)

@@ -25,7 +25,7 @@ from stages_show import binned, write
 from torch import Tensor
 
 from wan5b.data import Store, TextStore
-from wan5b.dit import WanDiT
+from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.cli import script
 from wan5b.extras.formats import load_dit, load_vae, read_metadata
 from wan5b.extras.log import METRICS, read_metrics
@@ -33,6 +33,7 @@ from wan5b.extras.media import to_frames
 from wan5b.extras.sampling import generate
 from wan5b.extras.shards import write_shard
 from wan5b.util import first_line, replacing, write_json
+from wan5b.weights import save_dit
 
 BEFORE = {"teacher": "init", "ar": "teacher", "dmd": "ode"}  # what a stage starts from
 ENDS = (1, 3, 9, 27, 54, 90)  # latent frames whose last pixel frame is kept
@@ -58,11 +59,19 @@ def weights_of(run: Path, name: str, steps: int | None) -> Path:
 
     seed = read_metadata(demo.export(run, "dmd"))["training"]["seed"]
     before = BEFORE[case.beside]
-    start = run / "init.safetensors" if before == "init" else demo.export(run, before)
+    start = first_weights(run) if before == "init" else demo.export(run, before)
     latents = still_clips(run) if case.still else run / "latents"
     keys |= {"out": folder(run, name), "seed": seed, "weights": start, "latents": latents}
     demo.run_stage(run, case.beside, *(f"{key}={value}" for key, value in keys.items()))
     return folder(run, name) / f"{case.beside}.safetensors"
+
+
+def first_weights(run: Path) -> Path:
+    """Those that the demo's teacher started from, made again if they are not there."""
+    path = run / "init.safetensors"
+    if not path.exists():
+        save_dit(demo.carrying(WanDiT(PRESETS["tiny"])), path, {})
+    return path
 
 
 def folder(run: Path, name: str) -> Path:
