@@ -177,7 +177,8 @@ def measure_all(runs: list[Path], names: list[str], jobs: int, *options) -> None
 
     One that fails leaves the others alone. ValueError at the end that names them.
     """
-    pairs = [(run, name) for name in names for run in runs]
+    longest_first = sorted(names, key=lambda name: not is_trained(CASES[name]))
+    pairs = [(run, name) for name in longest_first for run in runs]
     failed = []
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         work = {pool.submit(measure, *pair, *options): pair for pair in pairs}
