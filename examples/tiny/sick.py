@@ -62,6 +62,7 @@ SICK = {
     "real-frames": Case('rollout = "data": each chunk behind real frames', stage="dmd-data"),
     # Sampled in another way than trained.
     "levels-other": Case("sampled at levels of shift 1", how={"sigmas": few_step_sigmas(shift=1)}),
+    "one-step": Case("sampled in one step for four", how={"sigmas": [1.0, 0.0]}),
     "guided-again": Case("sampled with guidance 3, which it has learned", how={"guidance": 3.0}),
     "window-none": Case("sampled without a window", how={"window": None}),
     "window-narrow": Case("sampled with a window of 2 for 5", how={"window": 2}),

@@ -197,7 +197,7 @@ def picture(path: Path, name: str, found: dict[str, list[dict]], runs: list[Path
     parts = []
     if has_curves(case):
         parts.append(curves(name, case, found))
-    parts.append(frames(name, case, found[name][0]["captions"], runs))
+    parts.append(frames(name, case, found[case.beside][0]["captions"], runs))
     sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), "white")
     top = 0
     for part in parts:
