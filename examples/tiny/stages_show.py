@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from statistics import mean
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from sick import CASES, HEALTHY, SICK, Case, has_curves
 
+from wan5b.data import Store
 from wan5b.extras.report_plot import BLUE, GREY, INK, RED, available
 from wan5b.util import replacing
 
@@ -130,6 +132,16 @@ def usual_table(found: dict[str, list[dict]]) -> str:
     return "\n".join([*lines, "", f"Training seeds: {count}. Means over so many steps: {steps}."])
 
 
+def real_clips(run: Path) -> str:
+    """The figures of rollouts, of the demo's training clips."""
+    store = Store(run / "latents")
+    clips = torch.stack([store[i]["latent"] for i in range(len(store))])  # [clips, C, T, H, W]
+    figures = {"x0_motion": clips.var(2, correction=0).mean()}
+    figures |= {f"x0_std_{i}": clips[:, :, i].std() for i in (0, 8)}
+    said = ", ".join(f"`{name}` {float(value):.3f}" for name, value in figures.items())
+    return f"Of real clips: {said}."
+
+
 def sick_table(found: dict[str, list[dict]]) -> str:
     """What each case samples, and which figure told it first."""
     heads = " | ".join(("", "what was done", "first sign", "seeds", "length", *SCORES))
@@ -183,7 +195,8 @@ def write(docs: Path, runs: list[Path]) -> None:
     if missing:
         raise ValueError(f"no demo has stages/{missing[0]}.json: run it with --only {missing[0]}")
     page = docs / "stages.md"
-    blocks = {"usual": usual_table(found), "sick": sick_table(found)}
+    usual = f"{usual_table(found)} {real_clips(runs[0])}"
+    blocks = {"usual": usual, "sick": sick_table(found)}
     text = filled(page.read_text(), blocks)
     for name in found:
         picture(docs / "stages" / f"{name}.png", name, found, runs)
