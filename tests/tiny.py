@@ -12,10 +12,16 @@ import demo  # noqa: E402
 import jobs  # noqa: E402
 import lora  # noqa: E402
 import scorer  # noqa: E402
+import sick  # noqa: E402
 import small  # noqa: E402
+import stages  # noqa: E402
+import stages_show  # noqa: E402
 import world  # noqa: E402
 
-__all__ = ["LABELS", "ablations", "demo", "jobs", "lora", "make_codec", "scorer", "small", "world"]
+__all__ = [
+    *("LABELS", "ablations", "demo", "jobs", "lora", "make_codec", "scorer", "sick", "small"),
+    *("stages", "stages_show", "world"),
+]
 
 LABELS = world.LABELS[::3]
 

@@ -1,0 +1,217 @@
+"""Healthy and sick runs of every stage, side by side: figures and pictures of docs/stages.md.
+
+    make demo                                                  # or several, with --seed and --out
+    python examples/tiny/stages.py --demos out/demo --jobs 2   # an hour: every sickness once a demo
+    python examples/tiny/stages.py --demos out/demo out/demo-1 --only critic-slow lr-high
+    python examples/tiny/stages.py --demos out/demo out/demo-1 --write docs
+
+A sickness (sick.py) is a stage of a finished demo trained again with a known fault, or a healthy
+model sampled in a wrong way. Each leaves two small files in the demo's folder, stages/NAME.json
+and stages/NAME.png, from which --write makes everything; what is there is not made again.
+"""
+
+import argparse
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import ablations
+import demo
+import torch
+from PIL import Image
+from sick import CASES, Case, has_curves, is_trained, mode_of
+from stages_show import binned, write
+from torch import Tensor
+
+from wan5b.data import Store, TextStore
+from wan5b.dit import PRESETS, WanDiT
+from wan5b.extras.cli import script
+from wan5b.extras.formats import load_dit, load_vae, read_metadata
+from wan5b.extras.log import METRICS, read_metrics
+from wan5b.extras.media import to_frames
+from wan5b.extras.sampling import generate
+from wan5b.extras.shards import write_shard
+from wan5b.util import first_line, replacing, write_json
+from wan5b.weights import save_dit
+
+BEFORE = {"teacher": "init", "ar": "teacher", "dmd": "ode"}  # what a stage starts from
+ENDS = (1, 3, 9, 27, 54, 90)  # latent frames whose last pixel frame is kept
+KEPT = (0, 14)  # of JUDGED: the captions of these frames
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def weights_of(run: Path, name: str, steps: int | None) -> Path:
+    """The weights that a case samples, trained if they are not there. steps: in place of its own.
+
+    FloatingPointError if its training diverges.
+    """
+    case = CASES[name]
+    if not is_trained(case):
+        return demo.export(run, case.source)
+    keys = dict(case.keys)
+    if steps:
+        keys["steps"] = str(steps)
+    if case.beside == "dmd":
+        row = ablations.Row(case.about, keys, start=case.start or BEFORE["dmd"])
+        return ablations.trained(run, name, row)[0]
+
+    seed = read_metadata(demo.export(run, "dmd"))["training"]["seed"]
+    before = BEFORE[case.beside]
+    start = first_weights(run) if before == "init" else demo.export(run, before)
+    latents = still_clips(run) if case.still else run / "latents"
+    keys |= {"out": folder(run, name), "seed": seed, "weights": start, "latents": latents}
+    demo.run_stage(run, case.beside, *(f"{key}={value}" for key, value in keys.items()))
+    return folder(run, name) / f"{case.beside}.safetensors"
+
+
+def first_weights(run: Path) -> Path:
+    """Those that the demo's teacher started from, made again if they are not there."""
+    path = run / "init.safetensors"
+    if not path.exists():
+        save_dit(demo.carrying(WanDiT(PRESETS["tiny"])), path, {})
+    return path
+
+
+def folder(run: Path, name: str) -> Path:
+    """Of the run that a case trains, or samples."""
+    case = CASES[name]
+    return run / "ablations" / name if is_trained(case) else run / case.source
+
+
+def still_clips(run: Path) -> Path:
+    """A store of the demo's clips with their first frame all along, made if it is not there."""
+    out = run / "ablations" / "ar-still" / "latents"
+    path = out / "00000.safetensors"
+    if not path.exists():
+        store = Store(run / "latents")
+        first = torch.stack([store[i]["latent"][:, :1] for i in range(len(store))])
+        latents = first.expand(-1, -1, demo.TRAINED, -1, -1)
+        write_shard(path, {"latent": latents}, store.prompts)
+    return out
+
+
+# ---------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def sampled(case: Case, model: WanDiT, text: TextStore, frames: int) -> Tensor:
+    """Latents [24, C, frames, 4, 4] as the healthy run is sampled, but for what the case says.
+
+    The same noise for all cases of one length.
+    """
+    mode = mode_of(case, demo.SAMPLED)
+    how = {"causal": mode.causal, "solver": "renoise", "sigmas": demo.levels(mode)}
+    if mode.guided:
+        how |= {"solver": "euler", "guidance": 2.0}
+    chunks = [frames]
+    if mode.causal:
+        how["window"] = demo.WINDOW
+        chunks = [demo.CHUNK] * (frames // demo.CHUNK)
+    how |= case.how
+
+    prompts = [str(label) for label in demo.JUDGED]
+    if "guidance" in how:
+        prompts += [""] * len(demo.JUDGED)
+    context = text.batch(prompts, model.cfg.text_len)
+    shape = (len(demo.JUDGED), model.cfg.in_dim, frames, demo.SIDE, demo.SIDE)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(demo.SAMPLING_SEED))
+    made = generate(model, noise, context, chunks=chunks, seed=demo.SAMPLING_SEED, **how)
+    return torch.cat(list(made), 2)
+
+
+def scored(latents: Tensor, codec) -> dict[str, dict[str, float]]:
+    """Length -> the demo's scores, and what training logs of rollouts: motion and spread of x0."""
+    found = {}
+    for length, scores in demo.at_lengths(demo.judge(latents, codec)).items():
+        part = latents[:, :, demo.TRAINED * (length - 1) : demo.TRAINED * length]
+        own = {"motion": float(part.var(2, correction=0).mean()), "spread": float(part.std())}
+        found[str(length)] = scores | own
+    return found
+
+
+def keep_frames(path: Path, latents: Tensor, codec) -> None:
+    """A PNG of 64x64 frames: a row a caption of KEPT, a column an end of ENDS that is there."""
+    ends = [end for end in ENDS if end <= latents.shape[2]]
+    kept = latents[list(KEPT)]
+    frames = [demo.decoded(kept, codec, end - 1, end)[:, :, -1] for end in ends]
+    rows = [torch.cat(list(row), 2) for row in torch.stack(frames, 1)]  # [3, 64, 64 n] each
+    picture = to_frames(torch.cat(rows, 1)[:, None])[0]
+    with replacing(path) as partial:
+        Image.fromarray(picture.numpy()).save(partial, "PNG")
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def measure(run: Path, name: str, longest: int, steps: int | None) -> None:
+    """Train, sample and judge one case of one demo, unless that has been done."""
+    torch.set_num_threads(1)
+    result = run / "stages" / f"{name}.json"
+    if result.exists():
+        return
+    case = CASES[name]
+    print(f"== {run} {name}: {case.about}", flush=True)
+    began = time.time()
+    captions = [str(demo.JUDGED[i]) for i in KEPT]
+    found = {"ended": "", "scores": {}, "captions": captions}
+    try:
+        model = load_dit(weights_of(run, name, steps))
+    except FloatingPointError as error:  # that too is a way to be sick
+        found["ended"] = first_line(error).partition(":")[0]
+    else:
+        length = longest if mode_of(case, demo.SAMPLED).causal else 1
+        codec = load_vae(run / "release")
+        latents = sampled(case, model, TextStore(run / "text"), demo.TRAINED * length)
+        found["scores"] = scored(latents, codec)
+        keep_frames(result.with_suffix(".png"), latents, codec)
+
+    rows = read_metrics(folder(run, name) / METRICS) if has_curves(case) else []
+    found["curves"] = binned(rows, case.beside)
+    write_json(result, found | {"seconds": time.time() - began})
+
+
+def measure_all(runs: list[Path], names: list[str], jobs: int, *options) -> None:
+    """Every case of every demo, so many at a time, each in a process of its own on one core.
+
+    One that fails leaves the others alone. ValueError at the end that names them.
+    """
+    longest_first = sorted(names, key=lambda name: not is_trained(CASES[name]))
+    pairs = [(run, name) for name in longest_first for run in runs]
+    failed = []
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        work = {pool.submit(measure, *pair, *options): pair for pair in pairs}
+        for done in as_completed(work):
+            if error := done.exception():
+                run, name = work[done]
+                failed.append(f"{run} {name} ({type(error).__name__}: {first_line(error)})")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(pairs)} failed: {'; '.join(failed)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--demos", nargs="+", type=Path, required=True, metavar="DIR", help="finished demos")
+    add("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="of sick.py")
+    add("--jobs", type=int, default=1, help="at a time, each on one core")
+    add("--steps", type=int, help="of every training, for a quick look")
+    add("--longest", type=int, choices=demo.LENGTHS[:3], default=10, help="up to where is judged")
+    add("--write", type=Path, metavar="DOCS", help="only make DOCS/stages/*.png, fill in stages.md")
+    args = parser.parse_args()
+    for run in args.demos:
+        if not (run / "report.json").exists():
+            raise ValueError(f"{run} is no finished demo: make demo first")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is 1 or more, got {args.jobs}")
+    if args.write:
+        write(args.write, args.demos)
+    else:
+        measure_all(args.demos, args.only, args.jobs, args.longest, args.steps)
+
+
+if __name__ == "__main__":
+    script(main)
