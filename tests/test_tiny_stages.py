@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny import demo, sick, stages, stages_show
 
 import train
 from wan5b.extras.config import types
+from wan5b.extras.log import METRICS
 
 TRAINED = [name for name, case in sick.CASES.items() if sick.is_trained(case)]
 PAGE = "\n".join(f"<!-- figures: {n} -->\nold\n<!-- end: {n} -->" for n in ("usual", "sick"))
@@ -20,7 +22,17 @@ def test_cases_are_configs(name, monkeypatch, tmp_path):
     """A case differs from its healthy stage in its own keys alone, and never costs more steps."""
     case = sick.CASES[name]
     told = []
-    monkeypatch.setattr(demo, "run_stage", lambda run, stage, *given: told.extend(given) or 1.0)
+
+    def run_stage(run: Path, stage: str, *given: str) -> float:
+        """What is left of one is there."""
+        told.extend(given)
+        left = run / "ablations" / name
+        left.mkdir(parents=True)
+        (left / f"{stage}.safetensors").touch()
+        (left / METRICS).write_text('{"step": 1, "seconds": 1.0}\n')
+        return 1.0
+
+    monkeypatch.setattr(demo, "run_stage", run_stage)
     for module in (stages, stages.ablations):
         monkeypatch.setattr(module, "read_metadata", lambda path: {"training": {"seed": 7}})
     monkeypatch.setattr(stages, "still_clips", lambda run: run / "still")

@@ -18,10 +18,8 @@ import stages  # noqa: E402
 import stages_show  # noqa: E402
 import world  # noqa: E402
 
-__all__ = [
-    *("LABELS", "ablations", "demo", "jobs", "lora", "make_codec", "scorer", "sick", "small"),
-    *("stages", "stages_show", "world"),
-]
+__all__ = ["LABELS", "ablations", "demo", "jobs", "lora", "make_codec", "scorer"]
+__all__ += ["sick", "small", "stages", "stages_show", "world"]
 
 LABELS = world.LABELS[::3]
 

@@ -104,8 +104,9 @@ class LoraLinear(nn.Linear):
 
 
 def merge(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """weight [out, in] + scale * up [out, rank] down [rank, in], in float32."""
-    return weight.float().add(up @ down, alpha=scale)
+    """weight [out, in] + scale * up [out, rank] down [rank, in], in float32, where the weight is."""
+    change = up.to(weight.device) @ down.to(weight.device)
+    return weight.float().add(change, alpha=scale)
 
 
 def attach(model: WanDiT, rank: int, scale: float, targets: tuple[str, ...]) -> None:
