@@ -17,8 +17,16 @@ import stages_show  # noqa: E402
 import world  # noqa: E402
 
 __all__ = [
-    *("LABELS", "ablations", "demo", "make_codec", "scorer", "sick", "small", "stages"),
-    *("stages_show", "world"),
+    "LABELS",
+    "ablations",
+    "demo",
+    "make_codec",
+    "scorer",
+    "sick",
+    "small",
+    "stages",
+    "stages_show",
+    "world",
 ]
 
 LABELS = world.LABELS[::3]
