@@ -7,7 +7,8 @@
 
 A sickness (sick.py) is a stage of a finished demo trained again with a known fault, or a healthy
 model sampled in a wrong way. Each leaves two small files in the demo's folder, stages/NAME.json
-and stages/NAME.png, from which --write makes everything; what is there is not made again.
+and stages/NAME.png, from which --write makes everything; what is there is not made again, unless it
+was judged at fewer lengths than are asked for.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from torch import Tensor
 from wan5b.data import Store, TextStore
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.cli import script
-from wan5b.extras.formats import load_dit, load_vae, read_metadata
+from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.log import METRICS, read_metrics
 from wan5b.extras.media import to_frames
 from wan5b.extras.sampling import generate
 from wan5b.extras.shards import write_shard
-from wan5b.util import first_line, replacing, write_json
+from wan5b.util import first_line, read_json, replacing, write_json
 from wan5b.weights import save_dit
 
 BEFORE = {"teacher": "init", "ar": "teacher", "dmd": "ode"}  # what a stage starts from
@@ -42,28 +43,23 @@ KEPT = (0, 14)  # of JUDGED: the captions of these frames
 # ---------------------------------------------------------------------------------------- training
 
 
-def weights_of(run: Path, name: str, steps: int | None) -> Path:
-    """The weights that a case samples, trained if they are not there. steps: in place of its own.
+def weights_of(run: Path, name: str, quick: bool = False) -> Path:
+    """The weights that a case samples, trained if they are not there.
 
     FloatingPointError if its training diverges.
     """
     case = CASES[name]
     if not is_trained(case):
         return demo.export(run, case.source)
-    keys = dict(case.keys)
-    if steps:
-        keys["steps"] = str(steps)
     if case.beside == "dmd":
-        row = ablations.Row(case.about, keys, start=case.start or BEFORE["dmd"])
-        return ablations.trained(run, name, row)[0]
+        row = ablations.Row(case.about, case.keys, start=case.start or BEFORE["dmd"])
+        return ablations.trained(run, name, row, quick)[0]
 
-    seed = read_metadata(demo.export(run, "dmd"))["training"]["seed"]
     before = BEFORE[case.beside]
     start = first_weights(run) if before == "init" else demo.export(run, before)
     latents = still_clips(run) if case.still else run / "latents"
-    keys |= {"out": folder(run, name), "seed": seed, "weights": start, "latents": latents}
-    demo.run_stage(run, case.beside, *(f"{key}={value}" for key, value in keys.items()))
-    return folder(run, name) / f"{case.beside}.safetensors"
+    keys = case.keys | {"weights": start, "latents": latents}
+    return ablations.train_stage(run, case.beside, folder(run, name, quick), keys, quick)[0]
 
 
 def first_weights(run: Path) -> Path:
@@ -74,10 +70,15 @@ def first_weights(run: Path) -> Path:
     return path
 
 
-def folder(run: Path, name: str) -> Path:
+def folder(run: Path, name: str, quick: bool = False) -> Path:
     """Of the run that a case trains, or samples."""
     case = CASES[name]
-    return run / "ablations" / name if is_trained(case) else run / case.source
+    return ablations.kept(run, quick) / name if is_trained(case) else run / case.source
+
+
+def kept(run: Path, quick: bool) -> Path:
+    """Where results lie; those of --quick never among others."""
+    return run / ("stages-quick" if quick else "stages")
 
 
 def still_clips(run: Path) -> Path:
@@ -145,31 +146,39 @@ def keep_frames(path: Path, latents: Tensor, codec) -> None:
 # -------------------------------------------------------------------------------------------- runs
 
 
-def measure(run: Path, name: str, longest: int, steps: int | None) -> None:
+def measure(run: Path, name: str, longest: int, quick: bool = False) -> None:
     """Train, sample and judge one case of one demo, unless that has been done."""
     torch.set_num_threads(1)
-    result = run / "stages" / f"{name}.json"
-    if result.exists():
-        return
     case = CASES[name]
+    length = longest if mode_of(case, demo.SAMPLED).causal else 1
+    result = kept(run, quick) / f"{name}.json"
+    if is_done(result, length):
+        return
     print(f"== {run} {name}: {case.about}", flush=True)
     began = time.time()
     captions = [str(demo.JUDGED[i]) for i in KEPT]
     found = {"ended": "", "scores": {}, "captions": captions}
     try:
-        model = load_dit(weights_of(run, name, steps))
+        model = load_dit(weights_of(run, name, quick))
     except FloatingPointError as error:  # that too is a way to be sick
         found["ended"] = first_line(error).partition(":")[0]
     else:
-        length = longest if mode_of(case, demo.SAMPLED).causal else 1
         codec = load_vae(run / "release")
         latents = sampled(case, model, TextStore(run / "text"), demo.TRAINED * length)
         found["scores"] = scored(latents, codec)
         keep_frames(result.with_suffix(".png"), latents, codec)
 
-    rows = read_metrics(folder(run, name) / METRICS) if has_curves(case) else []
+    rows = read_metrics(folder(run, name, quick) / METRICS) if has_curves(case) else []
     found["curves"] = binned(rows, case.beside)
     write_json(result, found | {"seconds": time.time() - began})
+
+
+def is_done(result: Path, length: int) -> bool:
+    """Whether it is there, judged up to this length or further, or diverged."""
+    if not result.exists():
+        return False
+    found = read_json(result)
+    return bool(found["ended"]) or str(length) in found["scores"]
 
 
 def measure_all(runs: list[Path], names: list[str], jobs: int, *options) -> None:
@@ -198,7 +207,8 @@ def main() -> None:
     add("--demos", nargs="+", type=Path, required=True, metavar="DIR", help="finished demos")
     add("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="of sick.py")
     add("--jobs", type=int, default=1, help="at a time, each on one core")
-    add("--steps", type=int, help="of every training, for a quick look")
+    quick = f"{ablations.QUICK['steps']} steps a training, kept apart"
+    add("--quick", action="store_true", help=f"whether all works: {quick}")
     add("--longest", type=int, choices=demo.LENGTHS[:3], default=10, help="up to where is judged")
     add("--write", type=Path, metavar="DOCS", help="only make DOCS/stages/*.png, fill in stages.md")
     args = parser.parse_args()
@@ -210,7 +220,7 @@ def main() -> None:
     if args.write:
         write(args.write, args.demos)
     else:
-        measure_all(args.demos, args.only, args.jobs, args.longest, args.steps)
+        measure_all(args.demos, args.only, args.jobs, args.longest, args.quick)
 
 
 if __name__ == "__main__":
