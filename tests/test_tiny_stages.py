@@ -181,3 +181,24 @@ def test_refusals(tmp_path):
     (tmp_path / "stages.md").write_text(PAGE)
     with pytest.raises(ValueError, match="--only teacher"):
         stages_show.write(tmp_path, [tmp_path])
+
+
+def test_processes(monkeypatch, tmp_path):
+    """One a case that is not done, or judged at fewer lengths; trained ones cost more."""
+    started = []
+    monkeypatch.setattr(stages, "run_jobs", lambda todo, at_once: started.extend(todo))
+    with pytest.raises(ValueError, match="no finished demo"):
+        stages.measure_all([tmp_path], ["dmd"], 2, 10)
+    (tmp_path / "report.json").touch()
+    (tmp_path / "stages").mkdir()
+    for name in ("teacher", "dmd"):  # the first is judged at one length anyway
+        found = {"ended": "", "scores": {"1": {}}}
+        (tmp_path / f"stages/{name}.json").write_text(json.dumps(found))
+    stages.measure_all([tmp_path], ["teacher", "dmd", "lr-high"], 2, 10)
+    assert [(job.log.stem, job.cost) for job in started] == [("dmd", 0), ("lr-high", 1)]
+
+    measured = []
+    monkeypatch.setattr(stages, "measure", lambda *given: measured.append(given))
+    for job in started:
+        stages.run_one(json.loads(job.command[-1]))
+    assert measured == [(tmp_path, name, 10, False) for name in ("dmd", "lr-high")]

@@ -1,4 +1,4 @@
-"""Processes of one thread each, so many at a time: what ablations.py and lora.py train in."""
+"""Processes of one thread each, so many at a time: ablations.py, lora.py and stages.py use them."""
 
 import os
 import signal
@@ -58,9 +58,10 @@ def run_jobs(jobs: list[Job], at_once: int) -> None:
                 for each in running:
                     each.process.terminate()
             time.sleep(0.1)
-            for each in [each for each in running if each.process.poll() is not None]:
+            ended = [each for each in running if each.process.poll() is not None]
+            for each in ended:
                 running.remove(each)
-                if not end(each, bool(stopped)):
+                if not went_well(each, bool(stopped)):
                     failed.append(each.job)
     if stopped:
         print("stopped; the same command goes on", flush=True)
@@ -114,8 +115,8 @@ def begin(job: Job) -> Running:
     return Running(job, process, time.monotonic())
 
 
-def end(ended: Running, stopped: bool) -> bool:
-    """Tell of one that has ended; whether that was well, or asked for."""
+def went_well(ended: Running, stopped: bool) -> bool:
+    """Whether one has ended well, or as it was asked to; a line on stdout says it."""
     code = ended.process.returncode
     seconds = f"{time.monotonic() - ended.began:.0f} s"
     if code == 0:

@@ -8,18 +8,19 @@
 A sickness (sick.py) is a stage of a finished demo trained again with a known fault, or a healthy
 model sampled in a wrong way. Each leaves two small files in the demo's folder, stages/NAME.json
 and stages/NAME.png, from which --write makes everything; what is there is not made again, unless it
-was judged at fewer lengths than are asked for.
+was judged at fewer lengths than are asked for. Each is a process of one thread, which prints to
+stages/NAME.log; SIGTERM saves what is at work: the same command goes on.
 """
 
 import argparse
+import json
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import ablations
 import demo
 import torch
+from jobs import Job, run_jobs
 from PIL import Image
 from sick import CASES, Case, has_curves, is_trained, mode_of
 from stages_show import binned, write
@@ -148,9 +149,8 @@ def keep_frames(path: Path, latents: Tensor, codec) -> None:
 
 def measure(run: Path, name: str, longest: int, quick: bool = False) -> None:
     """Train, sample and judge one case of one demo, unless that has been done."""
-    torch.set_num_threads(1)
     case = CASES[name]
-    length = longest if mode_of(case, demo.SAMPLED).causal else 1
+    length = length_of(case, longest)
     result = kept(run, quick) / f"{name}.json"
     if is_done(result, length):
         return
@@ -181,22 +181,33 @@ def is_done(result: Path, length: int) -> bool:
     return bool(found["ended"]) or str(length) in found["scores"]
 
 
-def measure_all(runs: list[Path], names: list[str], jobs: int, *options) -> None:
-    """Every case of every demo, so many at a time, each in a process of its own on one core.
+def length_of(case: Case, longest: int) -> int:
+    """Up to which length a case is judged: clips that are made at once, as the stage is trained."""
+    return longest if mode_of(case, demo.SAMPLED).causal else 1
 
-    One that fails leaves the others alone. ValueError at the end that names them.
-    """
-    longest_first = sorted(names, key=lambda name: not is_trained(CASES[name]))
-    pairs = [(run, name) for name in longest_first for run in runs]
-    failed = []
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        work = {pool.submit(measure, *pair, *options): pair for pair in pairs}
-        for done in as_completed(work):
-            if error := done.exception():
-                run, name = work[done]
-                failed.append(f"{run} {name} ({type(error).__name__}: {first_line(error)})")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(pairs)} failed: {'; '.join(failed)}")
+
+def measure_all(
+    runs: list[Path], names: list[str], at_once: int, longest: int, quick: bool = False
+) -> None:
+    """All that is not done, so many at a time, each in a process of one thread: see `run_jobs`."""
+    ablations.check_demos(runs)
+    todo = []
+    for name in names:
+        case = CASES[name]
+        for run in runs:
+            results = kept(run, quick)
+            if is_done(results / f"{name}.json", length_of(case, longest)):
+                continue
+            given = {"run": str(run), "name": name, "longest": longest, "quick": quick}
+            command = [str(Path(__file__).resolve()), "--one", json.dumps(given)]
+            log = results / f"{name}.log"
+            todo.append(Job(f"{run} {name}", command, log, cost=float(is_trained(case))))
+    run_jobs(todo, at_once)
+
+
+def run_one(given: dict) -> None:
+    """What `measure_all` has one of its processes do."""
+    measure(Path(given["run"]), given["name"], given["longest"], given["quick"])
 
 
 def main() -> None:
@@ -204,20 +215,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--demos", nargs="+", type=Path, required=True, metavar="DIR", help="finished demos")
+    add("--demos", nargs="+", type=Path, default=[], metavar="DIR", help="finished demos")
     add("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="of sick.py")
     add("--jobs", type=int, default=1, help="at a time, each on one core")
     quick = f"{ablations.QUICK['steps']} steps a training, kept apart"
     add("--quick", action="store_true", help=f"whether all works: {quick}")
     add("--longest", type=int, choices=demo.LENGTHS[:3], default=10, help="up to where is judged")
     add("--write", type=Path, metavar="DOCS", help="only make DOCS/stages/*.png, fill in stages.md")
+    add("--one", help=argparse.SUPPRESS)  # of a process that `measure_all` starts
     args = parser.parse_args()
-    for run in args.demos:
-        if not (run / "report.json").exists():
-            raise ValueError(f"{run} is no finished demo: make demo first")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs is 1 or more, got {args.jobs}")
+    if args.one:
+        run_one(json.loads(args.one))
+        return
+    if not args.demos:
+        parser.error("name --demos")
     if args.write:
+        ablations.check_demos(args.demos)
         write(args.write, args.demos)
     else:
         measure_all(args.demos, args.only, args.jobs, args.longest, args.quick)
