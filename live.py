@@ -27,8 +27,8 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --recache            at a new prompt the window is run again under it: a firmer change, one pass
                      over the window later
 
---anew               a new prompt begins a new video, which knows nothing of the one before: for
-                     models that can't follow a change
+--anew               a new prompt begins a new video (with the same image, if any), which knows
+                     nothing of the one before: for models that can't follow a change
 
 --example TEXT       of a prompt, shown where none is written yet
 
@@ -200,8 +200,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Videos. All share one cache, and with it its CUDA graphs.
     new_cache = functools.cache(KVCache)
-    changes = (args.interpolate or 1, args.anew)
-    make = Endless(job, model, (encoder, decoder), contexts, new_cache, *changes)
+    changes = {"interpolate": args.interpolate or 1, "anew": args.anew}
+    make = Endless(job, model, (encoder, decoder), contexts, new_cache, **changes)
     print("warming up ...", flush=True)
     seconds = make.warm_up()
 

@@ -109,14 +109,19 @@ def test_forwards():
 
 
 def test_table(tmp_path, capsys):
-    """Means and spreads of the seeds that are there; rows that were not run are left out."""
+    """Means and spreads of the seeds that are there; rows that were not run are left out. A folder
+    that is no demo is not a seed that is not there.
+    """
     for seed, drift in enumerate((0.1, 0.3)):
         scores = {score: 0.5 for score, _ in ablations.COLUMNS} | {"drift": drift}
         rows = {str(length): scores for length in ablations.LENGTHS}
         path = tmp_path / str(seed) / "ablations/gan.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"rows": rows, "training": 100 * seed}))
+        (tmp_path / str(seed) / "report.json").touch()
     runs = [tmp_path / "0", tmp_path / "1"]
+    with pytest.raises(ValueError, match="2 is no finished demo"):
+        ablations.table([*runs, tmp_path / "2"])
     ablations.table(runs, markdown=True)
     head, rule, row = capsys.readouterr().out.splitlines()
     assert head.startswith("| row | seeds | forwards | colour x10 |")

@@ -56,7 +56,7 @@ def test_longest_first_and_one_that_fails(tmp_path, capsys):
     assert logs == {"short": "before\nhello\n", "long": "1\n", "wrong": "no such key\n"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_are_passed_on(tmp_path, number):
     """As SIGTERM; all are waited for, none is begun any more."""
     code = PARENT.format(tiny=str(demo.HERE), out=str(tmp_path))
@@ -73,6 +73,18 @@ def test_signals_are_passed_on(tmp_path, number):
     assert not (tmp_path / "a.log").exists()
     assert out.splitlines()[-1] == "stopped; the same command goes on"
     assert out.count("stopped ") == 2
+
+
+def test_none_is_left_behind(tmp_path, monkeypatch):
+    """Where one can't begin (here its log is a folder) those at work end too."""
+    begun = []
+    begin = jobs.begin
+    monkeypatch.setattr(jobs, "begin", lambda job: begun.append(begin(job)) or begun[-1])
+    (tmp_path / "logs/wrong.log").mkdir(parents=True)
+    todo = [a_job(tmp_path, "long", "import time; time.sleep(60)", 2)]
+    with pytest.raises(IsADirectoryError):
+        jobs.run_jobs([*todo, a_job(tmp_path, "wrong", "", 1)], 2)
+    assert [each.process.poll() for each in begun] == [-signal.SIGTERM]
 
 
 def test_no_jobs_at_a_time(tmp_path):

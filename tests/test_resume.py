@@ -315,6 +315,8 @@ def test_damaged_states_are_refused_in_a_line(run, tmp_path):
             run("--resume", state)
     with pytest.raises(ValueError, match=r"--resume .*a\.mp4: the state of a clip is named like"):
         run("--resume", tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="no such file; a clip has one from --state-every seconds"):
+        run("--resume", tmp_path / "none.state.safetensors")
 
 
 @pytest.mark.parametrize("sizes", [[3] * 14, [8] * 6, [1] * 40])

@@ -412,3 +412,14 @@ def test_runs_that_began_before_these_options_go_on(data, tmp_path):
     check_unchanged(cfg, {}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="made with another clean_pass"):
         check_unchanged(replace(cfg, clean_pass=False), {}, tmp_path / "x.safetensors")
+
+
+def test_an_earlier_kind_of_real_frames_is_not_gone_on_with(data, tmp_path):
+    cfg = replace(config(data, "dmd", tmp_path), rollout="data")
+    said = json.loads(json.dumps(facts(cfg, PRESETS["tiny"], 2, {})))
+    save_dit(WanDiT(PRESETS["tiny"]), tmp_path / "new.safetensors", said)
+    check_unchanged(cfg, {}, tmp_path / "new.safetensors")
+    del said["training"]["kept_blocks"]
+    save_dit(WanDiT(PRESETS["tiny"]), tmp_path / "old.safetensors", said)
+    with pytest.raises(ValueError, match="old.safetensors is of an earlier version, whose rollout"):
+        check_unchanged(cfg, {}, tmp_path / "old.safetensors")

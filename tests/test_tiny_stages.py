@@ -33,10 +33,9 @@ def test_cases_are_configs(name, monkeypatch, tmp_path):
         return 1.0
 
     monkeypatch.setattr(demo, "run_stage", run_stage)
-    for module in (stages, stages.ablations):
-        monkeypatch.setattr(module, "read_metadata", lambda path: {"training": {"seed": 7}})
+    monkeypatch.setattr(stages.ablations, "seed_of", lambda run: 7)
     monkeypatch.setattr(stages, "still_clips", lambda run: run / "still")
-    weights = stages.weights_of(tmp_path, name, None)
+    weights = stages.weights_of(tmp_path, name)
     assert weights == tmp_path / "ablations" / name / f"{case.beside}.safetensors"
 
     config = str(demo.HERE / f"{case.beside}.toml")
@@ -85,18 +84,28 @@ def test_from_a_demo_to_the_page(tiny_demo, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "levels", lambda mode: [1.0, 0.0])
     names = [*sick.HEALTHY, "batch-small", "window-narrow"]
     for name in names:
-        stages.measure(tiny_demo, name, longest=1, steps=2)
-        found = json.loads((tiny_demo / "stages" / f"{name}.json").read_text())
+        stages.measure(tiny_demo, name, longest=1, quick=True)
+        found = json.loads((tiny_demo / "stages-quick" / f"{name}.json").read_text())
         assert set(stages_show.SCORES) <= set(found["scores"]["1"])
         assert bool(found["curves"]) == (name != "window-narrow")
-        with Image.open(tiny_demo / "stages" / f"{name}.png") as picture:
+        with Image.open(tiny_demo / "stages-quick" / f"{name}.png") as picture:
             assert picture.size == (64 * 3, 64 * 2)  # ends 1, 3, 9
 
-    # What is there is not made again.
-    result = tiny_demo / "stages/dmd.json"
+    # What is there is not made again, but where it was judged at fewer lengths.
+    result = tiny_demo / "stages-quick/dmd.json"
     before = result.stat().st_mtime_ns
-    stages.measure(tiny_demo, "dmd", longest=1, steps=2)
+    stages.measure(tiny_demo, "dmd", longest=1, quick=True)
     assert result.stat().st_mtime_ns == before
+    monkeypatch.setattr(stages, "scored", lambda latents, codec: {"1": score, "3": score})
+    monkeypatch.setattr(stages, "keep_frames", lambda *given: None)
+    score = json.loads(result.read_text())["scores"]["1"]
+    stages.measure(tiny_demo, "dmd", longest=3, quick=True)
+    assert list(json.loads(result.read_text())["scores"]) == ["1", "3"]
+
+    # What is quick never stands where the page's figures come from.
+    assert not (tiny_demo / "stages").exists()
+    assert not (tiny_demo / "ablations").exists()
+    (tiny_demo / "stages-quick").rename(tiny_demo / "stages")
 
     page = tmp_path / "stages.md"
     page.write_text(PAGE)
@@ -172,3 +181,24 @@ def test_refusals(tmp_path):
     (tmp_path / "stages.md").write_text(PAGE)
     with pytest.raises(ValueError, match="--only teacher"):
         stages_show.write(tmp_path, [tmp_path])
+
+
+def test_processes(monkeypatch, tmp_path):
+    """One a case that is not done, or judged at fewer lengths; trained ones cost more."""
+    started = []
+    monkeypatch.setattr(stages, "run_jobs", lambda todo, at_once: started.extend(todo))
+    with pytest.raises(ValueError, match="no finished demo"):
+        stages.measure_all([tmp_path], ["dmd"], 2, 10)
+    (tmp_path / "report.json").touch()
+    (tmp_path / "stages").mkdir()
+    for name in ("teacher", "dmd"):  # the first is judged at one length anyway
+        found = {"ended": "", "scores": {"1": {}}}
+        (tmp_path / f"stages/{name}.json").write_text(json.dumps(found))
+    stages.measure_all([tmp_path], ["teacher", "dmd", "lr-high"], 2, 10)
+    assert [(job.log.stem, job.cost) for job in started] == [("dmd", 0), ("lr-high", 1)]
+
+    measured = []
+    monkeypatch.setattr(stages, "measure", lambda *given: measured.append(given))
+    for job in started:
+        stages.run_one(json.loads(job.command[-1]))
+    assert measured == [(tmp_path, name, 10, False) for name in ("dmd", "lr-high")]

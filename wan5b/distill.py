@@ -82,7 +82,7 @@ def rollout(
     if isinstance(context, list):
         assert len(context) == len(chunks), f"{len(context)} contexts for {len(chunks)} chunks"
     texts = repeat(context) if isinstance(context, Tensor) else iter(context)
-    text = next(texts)
+    text = next(texts)  # the prefix is committed under it as well
     texts = chain([text], texts)
 
     inside = prefix if prefix_inside else None
@@ -113,8 +113,8 @@ def rollout(
             x0 = solve(field, x, levels, solver)
         yield x0
         if clean_pass:
-            kept = next(others) if others else x0
-            whole = kept if inside is None else torch.cat([inside, kept], 2)
+            clean = next(others) if others else x0
+            whole = clean if inside is None else torch.cat([inside, clean], 2)
             commit(generator, whole, text, cache)
         else:
             keep_last(field, x0, levels[leave:-1], partial(fresh, leave), cache)

@@ -35,7 +35,7 @@ from wan5b.extras.formats import load_dit, load_vae, read_metadata
 from wan5b.extras.log import METRICS, read_metrics
 from wan5b.extras.sampling import MODES
 from wan5b.flow import few_step_sigmas
-from wan5b.util import write_json
+from wan5b.util import read_json, write_json
 
 LENGTHS = (3, 10, 30)  # of which the table tells
 # Of the table: a score, and at which of these.
@@ -285,12 +285,13 @@ def check_demos(demos: list[Path]) -> None:
 
 def table(runs: list[Path], rows: dict[str, Row] = ROWS, markdown=False, quick=False) -> None:
     """Print mean and spread over the demos of all that there is."""
+    check_demos(runs)
     columns = PLAIN_COLUMNS if markdown else COLUMNS
     heads = ["row", "seeds", "forwards", *(f"{score} x{length}" for score, length in columns)]
     lines = []
     for name, row in rows.items():
         files = [kept(run, quick) / f"{name}.json" for run in runs]
-        reports = [json.loads(file.read_text()) for file in files if file.exists()]
+        reports = [read_json(file) for file in files if file.exists()]
         if not reports:
             continue
         first, after = forwards(row)

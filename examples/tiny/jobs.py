@@ -1,4 +1,4 @@
-"""Processes of one thread each, so many at a time: what ablations.py and lora.py train in."""
+"""Processes of one thread each, so many at a time: ablations.py, lora.py and stages.py use them."""
 
 import os
 import signal
@@ -39,14 +39,15 @@ def run_jobs(jobs: list[Job], at_once: int) -> None:
     """Run all of them; a line on stdout when each begins and ends.
 
     One that fails does not keep the others: ValueError at the end, with the logs of all that did.
-    SIGTERM and Ctrl-C are passed on as SIGTERM; when all have ended, this exits with 143.
+    SIGTERM, Ctrl-C and a terminal that closes are passed on as SIGTERM; when all have ended, this
+    exits with 143.
     """
     if at_once < 1:
         raise ValueError(f"--jobs {at_once}: must be at least 1")
     waiting = sorted(jobs, key=lambda job: job.cost)
     running: list[Running] = []
     failed: list[Job] = []
-    with stopping() as stopped:
+    with stopping() as stopped, none_left(running):
         told = 0.0
         while running or (waiting and not stopped):
             while waiting and len(running) < at_once and not stopped:
@@ -57,9 +58,10 @@ def run_jobs(jobs: list[Job], at_once: int) -> None:
                 for each in running:
                     each.process.terminate()
             time.sleep(0.1)
-            for each in [each for each in running if each.process.poll() is not None]:
+            ended = [each for each in running if each.process.poll() is not None]
+            for each in ended:
                 running.remove(each)
-                if not end(each, bool(stopped)):
+                if not went_well(each, bool(stopped)):
                     failed.append(each.job)
     if stopped:
         print("stopped; the same command goes on", flush=True)
@@ -74,13 +76,27 @@ def stopping() -> Iterator[list[int]]:
     """A list that takes the signals that ask to stop."""
     seen: list[int] = []
     before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # nohup
         before[number] = signal.signal(number, lambda number, _: seen.append(number))
     try:
         yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def none_left(running: list[Running]) -> Iterator[None]:
+    """Whatever goes wrong (a full disk, a closed pipe): nothing is trained on that nobody sees."""
+    try:
+        yield
+    finally:
+        for each in running:
+            each.process.terminate()
+        for each in running:
+            each.process.wait()
 
 
 def begin(job: Job) -> Running:
@@ -99,8 +115,8 @@ def begin(job: Job) -> Running:
     return Running(job, process, time.monotonic())
 
 
-def end(ended: Running, stopped: bool) -> bool:
-    """Tell of one that has ended; whether that was well, or asked for."""
+def went_well(ended: Running, stopped: bool) -> bool:
+    """Whether one has ended well, or as it was asked to; a line on stdout says it."""
     code = ended.process.returncode
     seconds = f"{time.monotonic() - ended.began:.0f} s"
     if code == 0:

@@ -30,7 +30,7 @@ from jobs import Job, run_jobs
 
 import train
 from wan5b.extras.cli import script
-from wan5b.util import write_json
+from wan5b.util import read_json, write_json
 
 STAGES = ("ar", "ode", "dmd")
 RATES = {"ar": ["lr"], "ode": ["lr"], "dmd": ["lr", "critic_lr"]}
@@ -71,7 +71,7 @@ def chain(run: Path, rank: int, factor: float, quick: bool = False) -> None:
         if not scores.exists():
             rows = judged_as(run, weights, demo.SAMPLED[stage], quick)
             write_json(scores, {"rows": rows, "training": seconds})
-        found[stage] = json.loads(scores.read_text())
+        found[stage] = read_json(scores)
     write_json(result, found)
 
 
@@ -113,6 +113,7 @@ def run_one(given: dict) -> None:
 
 def table(runs: list[Path], markdown: bool = False, quick: bool = False) -> None:
     """Print mean and spread over the demos: all parameters, then all ranks and factors there."""
+    check_demos(runs)
     names = sorted(
         {file.stem for run in runs for file in kept(run, quick).glob("lora-*-x*.json")},
         key=lambda name: [float(part) for part in name.removeprefix("lora-").split("-x")],
@@ -124,7 +125,7 @@ def table(runs: list[Path], markdown: bool = False, quick: bool = False) -> None
         lines.append(line_of(f"{stage}, all parameters", full))
         for name in names:
             files = [kept(run, quick) / f"{name}.json" for run in runs]
-            found = [json.loads(file.read_text())[stage] for file in files if file.exists()]
+            found = [read_json(file)[stage] for file in files if file.exists()]
             rank, _, factor = name.removeprefix("lora-").partition("-x")
             lines.append(line_of(f"{stage}, rank {rank}, learning rate x {factor}", found))
     print_table(heads, lines, markdown)
@@ -132,7 +133,7 @@ def table(runs: list[Path], markdown: bool = False, quick: bool = False) -> None
 
 def full_parameters(run: Path, stage: str) -> dict:
     """What the demo's report says of a stage, as `chain` writes it."""
-    report = json.loads((run / "report.json").read_text())
+    report = read_json(run / "report.json")
     rows = {}
     for name, row in report["rows"].items():
         which, _, length = name.partition(" x")

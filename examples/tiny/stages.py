@@ -7,18 +7,20 @@
 
 A sickness (sick.py) is a stage of a finished demo trained again with a known fault, or a healthy
 model sampled in a wrong way. Each leaves two small files in the demo's folder, stages/NAME.json
-and stages/NAME.png, from which --write makes everything; what is there is not made again.
+and stages/NAME.png, from which --write makes everything; what is there is not made again, unless it
+was judged at fewer lengths than are asked for. Each is a process of one thread, which prints to
+stages/NAME.log; SIGTERM saves what is at work: the same command goes on.
 """
 
 import argparse
+import json
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 import ablations
 import demo
 import torch
+from jobs import Job, run_jobs
 from PIL import Image
 from sick import CASES, Case, has_curves, is_trained, mode_of
 from stages_show import binned, write
@@ -27,12 +29,12 @@ from torch import Tensor
 from wan5b.data import Store, TextStore
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.cli import script
-from wan5b.extras.formats import load_dit, load_vae, read_metadata
+from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.log import METRICS, read_metrics
 from wan5b.extras.media import to_frames
 from wan5b.extras.sampling import generate
 from wan5b.extras.shards import write_shard
-from wan5b.util import first_line, replacing, write_json
+from wan5b.util import first_line, read_json, replacing, write_json
 from wan5b.weights import save_dit
 
 BEFORE = {"teacher": "init", "ar": "teacher", "dmd": "ode"}  # what a stage starts from
@@ -42,28 +44,23 @@ KEPT = (0, 14)  # of JUDGED: the captions of these frames
 # ---------------------------------------------------------------------------------------- training
 
 
-def weights_of(run: Path, name: str, steps: int | None) -> Path:
-    """The weights that a case samples, trained if they are not there. steps: in place of its own.
+def weights_of(run: Path, name: str, quick: bool = False) -> Path:
+    """The weights that a case samples, trained if they are not there.
 
     FloatingPointError if its training diverges.
     """
     case = CASES[name]
     if not is_trained(case):
         return demo.export(run, case.source)
-    keys = dict(case.keys)
-    if steps:
-        keys["steps"] = str(steps)
     if case.beside == "dmd":
-        row = ablations.Row(case.about, keys, start=case.start or BEFORE["dmd"])
-        return ablations.trained(run, name, row)[0]
+        row = ablations.Row(case.about, case.keys, start=case.start or BEFORE["dmd"])
+        return ablations.trained(run, name, row, quick)[0]
 
-    seed = read_metadata(demo.export(run, "dmd"))["training"]["seed"]
     before = BEFORE[case.beside]
     start = first_weights(run) if before == "init" else demo.export(run, before)
     latents = still_clips(run) if case.still else run / "latents"
-    keys |= {"out": folder(run, name), "seed": seed, "weights": start, "latents": latents}
-    demo.run_stage(run, case.beside, *(f"{key}={value}" for key, value in keys.items()))
-    return folder(run, name) / f"{case.beside}.safetensors"
+    keys = case.keys | {"weights": start, "latents": latents}
+    return ablations.train_stage(run, case.beside, folder(run, name, quick), keys, quick)[0]
 
 
 def first_weights(run: Path) -> Path:
@@ -74,10 +71,15 @@ def first_weights(run: Path) -> Path:
     return path
 
 
-def folder(run: Path, name: str) -> Path:
+def folder(run: Path, name: str, quick: bool = False) -> Path:
     """Of the run that a case trains, or samples."""
     case = CASES[name]
-    return run / "ablations" / name if is_trained(case) else run / case.source
+    return ablations.kept(run, quick) / name if is_trained(case) else run / case.source
+
+
+def kept(run: Path, quick: bool) -> Path:
+    """Where results lie; those of --quick never among others."""
+    return run / ("stages-quick" if quick else "stages")
 
 
 def still_clips(run: Path) -> Path:
@@ -145,49 +147,67 @@ def keep_frames(path: Path, latents: Tensor, codec) -> None:
 # -------------------------------------------------------------------------------------------- runs
 
 
-def measure(run: Path, name: str, longest: int, steps: int | None) -> None:
+def measure(run: Path, name: str, longest: int, quick: bool = False) -> None:
     """Train, sample and judge one case of one demo, unless that has been done."""
-    torch.set_num_threads(1)
-    result = run / "stages" / f"{name}.json"
-    if result.exists():
-        return
     case = CASES[name]
+    length = length_of(case, longest)
+    result = kept(run, quick) / f"{name}.json"
+    if is_done(result, length):
+        return
     print(f"== {run} {name}: {case.about}", flush=True)
     began = time.time()
     captions = [str(demo.JUDGED[i]) for i in KEPT]
     found = {"ended": "", "scores": {}, "captions": captions}
     try:
-        model = load_dit(weights_of(run, name, steps))
+        model = load_dit(weights_of(run, name, quick))
     except FloatingPointError as error:  # that too is a way to be sick
         found["ended"] = first_line(error).partition(":")[0]
     else:
-        length = longest if mode_of(case, demo.SAMPLED).causal else 1
         codec = load_vae(run / "release")
         latents = sampled(case, model, TextStore(run / "text"), demo.TRAINED * length)
         found["scores"] = scored(latents, codec)
         keep_frames(result.with_suffix(".png"), latents, codec)
 
-    rows = read_metrics(folder(run, name) / METRICS) if has_curves(case) else []
+    rows = read_metrics(folder(run, name, quick) / METRICS) if has_curves(case) else []
     found["curves"] = binned(rows, case.beside)
     write_json(result, found | {"seconds": time.time() - began})
 
 
-def measure_all(runs: list[Path], names: list[str], jobs: int, *options) -> None:
-    """Every case of every demo, so many at a time, each in a process of its own on one core.
+def is_done(result: Path, length: int) -> bool:
+    """Whether it is there, judged up to this length or further, or diverged."""
+    if not result.exists():
+        return False
+    found = read_json(result)
+    return bool(found["ended"]) or str(length) in found["scores"]
 
-    One that fails leaves the others alone. ValueError at the end that names them.
-    """
-    longest_first = sorted(names, key=lambda name: not is_trained(CASES[name]))
-    pairs = [(run, name) for name in longest_first for run in runs]
-    failed = []
-    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        work = {pool.submit(measure, *pair, *options): pair for pair in pairs}
-        for done in as_completed(work):
-            if error := done.exception():
-                run, name = work[done]
-                failed.append(f"{run} {name} ({type(error).__name__}: {first_line(error)})")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(pairs)} failed: {'; '.join(failed)}")
+
+def length_of(case: Case, longest: int) -> int:
+    """Up to which length a case is judged: clips that are made at once, as the stage is trained."""
+    return longest if mode_of(case, demo.SAMPLED).causal else 1
+
+
+def measure_all(
+    runs: list[Path], names: list[str], at_once: int, longest: int, quick: bool = False
+) -> None:
+    """All that is not done, so many at a time, each in a process of one thread: see `run_jobs`."""
+    ablations.check_demos(runs)
+    todo = []
+    for name in names:
+        case = CASES[name]
+        for run in runs:
+            results = kept(run, quick)
+            if is_done(results / f"{name}.json", length_of(case, longest)):
+                continue
+            given = {"run": str(run), "name": name, "longest": longest, "quick": quick}
+            command = [str(Path(__file__).resolve()), "--one", json.dumps(given)]
+            log = results / f"{name}.log"
+            todo.append(Job(f"{run} {name}", command, log, cost=float(is_trained(case))))
+    run_jobs(todo, at_once)
+
+
+def run_one(given: dict) -> None:
+    """What `measure_all` has one of its processes do."""
+    measure(Path(given["run"]), given["name"], given["longest"], given["quick"])
 
 
 def main() -> None:
@@ -195,22 +215,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--demos", nargs="+", type=Path, required=True, metavar="DIR", help="finished demos")
+    add("--demos", nargs="+", type=Path, default=[], metavar="DIR", help="finished demos")
     add("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help="of sick.py")
     add("--jobs", type=int, default=1, help="at a time, each on one core")
-    add("--steps", type=int, help="of every training, for a quick look")
+    quick = f"{ablations.QUICK['steps']} steps a training, kept apart"
+    add("--quick", action="store_true", help=f"whether all works: {quick}")
     add("--longest", type=int, choices=demo.LENGTHS[:3], default=10, help="up to where is judged")
     add("--write", type=Path, metavar="DOCS", help="only make DOCS/stages/*.png, fill in stages.md")
+    add("--one", help=argparse.SUPPRESS)  # of a process that `measure_all` starts
     args = parser.parse_args()
-    for run in args.demos:
-        if not (run / "report.json").exists():
-            raise ValueError(f"{run} is no finished demo: make demo first")
-    if args.jobs < 1:
-        raise ValueError(f"--jobs is 1 or more, got {args.jobs}")
+    if args.one:
+        run_one(json.loads(args.one))
+        return
+    if not args.demos:
+        parser.error("name --demos")
     if args.write:
+        ablations.check_demos(args.demos)
         write(args.write, args.demos)
     else:
-        measure_all(args.demos, args.only, args.jobs, args.longest, args.steps)
+        measure_all(args.demos, args.only, args.jobs, args.longest, args.quick)
 
 
 if __name__ == "__main__":

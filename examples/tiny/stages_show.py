@@ -1,7 +1,6 @@
 """Pictures and tables of docs/stages.md, from what stages.py has left in the demos' folders."""
 
 import io
-import json
 import math
 from pathlib import Path
 from statistics import mean
@@ -12,7 +11,7 @@ from sick import CASES, HEALTHY, SICK, Case, has_curves
 
 from wan5b.data import Store
 from wan5b.extras.report_plot import BLUE, GREY, INK, RED, available
-from wan5b.util import replacing
+from wan5b.util import read_json, replacing
 
 # Of metrics.jsonl, by stage; those of dmd are told of its generator's steps or its critic's.
 CURVES = {
@@ -60,7 +59,7 @@ def read(runs: list[Path]) -> dict[str, list[dict]]:
     found = {}
     for name in CASES:
         files = [run / "stages" / f"{name}.json" for run in runs]
-        there = [json.loads(file.read_text()) for file in files if file.exists()]
+        there = [read_json(file) for file in files if file.exists()]
         if there:
             found[name] = there
     return found

@@ -244,7 +244,14 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     known = read_metadata(saved)
     # What a run of an earlier version did not know, it did as is the default.
     defaults = {option.name: option.default for option in fields(cfg)}
-    before = json.loads(json.dumps(defaults)) | known.get("training", {})
+    training = known.get("training", {})
+    before = json.loads(json.dumps(defaults)) | training
+    if training.get("rollout") == "data" and "kept_blocks" not in training:
+        # Those versions, which did not know this key, generated one chunk and cut the clip there.
+        raise ValueError(
+            f"{saved} is of an earlier version, whose rollout = 'data' was another (one chunk "
+            "behind real frames); choose another out"
+        )
     now = json.loads(json.dumps(asdict(cfg)))
     free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
     changed = [key for key, value in now.items() if before[key] != value and key not in free]

@@ -42,6 +42,7 @@ def data_forcing_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     figures = {}
 
     def taught(noised: Noised) -> Noised:
+        # Drawn only here: the rollout draws its exit level from the same numbers before.
         forced = is_forced(run, batch)
         figures["forced"] = noised.xs.new_tensor(float(forced))
         return noised_clip(run, batch, noised) if forced else noised

@@ -182,7 +182,8 @@ class Endless:
         first, rest = sampler["chunks"]
         size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
         waiting = deque()  # chunks that are being decoded, and the versions of their prompts
-        for seed, texts in enumerate(self.scenes(wish), wish.seed):
+        # Each of several videos has noise of its own: the same again would look alike.
+        for seed, texts in enumerate(self.videos(wish), wish.seed):
             noise = draw_noise(seed, chain([first], repeat(rest)), size)
             own = {"prefix": prefix, "seed": seed, "new_cache": self.new_cache}
             latents = generate(self.model, noise, texts, **sampler, **own)
@@ -201,11 +202,14 @@ class Endless:
         place = place_of(self.model)
         return self.place != place and {self.place.type, place.type} == {"cuda"}
 
-    def scenes(self, wish: Wish) -> Iterator[Iterator[Tensor]]:
-        """The contexts of each scene's chunks: of a single one, or a new one for each prompt."""
+    def videos(self, wish: Wish) -> Iterator[Iterator[Tensor]]:
+        """The contexts of a video's chunks: of one without an end, or of one after the other, each
+        until the prompt changes.
+        """
         texts = self.texts(wish)
         if self.anew:
-            yield from (scene for _, scene in groupby(texts, key=id))
+            # A prompt is one tensor as long as it stays, so another tensor is another prompt.
+            yield from (video for _, video in groupby(texts, key=id))
         else:
             yield texts
 

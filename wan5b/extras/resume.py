@@ -326,6 +326,9 @@ def read_about(path: str | Path) -> dict:
     path = Path(path)
     if not path.name.endswith(STATE):
         raise ValueError(f"--resume {path}: the state of a clip is named like clip{STATE}")
+    if not path.exists():
+        why = "a clip has one from --state-every seconds (60) on, until it is finished"
+        raise ValueError(f"--resume {path}: no such file; {why}")
     with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {})["state"])
 
