@@ -49,7 +49,7 @@ from release import write_dit
 
 import train
 from wan5b import fuse, stages
-from wan5b.distill import critic_loss, dmd_gradient
+from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import checkpoints
 from wan5b.extras.adapters import flop_share
@@ -115,7 +115,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-checkpointing", action="store_true")
     text = "so many blocks of a network are not recomputed"
     add("--kept-blocks", type=int, default=0, metavar="N", help=text)
-    add("--fp8", action="store_true", help="dmd, sid: rollouts and scores in float8")
     text = "at the end write a checkpoint there, with its bytes and seconds"
     add("--save", type=Path, metavar="DIR", help=text)
     text = "start all networks from it; made, with random weights, if missing"
@@ -134,7 +133,7 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
     """The run's config. stores: those of `make_data`."""
     options = dict(stores)
     same = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
-    same += ("seed", "lora", "device", "offload", "keep_attention", "split_attention", "fp8")
+    same += ("seed", "lora", "device", "offload", "keep_attention", "split_attention")
     for name in same:
         options[name] = getattr(args, name)
     if args.release:
@@ -397,24 +396,6 @@ def loss_of_critic(run: Run, rollouts: list[tuple[Tensor, Tensor, Noised]]) -> T
     return torch.stack(losses).mean()
 
 
-@torch.no_grad()
-def error_of_gradient(run: Run) -> float:
-    """The relative error of the DMD gradient whose scores are made in float8: against those made as
-    with grad, in the run's dtype. Both of the same rollout.
-    """
-    batch = next(micro_batches(run, "fixed", 0, moved=False))
-    rolled = roll_out(run, batch)
-    noised = stages.noise_again(run, batch, rolled)
-    made = []
-    for with_grad in (False, True):
-        with torch.set_grad_enabled(with_grad):
-            fake = stages.estimate(run.critic, noised, batch.context, rolled.x0.shape[2])
-            real = stages.teach(run, batch, noised, rolled.x0.shape[2])
-        made.append(dmd_gradient(rolled.x0, fake, *real, run.cfg.guidance))
-    fast, plain = made
-    return ((fast - plain).norm() / plain.norm()).item()
-
-
 # ---------------------------------------------------------------------------------------- reporting
 
 
@@ -525,7 +506,6 @@ def measure(args: argparse.Namespace, world: World) -> None:
             torch.cuda.reset_peak_memory_stats()
 
         # Iterations.
-        error = error_of_gradient(run) if args.fp8 else None
         clock = Clock(run)
         iterations = args.iterations or (args.ratio + 1 if distilling else 3)
         outcome = iterate(run, clock, iterations)
@@ -539,8 +519,6 @@ def measure(args: argparse.Namespace, world: World) -> None:
     if distilling:
         print_distillation(clock, args.batch // world.size, world.size, ceiling)
     print_memory(run)
-    if error is not None:
-        print(f"scores in float8: the DMD gradient is off by {error:.2%}")
     print(*outcome, sep="\n")
     if args.device == "cuda":
         print_allocator()

@@ -104,7 +104,7 @@ class LoraLinear(nn.Linear):
 
 
 def merge(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """weight [out, in] + scale * up [out, rank] down [rank, in], in float32, where the weight is."""
+    """weight [out, in] + scale * up [out, rank] down [rank, in]: float32, where the weight is."""
     change = up.to(weight.device) @ down.to(weight.device)
     return weight.float().add(change, alpha=scale)
 

@@ -157,9 +157,7 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         gathered = generator * world.shards * dtype.itemsize + frozen
         device["activations"] += layers / model.num_layers
     if scores:
-        # In float8 a rollout has all layers once more, adapters merged, a byte a number.
-        copied = base * world.shards if cfg.fp8 else 0
-        device["activations"] = max(device["activations"], gathered + copied)
+        device["activations"] = max(device["activations"], gathered)
     if world.device.type == "cuda":
         return {"device": device, "host": host}
     return {"device": device | host}
