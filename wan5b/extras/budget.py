@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras.adapters import flop_share, of_a_block
-from wan5b.extras.gan import Classifier, layers_read
+from wan5b.extras.gan import READERS, Classifier, layers_read
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
@@ -45,7 +45,7 @@ class Backward:
     (of a cache's, of other chunks', and its own beside them). keeps: whether checkpointing keeps
     the results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are
     trained. kept_blocks: of each forward, those that checkpointing leaves out. compiled: whether
-    the pieces of layers are.
+    the pieces of layers are. read: how many layers' features a classifier reads.
     """
 
     tokens: int
@@ -58,6 +58,7 @@ class Backward:
     ranks: int = 0
     kept_blocks: int = 0
     compiled: bool = False
+    read: int = 0
 
     def layer(self, cfg: DiTConfig) -> float:
         """Bytes that a layer keeps for its backward.
@@ -103,7 +104,10 @@ class Backward:
             # own, four gradients of D in float32, and its input.
             gradients = max(gradients, tokens * (7 * wide + width))
         heads = tokens * (self.graphs - 1) * 3 * wide
-        return layer + gradients + heads + max(kept - self.late, 0)
+        # The gradients of features wait for their layers. Without checkpointing a classifier keeps
+        # its input in float32 too, and four values of D.
+        features = tokens * self.read * (width if self.checkpointing else 4 * width + wide)
+        return layer + gradients + heads + features + max(kept - self.late, 0)
 
 
 def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> dict[str, Parts]:
@@ -210,7 +214,8 @@ def activations(
     graphs = 1
     if cfg.stage == "sid":
         graphs = 3 if cfg.guidance else 2
-    scored = Backward(tokens, graphs=graphs, **common).activations(scores)
+    read = READERS if cfg.with_gan else 0
+    scored = Backward(tokens, graphs=graphs, read=read, **common).activations(scores)
 
     # The replay, whose chunks copy all keys that they see; the first one sees its own, where they
     # are.
