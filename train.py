@@ -30,6 +30,7 @@ from wan5b.extras.checks import check_config, check_finished, check_fit, held_by
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import at_least, one_of, path, read, within
 from wan5b.extras.formats import open_dit
+from wan5b.extras.merging import merge_rollouts
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import open_vae, sample_videos
 from wan5b.extras.recipes import facts
@@ -150,6 +151,8 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     # As `network` makes them, or with lora over one base.
     make = adapters.maker(network, cfg, world, start)
     generator, initial = make(cfg.weights, *start)
+    if cfg.lora and cfg.lora_merge:
+        merge_rollouts(world, generator)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
     own = {"phases": phases.of(cfg), "rollouts": rollouts(cfg, world)}
     if not distilling:

@@ -102,6 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dfd", action="store_true", help="dmd: the teacher scores clips in all steps")
     text = "adapters of this rank over one base, which is the teacher; 0: all weights"
     add("--lora", type=int, default=0, metavar="RANK", help=text)
+    add("--no-merge", action="store_true", help="with --lora: rollouts over base and adapters")
     text = "dmd, sid: levels of the chunks behind the first, in thousandths"
     add("--levels-after", type=int, nargs="+", default=[], metavar="LEVEL", help=text)
     text = "dmd, sid: the last level's keys are a chunk's context"
@@ -156,10 +157,12 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
         critic_lr=args.lr,
         ema_start=0,
         dtype=dtype_of(args),
+        compile=args.compile,
         checkpointing=not args.no_checkpointing,
         kept_blocks=args.kept_blocks,
         levels_after=tuple(args.levels_after),
         clean_pass=not args.no_clean_pass,
+        lora_merge=not args.no_merge,
         **options,
     )
 
@@ -260,7 +263,7 @@ class RepeatedFlop:
         again = model.recomputed_blocks / model.cfg.num_layers
         self.done += recomputed_flop(model, args[0], **options) + again * share * linear
         if "cache" in options:  # a replay, of what the rollout has done
-            self.done += (1 + share) * linear + attention
+            self.done += (1 + share * (not hasattr(model, "merges"))) * linear + attention
         self.done += 0.5 * attention  # the scores, in the backward
 
 

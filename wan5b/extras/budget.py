@@ -21,6 +21,7 @@ from torch.utils.benchmark import Timer
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras.adapters import flop_share, of_a_block
 from wan5b.extras.gan import READERS, Classifier, layers_read
+from wan5b.extras.merging import copied_bytes, runs_merged
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
@@ -162,6 +163,11 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         device["activations"] += layers / model.num_layers
     if scores:
         device["activations"] = max(device["activations"], gathered)
+    if scores or cfg.sample_prompts:
+        # While rollouts run there are no activations, but copies.
+        merged = gathered + copied_bytes(cfg, model) - device["activations"]
+        if merged > 0:
+            device["merged weights"] = merged
     if world.device.type == "cuda":
         return {"device": device, "host": host}
     return {"device": device | host}
@@ -263,6 +269,8 @@ def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
                 helps.append("smaller kept_blocks")
             if cfg.micro_batch > 1:
                 helps.append("a smaller micro_batch")
+            if "merged weights" in parts:
+                helps.append("lora_merge = false")
             helps.append("more processes")
         raise ValueError(
             f"{needed / GIB:.2f} GiB are needed on the {place}, {free[place] / GIB:.2f} are free; "
@@ -366,7 +374,7 @@ class FlopCount:
         """
         known = {name: value for name, value in options.items() if name != "clean_sigma"}
         linear, attention = forward_flop(model.cfg, args[0], **known)
-        self.done += (1 + share) * linear + attention
+        self.done += (1 + share * (not runs_merged(model))) * linear + attention
         if not torch.is_grad_enabled():
             return
         again = model.recomputed_blocks / model.cfg.num_layers

@@ -43,12 +43,12 @@ ONLY_IN = {
 }
 READS = ("text", "latents", "trajectories", "weights", "lora_weights", "teacher")
 # What has an effect beside gan_weight, or lora, only.
-OF_LORA = ("lora_alpha", "lora_targets")
+OF_LORA = ("lora_alpha", "lora_targets", "lora_merge")
 OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_layers")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
-    *("kept_blocks", "keep_attention", "split_attention"),
+    *("kept_blocks", "keep_attention", "split_attention", "lora_merge"),
     *("save_every", "keep", "vae", "sample_every", "sample_prompts", "sample_guidance"),
 }
 
