@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +20,18 @@ from common import compiling, rel
 from safetensors.torch import load_file, save_file
 from test_adapters import lora_run
 from test_adapters_runs import lora_config
+from test_budget import BIG, FusedNorm
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from training import DIT, ENVIRONMENT, finish, first_batch, make_run, run_phase, same
 
 import train
 from wan5b import fsdp, fuse, stages
+from wan5b.dit import WanDiT, rope_table
 from wan5b.extras import adapters, budget, previews
-from wan5b.extras.merging import copied_bytes, layers
+from wan5b.extras.merging import copied_bytes, layers, merge_rollouts
+from wan5b.kvcache import KVCache
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
@@ -217,6 +223,43 @@ def test_the_budget_tells_their_bytes(data, dtype, targets):
     assert copied_bytes(run.cfg, DIT) == held + 12 * largest
     apart = lora_run(data, "dmd", dtype=dtype, lora_targets=targets, lora_merge=False)
     assert copied_bytes(apart.cfg, DIT) == 0
+
+
+def test_a_rollout_takes_no_more(monkeypatch):
+    """Beside the cache, on tensors without memory: a forward behind 18 frames that makes copies, of
+    blocks as wide as the 5B's.
+    """
+    monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x))
+    dit = dataclasses.replace(BIG, num_layers=2)
+    cfg = SimpleNamespace(lora=128, lora_alpha=0.0, lora_merge=True, dtype="bfloat16")
+    cfg.lora_targets = adapters.TARGETS
+    rope_table.cache_clear()
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        model = WanDiT(dit).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        adapters.attach(model, cfg.lora, 1.0, cfg.lora_targets)
+        for name, p in list(model.named_parameters()):  # the tracker takes no frozen ones
+            owner, _, own = name.rpartition(".")
+            delattr(model.get_submodule(owner), own)
+            model.get_submodule(owner).register_buffer(own, p.detach())
+        world = SimpleNamespace(gathered=lambda model: contextlib.nullcontext())
+        merge_rollouts(world, model)
+        cache = KVCache(dit, 1, 21, 880, dtype=torch.bfloat16)
+        for _ in range(6):
+            cache.append(3)
+            cache.commit(3)
+        x = torch.randn(1, 48, 3, 44, 80)
+        context = torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
+        held = [*model.buffers(), cache.memory, cache.text, x, context]
+        tracker = MemTracker()
+        tracker.track_external(model, cache.memory, cache.text, x, context)
+        with tracker, world.gathered(model), torch.no_grad():
+            model(x, 0.5, context, cache=cache)
+    rope_table.cache_clear()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    peak -= sum(tensor.nbytes for tensor in held)
+    assert 0.9 * copied_bytes(cfg, dit) < peak < copied_bytes(cfg, dit)
 
 
 def test_a_budget_that_copies_break_says_so(data, monkeypatch):
