@@ -7,7 +7,7 @@
     python tools/bench_training.py --levels-after 1000 500 --no-clean-pass   # 4, then 2 levels
     python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
     python tools/bench_training.py --lora 128 --compile --keep-attention   # dmd-lora-5b.toml
-    python tools/bench_training.py --lora 128 --compile --size 480x832     # for a 24 GB card
+    python tools/bench_training.py --lora 128 --compile --size 480x832 --no-merge   # for 24 GB
     python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB)
     python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9
 
