@@ -30,7 +30,7 @@ from wan5b.extras.checks import check_config, check_finished, check_fit, held_by
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import at_least, one_of, path, read, within
 from wan5b.extras.formats import open_dit
-from wan5b.extras.fp8_training import without_grad_in_fp8
+from wan5b.extras.merging import merge_rollouts
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import open_vae, sample_videos
 from wan5b.extras.recipes import facts
@@ -111,7 +111,6 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     kept_blocks: int = at_least(0, 0)  # so many of a network's blocks are not recomputed
     keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
     split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
-    fp8: bool = False  # dmd, sid: rollouts and scores, all that has no grad, in float8 (Hopper)
     compile: bool = False  # small operations are fused: half a minute, then a fifth off a step
     offload: bool = False  # the optimizers' state in host memory: 60 GB of a 5B's dmd leave the GPU
     shard: int = at_least(0, 0)  # processes that share one copy of the weights; 0: those of a node
@@ -152,6 +151,8 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     # As `network` makes them, or with lora over one base.
     make = adapters.maker(network, cfg, world, start)
     generator, initial = make(cfg.weights, *start)
+    if cfg.lora and cfg.lora_merge:
+        merge_rollouts(world, generator)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
     own = {"phases": phases.of(cfg), "rollouts": rollouts(cfg, world)}
     if not distilling:
@@ -162,10 +163,7 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     critic, initial = make(scored, *scores)
     optimizers["critic"] = optimizer(critic, initial | gan.attach(cfg, world, critic), False)
     own |= {"critic": critic, "teacher": teacher, "cache": new_cache(cfg, generator.cfg, world)}
-    run = Run(cfg, world, data, budget, generator, optimizers, **own)
-    if cfg.fp8:
-        without_grad_in_fp8(run)
-    return run
+    return Run(cfg, world, data, budget, generator, optimizers, **own)
 
 
 def network(

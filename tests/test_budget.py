@@ -266,16 +266,6 @@ def test_processes_share_what_is_sharded(data):
     assert max(weights, activations) <= held < weights + activations, "a rollout gathers all"
 
 
-def test_copies_in_float8_are_there_while_no_backward_is(data):
-    """So one process, whose backward takes more, needs no more; of eight each has gathered all."""
-    cfg = config_5b(data, "dmd", batch=16)
-    fp8 = dataclasses.replace(cfg, fp8=True)
-    assert on_a_gpu(fp8)[1] == on_a_gpu(cfg)[1]
-    _, eight = on_a_gpu(fp8, processes=8, shards=8)
-    numbers = 8 * eight["device"]["weights"] / (3 * 2)
-    assert eight["device"]["activations"] == pytest.approx((2 + 1) * numbers)
-
-
 # ------------------------------------------------------------------------------- what does not fit
 
 

@@ -7,7 +7,7 @@
     python tools/bench_training.py --levels-after 1000 500 --no-clean-pass   # 4, then 2 levels
     python tools/bench_training.py --stage ar --iterations 4     # teacher forcing: twice the tokens
     python tools/bench_training.py --lora 128 --compile --keep-attention   # dmd-lora-5b.toml
-    python tools/bench_training.py --lora 128 --compile --size 480x832     # for a 24 GB card
+    python tools/bench_training.py --lora 128 --compile --size 480x832 --no-merge   # for 24 GB
     python tools/bench_training.py --release /tmp/x --frames 3   # from a release on disk (20 GB)
     python tools/bench_training.py --preset tiny --device cpu --size 64x64 --frames 9
 
@@ -49,7 +49,7 @@ from release import write_dit
 
 import train
 from wan5b import fuse, stages
-from wan5b.distill import critic_loss, dmd_gradient
+from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import checkpoints
 from wan5b.extras.adapters import flop_share
@@ -102,6 +102,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dfd", action="store_true", help="dmd: the teacher scores clips in all steps")
     text = "adapters of this rank over one base, which is the teacher; 0: all weights"
     add("--lora", type=int, default=0, metavar="RANK", help=text)
+    add("--no-merge", action="store_true", help="with --lora: rollouts over base and adapters")
     text = "dmd, sid: levels of the chunks behind the first, in thousandths"
     add("--levels-after", type=int, nargs="+", default=[], metavar="LEVEL", help=text)
     text = "dmd, sid: the last level's keys are a chunk's context"
@@ -115,7 +116,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-checkpointing", action="store_true")
     text = "so many blocks of a network are not recomputed"
     add("--kept-blocks", type=int, default=0, metavar="N", help=text)
-    add("--fp8", action="store_true", help="dmd, sid: rollouts and scores in float8")
     text = "at the end write a checkpoint there, with its bytes and seconds"
     add("--save", type=Path, metavar="DIR", help=text)
     text = "start all networks from it; made, with random weights, if missing"
@@ -134,7 +134,7 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
     """The run's config. stores: those of `make_data`."""
     options = dict(stores)
     same = ("stage", "preset", "frames", "batch", "micro_batch", "ratio", "lr", "forcing")
-    same += ("seed", "lora", "device", "offload", "keep_attention", "split_attention", "fp8")
+    same += ("seed", "lora", "device", "offload", "keep_attention", "split_attention")
     for name in same:
         options[name] = getattr(args, name)
     if args.release:
@@ -157,10 +157,12 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
         critic_lr=args.lr,
         ema_start=0,
         dtype=dtype_of(args),
+        compile=args.compile,
         checkpointing=not args.no_checkpointing,
         kept_blocks=args.kept_blocks,
         levels_after=tuple(args.levels_after),
         clean_pass=not args.no_clean_pass,
+        lora_merge=not args.no_merge,
         **options,
     )
 
@@ -261,7 +263,7 @@ class RepeatedFlop:
         again = model.recomputed_blocks / model.cfg.num_layers
         self.done += recomputed_flop(model, args[0], **options) + again * share * linear
         if "cache" in options:  # a replay, of what the rollout has done
-            self.done += (1 + share) * linear + attention
+            self.done += (1 + share * (not hasattr(model, "merges"))) * linear + attention
         self.done += 0.5 * attention  # the scores, in the backward
 
 
@@ -397,24 +399,6 @@ def loss_of_critic(run: Run, rollouts: list[tuple[Tensor, Tensor, Noised]]) -> T
     return torch.stack(losses).mean()
 
 
-@torch.no_grad()
-def error_of_gradient(run: Run) -> float:
-    """The relative error of the DMD gradient whose scores are made in float8: against those made as
-    with grad, in the run's dtype. Both of the same rollout.
-    """
-    batch = next(micro_batches(run, "fixed", 0, moved=False))
-    rolled = roll_out(run, batch)
-    noised = stages.noise_again(run, batch, rolled)
-    made = []
-    for with_grad in (False, True):
-        with torch.set_grad_enabled(with_grad):
-            fake = stages.estimate(run.critic, noised, batch.context, rolled.x0.shape[2])
-            real = stages.teach(run, batch, noised, rolled.x0.shape[2])
-        made.append(dmd_gradient(rolled.x0, fake, *real, run.cfg.guidance))
-    fast, plain = made
-    return ((fast - plain).norm() / plain.norm()).item()
-
-
 # ---------------------------------------------------------------------------------------- reporting
 
 
@@ -525,7 +509,6 @@ def measure(args: argparse.Namespace, world: World) -> None:
             torch.cuda.reset_peak_memory_stats()
 
         # Iterations.
-        error = error_of_gradient(run) if args.fp8 else None
         clock = Clock(run)
         iterations = args.iterations or (args.ratio + 1 if distilling else 3)
         outcome = iterate(run, clock, iterations)
@@ -539,8 +522,6 @@ def measure(args: argparse.Namespace, world: World) -> None:
     if distilling:
         print_distillation(clock, args.batch // world.size, world.size, ceiling)
     print_memory(run)
-    if error is not None:
-        print(f"scores in float8: the DMD gradient is off by {error:.2%}")
     print(*outcome, sep="\n")
     if args.device == "cuda":
         print_allocator()

@@ -64,6 +64,8 @@ class LoraOptions(config.Options):
     lora: int = at_least(0, 0)  # rank of the adapters; 0: there are none, all weights are trained
     lora_alpha: float = at_least(0, 0.0)  # adapters count alpha / rank; 0: alpha is the rank
     lora_targets: tuple[str, ...] = TARGETS  # how the names of the layers that have one end
+    # Rollouts (dmd, sid, sample videos) run over merged weights: faster, up to 10 GB more of a 5B
+    lora_merge: bool = True
     lora_weights: str = path()  # where it starts: the adapter of the stage before, over `weights`
 
 
@@ -76,7 +78,12 @@ def scale_of(cfg) -> float:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer that is frozen, under its own names, and a trained change of it."""
+    """A linear layer that is frozen, under its own names, and a trained change of it.
+
+    copy: the merged weight [out, in], while it stands for both where no grad is asked for.
+    """
+
+    copy: Tensor | None = None
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float):
         device = layer.weight.device
@@ -90,6 +97,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
+        if self.copy is not None and not torch.is_grad_enabled():
+            return F.linear(x, self.copy, self.bias)
         rows = x.flatten(0, -2)
         down = rows @ self.lora_A.weight.to(x.dtype).t()  # [rows, rank]
         y = F.linear(rows, self.weight, self.bias)

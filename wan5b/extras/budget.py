@@ -20,7 +20,8 @@ from torch.utils.benchmark import Timer
 
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras.adapters import flop_share, of_a_block
-from wan5b.extras.gan import Classifier, layers_read
+from wan5b.extras.gan import READERS, Classifier, layers_read
+from wan5b.extras.merging import copied_bytes, runs_merged
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.training_attention import keeps_results
 from wan5b.fsdp import World
@@ -45,7 +46,7 @@ class Backward:
     (of a cache's, of other chunks', and its own beside them). keeps: whether checkpointing keeps
     the results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are
     trained. kept_blocks: of each forward, those that checkpointing leaves out. compiled: whether
-    the pieces of layers are.
+    the pieces of layers are. read: how many layers' features a classifier reads.
     """
 
     tokens: int
@@ -58,6 +59,7 @@ class Backward:
     ranks: int = 0
     kept_blocks: int = 0
     compiled: bool = False
+    read: int = 0
 
     def layer(self, cfg: DiTConfig) -> float:
         """Bytes that a layer keeps for its backward.
@@ -103,7 +105,10 @@ class Backward:
             # own, four gradients of D in float32, and its input.
             gradients = max(gradients, tokens * (7 * wide + width))
         heads = tokens * (self.graphs - 1) * 3 * wide
-        return layer + gradients + heads + max(kept - self.late, 0)
+        # The gradients of features wait for their layers. Without checkpointing a classifier keeps
+        # its input in float32 too, and four values of D.
+        features = tokens * self.read * (width if self.checkpointing else 4 * width + wide)
+        return layer + gradients + heads + features + max(kept - self.late, 0)
 
 
 def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> dict[str, Parts]:
@@ -157,9 +162,12 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         gathered = generator * world.shards * dtype.itemsize + frozen
         device["activations"] += layers / model.num_layers
     if scores:
-        # In float8 a rollout has all layers once more, adapters merged, a byte a number.
-        copied = base * world.shards if cfg.fp8 else 0
-        device["activations"] = max(device["activations"], gathered + copied)
+        device["activations"] = max(device["activations"], gathered)
+    if scores or cfg.sample_prompts:
+        # While rollouts run there are no activations, but copies.
+        merged = gathered + copied_bytes(cfg, model) - device["activations"]
+        if merged > 0:
+            device["merged weights"] = merged
     if world.device.type == "cuda":
         return {"device": device, "host": host}
     return {"device": device | host}
@@ -212,7 +220,8 @@ def activations(
     graphs = 1
     if cfg.stage == "sid":
         graphs = 3 if cfg.guidance else 2
-    scored = Backward(tokens, graphs=graphs, **common).activations(scores)
+    read = READERS if cfg.with_gan else 0
+    scored = Backward(tokens, graphs=graphs, read=read, **common).activations(scores)
 
     # The replay, whose chunks copy all keys that they see; the first one sees its own, where they
     # are.
@@ -260,6 +269,8 @@ def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
                 helps.append("smaller kept_blocks")
             if cfg.micro_batch > 1:
                 helps.append("a smaller micro_batch")
+            if "merged weights" in parts:
+                helps.append("lora_merge = false")
             helps.append("more processes")
         raise ValueError(
             f"{needed / GIB:.2f} GiB are needed on the {place}, {free[place] / GIB:.2f} are free; "
@@ -363,7 +374,7 @@ class FlopCount:
         """
         known = {name: value for name, value in options.items() if name != "clean_sigma"}
         linear, attention = forward_flop(model.cfg, args[0], **known)
-        self.done += (1 + share) * linear + attention
+        self.done += (1 + share * (not runs_merged(model))) * linear + attention
         if not torch.is_grad_enabled():
             return
         again = model.recomputed_blocks / model.cfg.num_layers

@@ -10,15 +10,12 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
-
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras import adapters
 from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import digest
 from wan5b.extras.formats import check_checkpoint, read_metadata
-from wan5b.extras.fp8 import check_fp8
 from wan5b.extras.gan import layers_read
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
@@ -32,7 +29,7 @@ from wan5b.weights import about
 LEARNS_FROM = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}
 # What has an effect in some stages only.
 ONLY_IN = {
-    **dict.fromkeys(("teacher", "critic_lr", "ratio", "guidance", "rollout", "fp8"), DISTILLATIONS),
+    **dict.fromkeys(("teacher", "critic_lr", "ratio", "guidance", "rollout"), DISTILLATIONS),
     **dict.fromkeys(("dropout", "bell"), ("teacher", "ar")),
     "latents": ("teacher", "ar", "dmd", "sid"),
     "trajectories": ("ode",),
@@ -46,12 +43,12 @@ ONLY_IN = {
 }
 READS = ("text", "latents", "trajectories", "weights", "lora_weights", "teacher")
 # What has an effect beside gan_weight, or lora, only.
-OF_LORA = ("lora_alpha", "lora_targets")
+OF_LORA = ("lora_alpha", "lora_targets", "lora_merge")
 OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_layers")
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
-    *("kept_blocks", "keep_attention", "split_attention"),
+    *("kept_blocks", "keep_attention", "split_attention", "lora_merge"),
     *("save_every", "keep", "vae", "sample_every", "sample_prompts", "sample_guidance"),
 }
 
@@ -88,8 +85,6 @@ def check_config(cfg, world: World) -> None:
             f"kept_blocks = {cfg.kept_blocks} is how many blocks checkpointing leaves out; without "
             "checkpointing all are kept: leave kept_blocks out"
         )
-    if cfg.fp8:
-        check_fp8("fp8", getattr(torch, cfg.dtype), world.device)
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
     few_step_sigmas(cfg.levels, cfg.shift)

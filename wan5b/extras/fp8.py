@@ -11,17 +11,17 @@ FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 
 
-def check_fp8(option: str, dtype: torch.dtype, device: str | torch.device) -> None:
+def check_fp8(dtype: torch.dtype, device: str | torch.device) -> None:
     """ValueError if linear layers of this dtype on this device can't be run in float8."""
     device = torch.device(device)
     if device.type != "cuda" or dtype != torch.bfloat16:
-        raise ValueError(f"{option} needs bfloat16 on a GPU (Ada, Hopper), not {dtype} on {device}")
+        raise ValueError(f"--fp8 needs bfloat16 on a GPU (Ada, Hopper), not {dtype} on {device}")
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         name = torch.cuda.get_device_name(device)
         raise ValueError(
-            f"{option} needs a GPU with float8 (Ada, Hopper), compute capability 8.9; "
-            f"{name} has {capability[0]}.{capability[1]}: leave out {option}"
+            f"--fp8 needs a GPU with float8 (Ada, Hopper), compute capability 8.9; "
+            f"{name} has {capability[0]}.{capability[1]}: leave out --fp8"
         )
 
 
@@ -44,17 +44,6 @@ def quantize(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     return (x * scale.reciprocal()).to(FP8), scale
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
-    """x [..., C] through a linear layer whose weight [R, C] is float8, of scales [1, R].
-
-    In x's dtype, bfloat16. gelu: of gelu(x) instead of x.
-    """
-    x8, x_scale = quantize(x.flatten(0, -2), gelu)
-    options = {"out_dtype": x.dtype, "use_fast_accum": True}
-    y = torch._scaled_mm(x8, weight.t(), x_scale, scale, bias, **options)
-    return y.unflatten(0, x.shape[:-1])
-
-
 class Fp8Linear(nn.Module):
     """nn.Linear with weight and input rounded to float8; bfloat16 in and out. Half the memory.
 
@@ -70,7 +59,10 @@ class Fp8Linear(nn.Module):
         self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.scale, self.bias, self.gelu)
+        x8, scale = quantize(x.flatten(0, -2), self.gelu)
+        options = {"out_dtype": x.dtype, "use_fast_accum": True}
+        y = torch._scaled_mm(x8, self.weight.t(), scale, self.scale, self.bias, **options)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def quantize_blocks(model: nn.Module) -> nn.Module:

@@ -246,12 +246,9 @@ def gan_generator_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     x0 = rolled.x0.requires_grad_()
     frames = x0.shape[2]
 
-    # The critic's score of the noised rollout, and what the classifier thinks of it.
+    # The teacher's score; with data_forcing it may be of the real clips, which relativistic logits
+    # need.
     noised = stages.noise_again(run, batch, rolled)
-    v, fake_logit = judge(run, noised, batch.context)
-    fake = x0_from_v(noised.xs, v, noised.sigma)[:, :, -frames:].detach()
-
-    # The teacher's; with data_forcing it may be of the real clips, which relativistic logits need.
     with torch.no_grad():
         seen = noised._replace(xs=noised.xs.detach())
         clip = noised_clip(run, batch, noised)
@@ -259,9 +256,9 @@ def gan_generator_step(run: Run, batch: Batch) -> dict[str, Tensor]:
         real, real_uncond = stages.teach(run, batch, clip if forced else seen, frames)
         real_logit = judge(run, clip, batch.context)[1] if cfg.gan_relativistic else None
 
-    # The fooling's gradient comes through the critic into x0 first, to be looked at by itself.
-    fooling = fooling_loss(fake_logit, real_logit)
-    (pull,) = torch.autograd.grad(cfg.gan_weight * fooling, x0)
+    # The critic's score, and what the classifier thinks of the noised rollout: this gradient comes
+    # through the critic into x0 first, to be looked at by itself.
+    fake, fooling, pull = fool(run, batch, noised, x0, real_logit)
     gradient = dmd_gradient(x0, fake, real, real_uncond, cfg.guidance)
     loss = dmd_loss(x0, gradient)
     stages.into_weights(run, batch, rolled, loss + (pull * x0).sum())
@@ -269,11 +266,28 @@ def gan_generator_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     # gan_gradient beside gradient shows which of the two moves the generator.
     figures = {
         "loss": loss.detach().float(),
-        "gan_loss": fooling.detach(),
+        "gan_loss": fooling,
         "gan_gradient": pull.abs().mean() * pull.numel(),
         "forced": x0.new_tensor(float(forced)),
     }
     return figures | stages.health(rolled, gradient)
+
+
+def fool(
+    run: Run, batch: Batch, noised: Noised, x0: Tensor, real_logit: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The critic's x0 of the noised rollout, the fooling of the classifier, and its weighted
+    gradient in x0 [B, C, T, H, W].
+
+    The graph goes with this function. A backward into x0 alone does not free it: paths into weights
+    alone, as through the text's keys, aren't run, and hold the inputs of all layers.
+    """
+    v, fake_logit = judge(run, noised, batch.context)
+    fake = x0_from_v(noised.xs, v, noised.sigma)[:, :, -x0.shape[2] :].detach()
+    del v  # so the head's part of it goes before the backward
+    fooling = fooling_loss(fake_logit, real_logit)
+    (pull,) = torch.autograd.grad(run.cfg.gan_weight * fooling, x0)
+    return fake, fooling.detach(), pull
 
 
 def gan_critic_step(run: Run, batch: Batch) -> dict[str, Tensor]:

@@ -180,7 +180,7 @@ def check_numbers(args: Namespace) -> torch.dtype:
 
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     if args.fp8:
-        check_fp8("--fp8", dtype, args.device)
+        check_fp8(dtype, args.device)
     place = args.vae_device or args.device
     wrong = f"--fp8-vae needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {place}"
     check(not args.fp8_vae or (dtype == torch.bfloat16 and place != "cpu"), wrong)

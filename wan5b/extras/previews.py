@@ -64,7 +64,7 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
         how |= {"solver": "euler", "guidance": cfg.sample_guidance}
         sigmas = sampling_sigmas(STEPS, cfg.shift)
 
-    with averaged(run.optimizers["generator"]), run.world.gathered(run.generator):
+    with averaged(run.optimizers["generator"]):
         for i, prompt in enumerate(cfg.sample_prompts):
             shape = run.shape(sum(run.chunks))
             noise = torch.randn((1, *shape), generator=rng("cpu", cfg.seed, "sample", i))
@@ -72,9 +72,9 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
             prefix = None
             if cfg.prefix:
                 prefix = run.clips([i % len(run.data.store)])[:, :, : cfg.prefix]
-            latents = generate(
-                run.generator, noise, context, sigmas, run.chunks, prefix=prefix, **how
-            )
-            latents = list(latents)  # by all processes, which share the weights
+            # By all processes, which share the weights. What is gathered goes before the decoding.
+            with run.world.gathered(run.generator):
+                inputs = (run.generator, noise, context, sigmas, run.chunks)
+                latents = list(generate(*inputs, prefix=prefix, **how))
             if run.world.rank == 0:
                 write(vae, latents, folder / f"step-{step:07d}-{i}.mp4")
