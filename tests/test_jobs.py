@@ -16,8 +16,9 @@ from wan5b.fsdp import World
 # A child that, as training does, notes SIGTERM, saves, and ends with 143; the second of two ends
 # before it.
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests are run by: nohup ignores it
 sys.path.insert(0, {tiny!r})
 from jobs import Job, run_jobs
 code = (
