@@ -121,9 +121,10 @@ def main(args: argparse.Namespace) -> None:
     job = plan(args)
 
     # Text first: the encoder is gone before the DiT comes.
-    negative = NEGATIVE_PROMPT if args.negative is None else args.negative
+    texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts)]
+    if job.sampler["guidance"] != 1:
+        texts.append(NEGATIVE_PROMPT if args.negative is None else args.negative)
     decoder = args.vae_device or args.device
-    texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts), negative]
     if args.random_weights:
         context = random_weights.random_context(texts, job.cfg.text_len, job.cfg.text_dim)
         vae = random_weights.random_vae(args.preset, decoder)

@@ -777,8 +777,12 @@ def test_seeds_that_would_be_others_are_refused(run, no_networks, seed):
 
 
 def test_a_prompt_that_is_cut_says_so(run, capsys):
-    run("--frames", 9, "--prompt", "a " * 600 + "blue whale")
+    long = "a " * 600 + "blue whale"
+    run("--frames", 9, "--prompt", long)
     assert "is cut to 512" in capsys.readouterr().err
+    # A negative one counts for nothing without guidance.
+    run("--frames", 9, "--mode", "few", "--negative", long, out="other")
+    assert "is cut to 512" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

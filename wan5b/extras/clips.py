@@ -184,7 +184,7 @@ def check_finite(flag: Tensor, path: Path) -> None:
 def rows_of(texts: list[str], context: Tensor, guidance: float) -> dict[str, Tensor]:
     """text -> its context [1, L, D], or, with guidance, [2, L, D], the last text's behind it.
 
-    context [B, L, D]: of the texts, the negative one last.
+    context [B, L, D]: of the texts; with guidance the last of them is the negative one.
     """
     if guidance == 1:
         return {text: context[[index]] for index, text in enumerate(texts)}

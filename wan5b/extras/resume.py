@@ -149,6 +149,8 @@ class KeptProgress(Progress):
         wanted = self.path.exists() or time.monotonic() - self.marked >= self.every
         if unfinished and wanted:
             self._save(self.last, video)
+        if self.path.exists():
+            print(f"note: --resume {self.path} goes on from here", file=sys.stderr)
 
     def _save(self, moment: Moment, video: Path) -> None:
         commits = [[made.start, made.latents.shape[2], made.chunk] for made in moment.commits]
