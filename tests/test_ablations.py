@@ -92,9 +92,15 @@ def test_rows_of_another_file(monkeypatch, tmp_path):
     assert measured == [(tmp_path, name, row, False) for name, row in rows.items()]
 
     (tmp_path / "ablations").mkdir()
-    (tmp_path / "ablations/my-dmd.json").touch()
+    result = tmp_path / "ablations/my-dmd.json"
+    result.write_text(json.dumps({"of": asdict(rows["my-dmd"])}))
     ablations.run_rows(rows, [tmp_path], 3)
     assert [job.log.stem for job in started[1]] == ["my-two-levels", "my-twice-long"]
+
+    # Figures of a row that was another under this name.
+    result.write_text(json.dumps({"of": asdict(rows["my-two-levels"])}))
+    with pytest.raises(ValueError, match="my-dmd.json is of another version of this row"):
+        ablations.run_rows(rows, [tmp_path], 3)
 
 
 def test_rows_are_json():
@@ -117,7 +123,8 @@ def test_table(tmp_path, capsys):
         rows = {str(length): scores for length in ablations.LENGTHS}
         path = tmp_path / str(seed) / "ablations/gan.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"rows": rows, "training": 100 * seed}))
+        found = {"rows": rows, "training": 100 * seed, "of": asdict(ablations.ROWS["gan"])}
+        path.write_text(json.dumps(found))
         (tmp_path / str(seed) / "report.json").touch()
     runs = [tmp_path / "0", tmp_path / "1"]
     with pytest.raises(ValueError, match="2 is no finished demo"):

@@ -12,9 +12,9 @@ from common import compiling, randn
 from test_budget import FusedNorm
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from training import DIT, SIZES, config, finish, make_run, run_phase, same
+from training import DIT, SIZES, config, finish, gradients, make_run, same
 
-from wan5b import fuse, stages
+from wan5b import fuse
 from wan5b.attention import attention, rope_table
 from wan5b.dit import Block, DiTConfig, WanDiT
 from wan5b.extras import budget
@@ -49,16 +49,6 @@ def blocks_run(monkeypatch) -> list:
 
     monkeypatch.setattr(Block, "forward", forward)
     return ran
-
-
-def gradients(run: stages.Run) -> dict[str, torch.Tensor]:
-    """Those of every phase, two micro-batches added up."""
-    found = {}
-    for phase in stages.PHASES[run.cfg.stage]:
-        run_phase(run, phase)
-        grads = run.optimizers[phase.moves].grads
-        found |= {f"{phase.name}.{name}": grad for name, grad in grads.items()}
-    return found
 
 
 @pytest.mark.parametrize(("stage", "changes"), METHODS)

@@ -127,14 +127,14 @@ def test_goes_on_bit_for_bit(run, tmp_path, capsys, name):
 
     state = tmp_path / "a.state.safetensors"
     first = run.until(*options, after=2)
-    assert f"note: --resume {state} goes on from here" in capsys.readouterr().err
+    assert f"note: --resume {state} goes on with it" in capsys.readouterr().err
     about = read_state(state).about
     assert about["pictures"] == len(first)
     second = run.until("--resume", state, after=3)
     size = state.stat().st_size
     capsys.readouterr()
     third = run("--resume", state)
-    assert "goes on from here" not in capsys.readouterr().err
+    assert "goes on with it" not in capsys.readouterr().err
     assert torch.equal(torch.cat([first, second, third]), whole)
     assert size < 10**6
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import demo, sick, stages, stages_show
+from tiny import ablations, demo, sick, stages, stages_show
 
 import train
 from wan5b.extras.config import types
@@ -192,7 +192,7 @@ def test_processes(monkeypatch, tmp_path):
     (tmp_path / "report.json").touch()
     (tmp_path / "stages").mkdir()
     for name in ("teacher", "dmd"):  # the first is judged at one length anyway
-        found = {"ended": "", "scores": {"1": {}}}
+        found = {"ended": "", "scores": {"1": {}}, "of": ablations.said(sick.CASES[name])}
         (tmp_path / f"stages/{name}.json").write_text(json.dumps(found))
     stages.measure_all([tmp_path], ["teacher", "dmd", "lr-high"], 2, 10)
     assert [(job.log.stem, job.cost) for job in started] == [("dmd", 0), ("lr-high", 1)]

@@ -7,9 +7,18 @@ import pytest
 import torch
 from common import randn, rel
 from torch.nn import functional
-from training import DIT, SIZES, STAGES, config, finish, furthest, make_run, run_phase, same
+from training import (
+    DIT,
+    SIZES,
+    STAGES,
+    config,
+    finish,
+    furthest,
+    gradients,
+    make_run,
+    same,
+)
 
-from wan5b import stages
 from wan5b.attention import causal_mask
 from wan5b.dit import WanDiT
 from wan5b.extras import training_attention
@@ -30,15 +39,6 @@ def calls(monkeypatch) -> list:
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
     return made
-
-
-def gradients(run: stages.Run) -> dict[str, torch.Tensor]:
-    found = {}
-    for phase in stages.PHASES[run.cfg.stage]:
-        run_phase(run, phase)
-        grads = run.optimizers[phase.moves].grads
-        found |= {f"{phase.name}.{name}": grad for name, grad in grads.items()}
-    return found
 
 
 # Of a micro-batch, two layers: the self-attentions that a backward makes once more.

@@ -123,6 +123,16 @@ def run_phase(run: stages.Run, phase: stages.Phase, step: int = 0) -> list[dict[
     ]
 
 
+def gradients(run: stages.Run) -> dict[str, Tensor]:
+    """Those of every phase, all micro-batches added up."""
+    found = {}
+    for phase in stages.PHASES[run.cfg.stage]:
+        run_phase(run, phase)
+        grads = run.optimizers[phase.moves].grads
+        found |= {f"{phase.name}.{name}": grad for name, grad in grads.items()}
+    return found
+
+
 def watch(model: torch.nn.Module) -> list[tuple]:
     """A list that takes (arguments, options, result) of every forward to come."""
     calls = []

@@ -62,6 +62,7 @@ from wan5b.extras.budget import (
     recomputed_flop,
 )
 from wan5b.extras.cli import script
+from wan5b.extras.merging import merges_rollouts
 from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.fsdp import World
@@ -263,7 +264,8 @@ class RepeatedFlop:
         again = model.recomputed_blocks / model.cfg.num_layers
         self.done += recomputed_flop(model, args[0], **options) + again * share * linear
         if "cache" in options:  # a replay, of what the rollout has done
-            self.done += (1 + share * (not hasattr(model, "merges"))) * linear + attention
+            beside = 0 if merges_rollouts(model) else share
+            self.done += (1 + beside) * linear + attention
         self.done += 0.5 * attention  # the scores, in the backward
 
 

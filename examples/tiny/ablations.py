@@ -21,10 +21,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import demo
 import torch
-from jobs import Job, run_jobs
+from jobs import Job, command, parse, run_jobs
 from torch import Tensor
 
 import train
@@ -224,17 +225,39 @@ def contrast(latents: Tensor, length: int) -> float:
     return float(latents[:, :, demo.TRAINED * (length - 1) : demo.TRAINED * length].std())
 
 
+def known(result: Path, of: Any) -> dict | None:
+    """What an earlier process has left in this file, if any.
+
+    of: the dataclass that says what was to be done. ValueError if it was another then: its figures
+    would pass for this one's.
+    """
+    if not result.exists():
+        return None
+    found = read_json(result)
+    if found.get("of") != said(of):
+        raise ValueError(
+            f"{result} is of another version of this row; delete it, and the folder beside it"
+        )
+    return found
+
+
+def said(of: Any) -> dict:
+    """A dataclass as a file has it."""
+    return json.loads(json.dumps(asdict(of)))
+
+
 def measure(run: Path, name: str, row: Row, quick: bool = False) -> None:
     """Train and judge one row of one demo, unless that has been done."""
     result = kept(run, quick) / f"{name}.json"
-    if result.exists():
+    if known(result, row):
         return
     print(f"== {run} {name}: {row.about}", flush=True)
     weights, seconds = trained(run, name, row, quick)
     began = time.time()
     rows = judged(run, weights, row, quick)
     total = seconds + time.time() - began
-    write_json(result, {"rows": rows, "training": seconds, "total": total})
+    found = {"rows": rows, "training": seconds, "total": total}
+    write_json(result, found | {"of": said(row)})
 
 
 def run_rows(rows: dict[str, Row], demos: list[Path], jobs: int, quick: bool = False) -> None:
@@ -248,11 +271,11 @@ def run_rows(rows: dict[str, Row], demos: list[Path], jobs: int, quick: bool = F
     for run in demos:
         for name, row in rows.items():
             folder = kept(run, quick)
-            if (folder / f"{name}.json").exists():
+            if known(folder / f"{name}.json", row):
                 continue
-            given = {"run": str(run), "name": name, "row": asdict(row), "quick": quick}
-            command = [str(Path(__file__).resolve()), "--one", json.dumps(given)]
-            todo.append(Job(f"{run} {name}", command, folder / f"{name}.log", cost(row)))
+            given = {"run": str(run), "name": name, "row": said(row), "quick": quick}
+            log = folder / f"{name}.log"
+            todo.append(Job(f"{run} {name}", command(__file__, given), log, cost(row)))
     run_jobs(todo, jobs)
 
 
@@ -291,7 +314,7 @@ def table(runs: list[Path], rows: dict[str, Row] = ROWS, markdown=False, quick=F
     lines = []
     for name, row in rows.items():
         files = [kept(run, quick) / f"{name}.json" for run in runs]
-        reports = [read_json(file) for file in files if file.exists()]
+        reports = [report for file in files if (report := known(file, row))]
         if not reports:
             continue
         first, after = forwards(row)
@@ -335,19 +358,13 @@ def options(doc: str) -> argparse.ArgumentParser:
     add("--markdown", action="store_true", help="print the table as Markdown")
     quick = f"{QUICK['steps']} steps a stage, judged up to {QUICK['longest']} lengths, kept apart"
     add("--quick", action="store_true", help=f"whether all works: {quick}")
-    add("--one", help=argparse.SUPPRESS)  # of a process that `run_jobs` starts
     return parser
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    args = parser.parse_args()
-    if args.one:
-        run_one(json.loads(args.one))
-        return
-    if not args.demos:
-        parser.error("name --demos")
+    args = parse(parser, run_one)
     rows = {name: ROWS[name] for name in args.rows}
     if not args.table:
         run_rows(rows, args.demos, args.jobs, args.quick)

@@ -1,11 +1,13 @@
 """Processes of one thread each, so many at a time: ablations.py, lora.py and stages.py use them."""
 
+import argparse
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,25 @@ class Job:
     command: list[str]  # arguments of the interpreter
     log: Path  # takes all that it prints, behind what is there
     cost: float  # the most expensive jobs begin first
+
+
+def command(script: str, given: dict) -> list[str]:
+    """Of a process that does one of the script's jobs: see `parse`."""
+    return [str(Path(script).resolve()), "--one", json.dumps(given)]
+
+
+def parse(parser: argparse.ArgumentParser, run_one: Callable[[dict], None]) -> argparse.Namespace:
+    """The options of a script that has jobs for --demos. A process of `command` does its job here,
+    and ends.
+    """
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        run_one(json.loads(args.one))
+        sys.exit()
+    if not args.demos:
+        parser.error("name --demos")
+    return args
 
 
 @dataclass

@@ -12,7 +12,6 @@ A process for each rank, factor and demo; what it finds goes to ablations/lora-R
 the demo's folder. SIGTERM saves what is at work: the same command goes on.
 """
 
-import json
 from pathlib import Path
 
 import demo
@@ -26,7 +25,7 @@ from ablations import (
     seed_of,
     train_stage,
 )
-from jobs import Job, run_jobs
+from jobs import Job, command, parse, run_jobs
 
 import train
 from wan5b.extras.cli import script
@@ -98,8 +97,8 @@ def run_chains(
                 if (folder / f"{name}.json").exists():
                     continue
                 given = {"run": str(run), "rank": rank, "factor": factor, "quick": quick}
-                command = [str(Path(__file__).resolve()), "--one", json.dumps(given)]
-                todo.append(Job(f"{run} {name}", command, folder / f"{name}.log", rank))
+                log = folder / f"{name}.log"
+                todo.append(Job(f"{run} {name}", command(__file__, given), log, rank))
     run_jobs(todo, jobs)
 
 
@@ -156,12 +155,7 @@ def main() -> None:
     add = parser.add_argument
     add("--ranks", nargs="+", type=int, default=[4, 16, 64])
     add("--factors", nargs="+", type=float, default=[1.0], help="of the demo's learning rates")
-    args = parser.parse_args()
-    if args.one:
-        run_one(json.loads(args.one))
-        return
-    if not args.demos:
-        parser.error("name --demos")
+    args = parse(parser, run_one)
     if not args.table:
         run_chains(args.demos, args.ranks, args.factors, args.jobs, args.quick)
     table(args.demos, args.markdown, args.quick)

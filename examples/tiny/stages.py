@@ -13,14 +13,13 @@ stages/NAME.log; SIGTERM saves what is at work: the same command goes on.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import ablations
 import demo
 import torch
-from jobs import Job, run_jobs
+from jobs import Job, command, parse, run_jobs
 from PIL import Image
 from sick import CASES, Case, has_curves, is_trained, mode_of
 from stages_show import binned, write
@@ -34,7 +33,7 @@ from wan5b.extras.log import METRICS, read_metrics
 from wan5b.extras.media import to_frames
 from wan5b.extras.sampling import generate
 from wan5b.extras.shards import write_shard
-from wan5b.util import first_line, read_json, replacing, write_json
+from wan5b.util import first_line, replacing, write_json
 from wan5b.weights import save_dit
 
 BEFORE = {"teacher": "init", "ar": "teacher", "dmd": "ode"}  # what a stage starts from
@@ -152,7 +151,7 @@ def measure(run: Path, name: str, longest: int, quick: bool = False) -> None:
     case = CASES[name]
     length = length_of(case, longest)
     result = kept(run, quick) / f"{name}.json"
-    if is_done(result, length):
+    if is_done(result, case, length):
         return
     print(f"== {run} {name}: {case.about}", flush=True)
     began = time.time()
@@ -170,15 +169,13 @@ def measure(run: Path, name: str, longest: int, quick: bool = False) -> None:
 
     rows = read_metrics(folder(run, name, quick) / METRICS) if has_curves(case) else []
     found["curves"] = binned(rows, case.beside)
-    write_json(result, found | {"seconds": time.time() - began})
+    write_json(result, found | {"seconds": time.time() - began, "of": ablations.said(case)})
 
 
-def is_done(result: Path, length: int) -> bool:
+def is_done(result: Path, case: Case, length: int) -> bool:
     """Whether it is there, judged up to this length or further, or diverged."""
-    if not result.exists():
-        return False
-    found = read_json(result)
-    return bool(found["ended"]) or str(length) in found["scores"]
+    found = ablations.known(result, case)
+    return bool(found) and (bool(found["ended"]) or str(length) in found["scores"])
 
 
 def length_of(case: Case, longest: int) -> int:
@@ -196,12 +193,12 @@ def measure_all(
         case = CASES[name]
         for run in runs:
             results = kept(run, quick)
-            if is_done(results / f"{name}.json", length_of(case, longest)):
+            if is_done(results / f"{name}.json", case, length_of(case, longest)):
                 continue
             given = {"run": str(run), "name": name, "longest": longest, "quick": quick}
-            command = [str(Path(__file__).resolve()), "--one", json.dumps(given)]
             log = results / f"{name}.log"
-            todo.append(Job(f"{run} {name}", command, log, cost=float(is_trained(case))))
+            cost = float(is_trained(case))
+            todo.append(Job(f"{run} {name}", command(__file__, given), log, cost))
     run_jobs(todo, at_once)
 
 
@@ -222,13 +219,7 @@ def main() -> None:
     add("--quick", action="store_true", help=f"whether all works: {quick}")
     add("--longest", type=int, choices=demo.LENGTHS[:3], default=10, help="up to where is judged")
     add("--write", type=Path, metavar="DOCS", help="only make DOCS/stages/*.png, fill in stages.md")
-    add("--one", help=argparse.SUPPRESS)  # of a process that `measure_all` starts
-    args = parser.parse_args()
-    if args.one:
-        run_one(json.loads(args.one))
-        return
-    if not args.demos:
-        parser.error("name --demos")
+    args = parse(parser, run_one)
     if args.write:
         ablations.check_demos(args.demos)
         write(args.write, args.demos)

@@ -374,7 +374,8 @@ class FlopCount:
         """
         known = {name: value for name, value in options.items() if name != "clean_sigma"}
         linear, attention = forward_flop(model.cfg, args[0], **known)
-        self.done += (1 + share * (not runs_merged(model))) * linear + attention
+        beside = 0 if runs_merged(model) else share
+        self.done += (1 + beside) * linear + attention
         if not torch.is_grad_enabled():
             return
         again = model.recomputed_blocks / model.cfg.num_layers

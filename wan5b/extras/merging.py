@@ -70,9 +70,14 @@ def layers(module: WanDiT | Block) -> list[LoraLinear]:
     return [layer for layer in module.modules() if isinstance(layer, LoraLinear)]
 
 
+def merges_rollouts(model: WanDiT) -> bool:
+    """Whether it was given to `merge_rollouts`."""
+    return hasattr(model, "merges")
+
+
 def runs_merged(model: WanDiT) -> bool:
     """Whether its forwards have no adapters at the moment."""
-    return getattr(model, "merges", False) and not torch.is_grad_enabled()
+    return merges_rollouts(model) and model.merges and not torch.is_grad_enabled()
 
 
 def copied_bytes(cfg, sizes: DiTConfig) -> float:

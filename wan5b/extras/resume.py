@@ -150,7 +150,7 @@ class KeptProgress(Progress):
         if unfinished and wanted:
             self._save(self.last, video)
         if self.path.exists():
-            print(f"note: --resume {self.path} goes on from here", file=sys.stderr)
+            print(f"note: --resume {self.path} goes on with it", file=sys.stderr)
 
     def _save(self, moment: Moment, video: Path) -> None:
         commits = [[made.start, made.latents.shape[2], made.chunk] for made in moment.commits]
