@@ -7,17 +7,7 @@ import pytest
 import torch
 from common import randn, rel
 from torch.nn import functional
-from training import (
-    DIT,
-    SIZES,
-    STAGES,
-    config,
-    finish,
-    furthest,
-    gradients,
-    make_run,
-    same,
-)
+from training import DIT, SIZES, STAGES, config, finish, furthest, gradients, make_run, same
 
 from wan5b.attention import causal_mask
 from wan5b.dit import WanDiT
