@@ -19,11 +19,14 @@ from torch import nn
 import live
 import sample
 from wan5b import fuse
+from wan5b.distill import rollout
 from wan5b.extras import cards, mp4, random_weights
 from wan5b.extras.clips import write
 from wan5b.extras.endless import Endless
 from wan5b.extras.pace import Pace
 from wan5b.extras.resume import STATE
+from wan5b.flow import few_step_sigmas
+from wan5b.kvcache import KVCache
 from wan5b.util import read_json
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two CUDA devices")
@@ -218,22 +221,28 @@ def test_neither_card_waits_for_the_other():
 
 @gpu
 def test_nothing_waits_while_a_clip_is_written(tmp_path):
-    """Behind the first chunk, which lays weights out, no call waits for a GPU, but for the thread
-    that encodes. On two GPUs, if there are two.
+    """From a process's second clip on no call waits for a GPU, be it of the first chunk, but for
+    the thread that encodes. On two GPUs, if there are two.
     """
+    model = random_weights.random_dit("tiny", "cuda:0", torch.bfloat16)
     vae = random_weights.random_vae("tiny", f"cuda:{torch.cuda.device_count() - 1}").bfloat16()
-    chunks = [randn(1, 48, 3, 2, 4, seed=index).to("cuda:0") for index in range(5)]
+    noise = randn(1, 48, 15, 2, 4, seed=0).to("cuda:0")
+    context = randn(1, model.cfg.text_len, model.cfg.text_dim, seed=1).to("cuda:0").bfloat16()
+    tokens = model.cfg.tokens_per_frame(2, 4)
+    cache = KVCache(model.cfg, 1, 15, tokens, None, 0, noise.device, torch.bfloat16)
 
-    def strictly():
-        for chunk in chunks:
-            yield chunk
-            torch.cuda.set_sync_debug_mode("error")
+    def strictly(mode):
+        torch.cuda.set_sync_debug_mode(mode)
+        yield from rollout(model, noise, context, few_step_sigmas(), [3] * 5, cache)
 
     try:
-        write(vae, strictly(), tmp_path / "a.mp4")
+        with torch.no_grad():
+            for name, mode in (("a", "default"), ("b", "error")):
+                cache.reset()
+                write(vae, strictly(mode), tmp_path / f"{name}.mp4")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(iio.imread(tmp_path / "a.mp4", plugin="pyav")) == 57
+    assert len(iio.imread(tmp_path / "b.mp4", plugin="pyav")) == 57
 
 
 @pytest.fixture

@@ -160,9 +160,9 @@ def rope_table(
     for positions, n in zip(torch.meshgrid(axes, indexing="ij"), pairs, strict=True):
         angles.append(positions.reshape(-1, 1, 1) * frequencies(n, device))
     angle = torch.cat(angles, -1)[None]  # [1, S, 1, K/2]
-    angle = angle.repeat_interleave(2, -1)  # [1, S, 1, K]
-    signs = angle.new_tensor([-1, 1]).repeat(head_dim // 2)
-    return torch.stack([angle.cos(), angle.sin() * signs]).float()
+    cos = angle.cos().repeat_interleave(2, -1)
+    sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
+    return torch.stack([cos, sin]).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
