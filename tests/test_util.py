@@ -147,6 +147,7 @@ def test_nearest():
         ("raise ValueError('5 frames')", 2, "a.py: error: 5 frames\n"),
         ("raise FileNotFoundError('x')", 2, "a.py: error: x\n"),
         ("raise KeyboardInterrupt", 130, ""),
+        ("raise InterruptedError", 143, ""),
     ],
 )
 def test_script(tmp_path, body, code, says):

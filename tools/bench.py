@@ -365,6 +365,7 @@ class Bench:
 
         if len(self.sampler.cards) > 1:
             lines.append(self.on_end(variant, cache))
+            print(lines[-1], flush=True)
         noise = self.clip.noise
         forward = seconds(lambda: self.sampler.model(noise, 0.5, self.sampler.context), 3, 1)
         share = self.bounds["teacher"] / forward

@@ -38,6 +38,8 @@ def script(main: Callable[[], Any]) -> None:
     signals.while_running()
     try:
         sys.exit(main())
+    except InterruptedError:  # of training that SIGTERM stops, where no checkpoint is to be saved
+        sys.exit(143)
     except (OSError, ValueError, FloatingPointError) as error:
         # What files and libraries say may hold what terminals take for commands.
         text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
