@@ -1,6 +1,7 @@
 """Context noise: the clean pass shows chunks noised to a small level, in training and sampling."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from wan5b.distill import guided, rollout
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import previews
 from wan5b.extras.checks import check_unchanged
+from wan5b.extras.endless import endless
+from wan5b.extras.plan import describe, how_sampled
 from wan5b.extras.recipes import Recipe, check_whole, facts, from_metadata, in_mode
 from wan5b.extras.sampling import MODES, generate
 from wan5b.extras.shards import write_shard
@@ -227,6 +230,15 @@ def test_an_export_says_how_it_was_trained(data):
             assert recipe.chunk_options() == {}
         else:
             assert recipe.chunk_options() == {"context_noise": level / 1000}
+
+
+def test_clips_and_the_live_page_go_by_the_recipe():
+    for level, told in ((0, {}), (100, {"context_noise": 0.1})):
+        recipe = in_mode(Recipe(context_noise=level, window=21), MODES["few"])
+        sampler = how_sampled(Namespace(frames=None, image=None), recipe, 0)
+        for given in (sampler, endless(recipe, image=True, recache=False)):
+            assert {name: given[name] for name in given if name == "context_noise"} == told
+        assert ("contexts noised to 0.1" in describe(recipe, sampler)) == (level > 0)
 
 
 def test_what_becomes_of_it_in_other_modes():

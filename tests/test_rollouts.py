@@ -37,7 +37,6 @@ OPTIONS = {
     "no clean pass": {"clean_pass": False},
     "both, window": {"levels_after": (1000, 500), "clean_pass": False, "window": 4},
     "context noise": {"context_noise": 100},
-    "context noise, real frames": {"context_noise": 300, "rollout": "data"},
     "context noise, picture": LONG
     | {"context_noise": 100, "levels_after": (1000, 500), "prefix": 1}
     | {"frames": 7, "rollout_frames": 13, "sink": 1, "window": 7, "sink_rope": "relative"},
