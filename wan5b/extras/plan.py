@@ -281,8 +281,9 @@ def describe(recipe: Recipe, sampler: dict) -> str:
     words.append(f"{len(sampler['sigmas']) - 1} steps of {recipe.solver}")
     if "sigmas_after" in sampler:
         words[-1] += f" in the first chunk, {len(sampler['sigmas_after']) - 1} after"
-    if not recipe.clean_pass:
-        words.append("no clean pass")
+    words += ["no clean pass"] * (not recipe.clean_pass)
+    if recipe.context_noise:
+        words.append(f"contexts noised to {recipe.context_noise / 1000:g}")
     words += [f"shift {recipe.shift:g}", f"guidance {recipe.guidance:g}"]
     if recipe.causal:
         words.append(f"chunks of {recipe.chunk}")
