@@ -257,6 +257,7 @@ def test_runs_of_earlier_versions_go_on(data, tmp_path):
         ("ar", {"lora": 0, "lora_weights": "x"}, "lora_weights needs lora: give the rank"),
         ("ar", {"lora_targets": []}, "lora_targets is empty"),
         ("ar", {"lora_targets": ["qq"]}, "'qq' is no linear layer of a block; cross_attn.k, "),
+        ("dmd", {"lora_targets": ["0.self_attn.q"]}, "'0.self_attn.q' is no linear layer of a"),
         ("dmd", {"weights": ""}, "stage dmd needs weights"),
         ("ar", {"weights": ""}, "lora needs weights"),
         ("ar", {"lora_weights": "/no/such"}, "/no/such: no such file"),

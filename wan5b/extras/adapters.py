@@ -137,8 +137,11 @@ def attach(model: WanDiT, rank: int, scale: float, targets: tuple[str, ...]) -> 
 
 
 def _ends(name: str, target: str) -> bool:
-    """As PEFT matches its target_modules: whole words between dots."""
-    return f".{name}".endswith(f".{target}")
+    """As PEFT matches its target_modules, whole words between dots; of the name in its block: one
+    block's layers alone can't be chosen, since all blocks are taken to be alike.
+    """
+    own = name.partition(".")[2]
+    return f".{own}".endswith(f".{target}")
 
 
 def adapted(cfg, sizes: DiTConfig) -> WanDiT:
