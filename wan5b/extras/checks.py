@@ -15,7 +15,7 @@ from wan5b.dit import DiTConfig
 from wan5b.extras import adapters
 from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import digest
-from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
@@ -255,7 +255,7 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
         raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")
 
     digests = known.get("data", {})
-    for key in READS:
+    for key in (*READS, *(digests.keys() & {"vae"})):  # which earlier versions did not note
         if digests.get(key) != data.get(key):
             raise ValueError(
                 f"{saved} was made with other {key} than {getattr(cfg, key) or 'none'} holds now; "
@@ -293,4 +293,8 @@ def held_by(cfg) -> dict[str, str]:
         path = getattr(cfg, key)
         if path and Path(path).exists():
             digests[key] = digest(path)
+    # Elsewhere the VAE only shows what is made; here it encodes what teacher and critic are shown.
+    longer = cfg.stage in DISTILLATIONS and cfg.rollout_frames > cfg.frames
+    if longer and Path(cfg.vae).exists():
+        digests["vae"] = digest(locate(Path(cfg.vae), "vae"))
     return digests
