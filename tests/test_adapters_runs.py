@@ -217,13 +217,20 @@ def test_what_does_not_go_on(data, chain, tmp_path, command, capsys):
     finish(lora_config(data, "ar", out, steps=2))
     capsys.readouterr()
 
-    def line(**changes):
+    def line(out=out, **changes):
         keys = lora_values(data, "ar", out, **({"steps": 2} | changes))
         return refused(command, write_toml(tmp_path / "a.toml", keys))
 
-    assert f"{out}/ar-lora is of step 2; move it to go on to steps = 3" in line(steps=3)
+    assert f"{out}/ar.safetensors is of step 2; move it to go on to steps = 3" in line(steps=3)
+    (out / "ar.safetensors").rename(tmp_path / "moved.safetensors")
+    alone = tmp_path / "alone"
+    shutil.copytree(out / "ar-lora", alone / "ar-lora")
+    text = line(alone, lr=2e-3)
+    assert f"{alone}/ar-lora/adapter_model.safetensors was made with another lr;" in text
+    assert "is of step 2; move it to go on to steps = 3" in line(alone, steps=3)
+    save_file({"x": torch.zeros(1)}, alone / "ar-lora/adapter_model.safetensors")
+    assert f"{alone}/ar-lora is another adapter; move it" in line(alone)
     shutil.rmtree(out / "ar-lora")
-    (out / "ar.safetensors").unlink()
     assert "was made with another lora;" in line(lora=2)
     assert "was made with another lora_alpha;" in line(lora_alpha=0.0)
     assert "was made with another lora_targets;" in line(lora_targets=["q"])

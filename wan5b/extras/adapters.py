@@ -387,9 +387,3 @@ def check(cfg) -> None:
         differ = f"teacher {teacher} and weights {cfg.weights} are different files"
         way_out = "name the teacher as weights, and the stage before as lora_weights"
         raise ValueError(f"with lora the base is the teacher, but {differ}: {way_out}")
-
-    # Left by a run of fewer steps whose merged export was moved away.
-    folder = adapter_folder(cfg, Path(cfg.out))
-    step = said_by(folder).get("step")
-    if step not in (None, cfg.steps):
-        raise ValueError(f"{folder} is of step {step}; move it to go on to steps = {cfg.steps}")

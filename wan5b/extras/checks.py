@@ -268,11 +268,31 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
 
 def newest(cfg, data: dict[str, str]) -> Path | None:
     """The checkpoint that a run goes on from, if there is one, which must be its own."""
+    if cfg.lora:
+        _check_adapter(cfg, data)
     saved = complete(Path(cfg.out))
     if not saved:
         return None
     check_unchanged(cfg, data, saved[-1])
     return saved[-1]
+
+
+def _check_adapter(cfg, data: dict[str, str]) -> None:
+    """Whether an adapter that lies where this run's will is this run's: left by a kill between the
+    two exports, or by someone who has moved the merged one away.
+    """
+    folder = adapters.adapter_folder(cfg, Path(cfg.out))
+    file = folder / adapters.FILE
+    if not file.is_file():
+        return
+    said = read_metadata(file)
+    if "training" not in said:
+        raise ValueError(f"{folder} is another adapter; move it or choose another out")
+    check_unchanged(cfg, data, file)
+    if said["step"] < cfg.steps:
+        raise ValueError(
+            f"{folder} is of step {said['step']}; move it to go on to steps = {cfg.steps}"
+        )
 
 
 def check_finished(cfg, data: dict[str, str], final: Path) -> None:
