@@ -29,7 +29,7 @@ from wan5b import fsdp
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import config
 from wan5b.extras.config import at_least, path
-from wan5b.extras.digest import digest
+from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import read_metadata
 from wan5b.extras.lora import HEADER, read_lora
 from wan5b.extras.training_attention import arrange
@@ -266,7 +266,7 @@ def read_adapters(cfg, sizes: DiTConfig) -> dict[str, Tensor]:
     """
     file = cfg.lora_weights
     base = said_by(file).get("data", {}).get("weights")
-    if base not in (None, digest(cfg.weights)):
+    if base not in (None, NOTHING, digest(cfg.weights)):
         way_out = "name its base as weights, or merge it there (tools/convert.py --lora)"
         raise ValueError(f"{file} was trained over another base than {cfg.weights}: {way_out}")
 

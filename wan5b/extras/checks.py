@@ -14,7 +14,7 @@ from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras import adapters
 from wan5b.extras.checkpoints import complete
-from wan5b.extras.digest import digest
+from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
 from wan5b.extras.shards import check_texts
@@ -256,7 +256,7 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
 
     digests = known.get("data", {})
     for key in (*READS, *(digests.keys() & {"vae"})):  # which earlier versions did not note
-        if digests.get(key) != data.get(key):
+        if digests.get(key) not in (data.get(key), NOTHING):
             raise ValueError(
                 f"{saved} was made with other {key} than {getattr(cfg, key) or 'none'} holds now; "
                 "choose another out"
