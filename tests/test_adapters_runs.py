@@ -117,6 +117,17 @@ def test_the_export_is_the_base_with_the_adapter(data, chain, stage):
     assert torch.equal(merged["head.head.weight"], plain["head.head.weight"])
 
 
+def test_convert_notes_another_base(data, chain, tmp_path, capsys):
+    """Over what it is merged into already, as well as over other weights."""
+    adapter = str(chain / "dmd/dmd-lora")
+    sources = (data / "generator.safetensors", chain / "dmd/dmd.safetensors")
+    for i, source in enumerate(sources):
+        made = tmp_path / f"{i}.safetensors"
+        convert.main([str(source), str(made), "--layout", "comfy", "--lora", adapter])
+        said = f"note: {adapter} was trained over another base than {source}"
+        assert (said in capsys.readouterr().err) == bool(i)
+
+
 def test_convert_keeps_what_an_adapter_says(data, chain, tmp_path):
     base = str(data / "generator.safetensors")
     made = tmp_path / "made.safetensors"

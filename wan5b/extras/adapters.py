@@ -15,6 +15,7 @@ A chain of stages has one base: each goes on from the adapter of the one before 
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -309,6 +310,16 @@ def said_by(file: str | Path) -> dict[str, Any]:
     inside = Path(file, FILE)
     said = read_metadata(inside if inside.is_file() else file)
     return {key: value for key, value in said.items() if key != HEADER}
+
+
+def note_base(file: str | Path, source: str | Path) -> None:
+    """A line for the user if an adapter of train.py is put over other weights than it was trained
+    over: over its own merged export, say, where it would count twice.
+    """
+    base = said_by(file).get("data", {}).get("weights")
+    if base not in (None, NOTHING, digest(source)):
+        text = f"{file} was trained over another base than {source}"
+        print(f"note: {text}: right if that is its base in another layout", file=sys.stderr)
 
 
 def merged(run, final: Path, said: dict) -> tuple[WanDiT, Callable[[str], Tensor]]:
