@@ -16,7 +16,6 @@ from pathlib import Path
 
 import demo
 from ablations import (
-    check_demos,
     judged_as,
     kept,
     mean_and_spread,
@@ -26,6 +25,7 @@ from ablations import (
     train_stage,
 )
 from jobs import Job, command, parse, run_jobs
+from show import check_demos
 
 import train
 from wan5b.extras.cli import script
