@@ -88,11 +88,13 @@ def run_chains(
 ) -> None:
     """All that are not done, so many at a time, as `ablations.run_rows` has it."""
     check_demos(demos)
+    if min(ranks) < 1:
+        raise ValueError(f"--ranks {min(ranks)}: must be at least 1; ar would train all parameters")
     todo = []
     for run in demos:
         folder = kept(run, quick)
-        for rank in ranks:
-            for factor in factors:
+        for rank in dict.fromkeys(ranks):
+            for factor in dict.fromkeys(factors):
                 name = name_of(rank, factor)
                 if (folder / f"{name}.json").exists():
                     continue

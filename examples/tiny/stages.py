@@ -190,7 +190,7 @@ def measure_all(
     """All that is not done, so many at a time, each in a process of one thread: see `run_jobs`."""
     check_demos(runs)
     todo = []
-    for name in names:
+    for name in dict.fromkeys(names):
         case = CASES[name]
         for run in runs:
             results = kept(run, quick)
