@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tiny import ablations, demo
+from tiny import ablations, demo, show
 
 import train
 from wan5b.extras.checks import check_config
 from wan5b.extras.config import types
 from wan5b.fsdp import World
+from wan5b.util import write_json
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
@@ -129,6 +130,8 @@ def test_table(tmp_path, capsys):
     runs = [tmp_path / "0", tmp_path / "1"]
     with pytest.raises(ValueError, match="2 is no finished demo"):
         ablations.table([*runs, tmp_path / "2"])
+    with pytest.raises(ValueError, match="a demo counts once, got .*1/ablations/..: name it once"):
+        ablations.table([*runs, tmp_path / "1/ablations/.."])
     ablations.table(runs, markdown=True)
     head, rule, row = capsys.readouterr().out.splitlines()
     assert head.startswith("| row | seeds | forwards | colour x10 |")
@@ -141,3 +144,17 @@ def test_table(tmp_path, capsys):
     assert head.split()[:3] == ["row", "seeds", "forwards"]
     assert row.startswith("GAN branch ")
     assert row.count("0.200 +-0.141") == len(ablations.LENGTHS)
+
+
+def test_a_table_of_demos_that_were_judged_alike(tmp_path):
+    """Not of one twice, as of two training seeds; not of lengths that some lack."""
+    for name, lengths in (("short", (1, 3)), ("long", (1, 3, 10))):
+        rows = {f"dmd x{length}": {} for length in lengths}
+        write_json(tmp_path / name / "report.json", {"rows": rows})
+    runs = [tmp_path / "short", tmp_path / "long"]
+    with pytest.raises(ValueError, match="long was judged at other lengths than .*short"):
+        show.table(runs)
+    with pytest.raises(ValueError, match="a demo counts once"):
+        show.table([runs[0], runs[0]])
+    with pytest.raises(ValueError, match=f"{tmp_path} is no finished demo"):
+        show.table([tmp_path])

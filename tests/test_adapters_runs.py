@@ -117,6 +117,17 @@ def test_the_export_is_the_base_with_the_adapter(data, chain, stage):
     assert torch.equal(merged["head.head.weight"], plain["head.head.weight"])
 
 
+def test_convert_notes_another_base(data, chain, tmp_path, capsys):
+    """Over what it is merged into already, as well as over other weights."""
+    adapter = str(chain / "dmd/dmd-lora")
+    sources = (data / "generator.safetensors", chain / "dmd/dmd.safetensors")
+    for i, source in enumerate(sources):
+        made = tmp_path / f"{i}.safetensors"
+        convert.main([str(source), str(made), "--layout", "comfy", "--lora", adapter])
+        said = f"note: {adapter} was trained over another base than {source}"
+        assert (said in capsys.readouterr().err) == bool(i)
+
+
 def test_convert_keeps_what_an_adapter_says(data, chain, tmp_path):
     base = str(data / "generator.safetensors")
     made = tmp_path / "made.safetensors"
@@ -217,13 +228,20 @@ def test_what_does_not_go_on(data, chain, tmp_path, command, capsys):
     finish(lora_config(data, "ar", out, steps=2))
     capsys.readouterr()
 
-    def line(**changes):
+    def line(out=out, **changes):
         keys = lora_values(data, "ar", out, **({"steps": 2} | changes))
         return refused(command, write_toml(tmp_path / "a.toml", keys))
 
-    assert f"{out}/ar-lora is of step 2; move it to go on to steps = 3" in line(steps=3)
+    assert f"{out}/ar.safetensors is of step 2; move it to go on to steps = 3" in line(steps=3)
+    (out / "ar.safetensors").rename(tmp_path / "moved.safetensors")
+    alone = tmp_path / "alone"
+    shutil.copytree(out / "ar-lora", alone / "ar-lora")
+    text = line(alone, lr=2e-3)
+    assert f"{alone}/ar-lora/adapter_model.safetensors was made with another lr;" in text
+    assert "is of step 2; move it to go on to steps = 3" in line(alone, steps=3)
+    save_file({"x": torch.zeros(1)}, alone / "ar-lora/adapter_model.safetensors")
+    assert f"{alone}/ar-lora is another adapter; move it" in line(alone)
     shutil.rmtree(out / "ar-lora")
-    (out / "ar.safetensors").unlink()
     assert "was made with another lora;" in line(lora=2)
     assert "was made with another lora_alpha;" in line(lora_alpha=0.0)
     assert "was made with another lora_targets;" in line(lora_targets=["q"])
@@ -257,6 +275,7 @@ def test_runs_of_earlier_versions_go_on(data, tmp_path):
         ("ar", {"lora": 0, "lora_weights": "x"}, "lora_weights needs lora: give the rank"),
         ("ar", {"lora_targets": []}, "lora_targets is empty"),
         ("ar", {"lora_targets": ["qq"]}, "'qq' is no linear layer of a block; cross_attn.k, "),
+        ("dmd", {"lora_targets": ["0.self_attn.q"]}, "'0.self_attn.q' is no linear layer of a"),
         ("dmd", {"weights": ""}, "stage dmd needs weights"),
         ("ar", {"weights": ""}, "lora needs weights"),
         ("ar", {"lora_weights": "/no/such"}, "/no/such: no such file"),

@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import filesystem
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import (
@@ -31,7 +33,12 @@ from training import (
 
 import train
 from wan5b import fsdp, stages
+from wan5b.dit import WanDiT
+from wan5b.extras.checks import check_unchanged, held_by
+from wan5b.extras.digest import NOTHING
 from wan5b.extras.formats import load_dit, read_metadata
+from wan5b.extras.recipes import facts
+from wan5b.weights import save_dit
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
@@ -322,6 +329,31 @@ def test_changed_data_do_not_resume(data, tmp_path, command, capsys):
     keys = values(data, "ar", out, latents=str(moved))
     line = refused(command, write_toml(tmp_path / "a.toml", keys))
     assert f"step-0000003 was made with other latents than {moved} holds now" in line
+
+
+def test_another_vae_is_noted_where_it_trains(data, tmp_path):
+    """Long rollouts learn from its pictures; elsewhere it only shows what is made."""
+    for name in ("here", "moved", "other"):
+        basis = torch.full((16, 1, 4, 16, 16), float(name == "other"))
+        (tmp_path / name).mkdir()
+        save_file({"basis": basis}, tmp_path / name / "codec_VAE.safetensors")
+
+    for longer, step in ((0, 1), (12, 2)):
+        cfg = config(data, "dmd", vae=str(tmp_path / "here"), rollout_frames=longer)
+        moved, other = (replace(cfg, vae=str(tmp_path / name)) for name in ("moved", "other"))
+        saved = tmp_path / f"{step}.safetensors"
+        save_dit(WanDiT(DIT), saved, facts(cfg, DIT, step, held_by(cfg)))
+        check_unchanged(moved, held_by(moved), saved)
+        refused = pytest.raises(ValueError, match="made with other vae than .*other holds now")
+        with refused if longer else nullcontext():
+            check_unchanged(other, held_by(other), saved)
+
+    # A run that began before it was noted, or what is in a pipeline.
+    held = held_by(cfg) | {"teacher": NOTHING}
+    del held["vae"]
+    said = facts(cfg, DIT, step, held)
+    save_dit(WanDiT(DIT), saved, said, overwrite=True)
+    check_unchanged(other, held_by(other), saved)
 
 
 def test_keep(data, tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 
 from wan5b import fsdp, util
 from wan5b.extras import checkpoints, log
-from wan5b.extras.digest import digest
+from wan5b.extras.digest import NOTHING, digest
 from wan5b.optim import AdamW
 
 ROOT = Path(__file__).parent.parent
@@ -204,7 +204,7 @@ def test_digest_is_of_what_is_held(tmp_path):
     """Not of the place; headers, sizes and contents show."""
     path = tmp_path / "a" / "0.safetensors"
     util.write_tensors(path, {"x": torch.zeros(100000)}, {"prompts": "a b"})
-    known = {digest(path.parent)}
+    known = {digest(path.parent), NOTHING}
     (tmp_path / "a").rename(tmp_path / "b")
     path = tmp_path / "b" / "0.safetensors"
     assert digest(path.parent) in known
@@ -218,5 +218,12 @@ def test_digest_is_of_what_is_held(tmp_path):
         known.add(digest(path.parent))
     util.write_tensors(tmp_path / "b" / "1.safetensors", {"x": torch.zeros(1)})
     assert digest(path.parent) not in known
+    for file in ("pipeline/transformer/x.safetensors", "pickled/x.bin"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        for content in (b"", b"another"):
+            (tmp_path / file).write_bytes(content)
+            folder = tmp_path / file.partition("/")[0]
+            assert digest(folder) not in known
+            known.add(digest(folder))
     (tmp_path / "empty.pt").write_bytes(b"")
     assert digest(tmp_path / "empty.pt")

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from tiny import ablations, demo, jobs, lora
+from tiny import ablations, demo, jobs, lora, stages
 
 import train
 from wan5b.extras.checks import check_config
@@ -138,6 +138,19 @@ def test_chain_by_lora(monkeypatch, tmp_path):
     # Done is done.
     lora.chain(tmp_path, 16, 3.0)
     assert len(configs) == 3
+
+
+def test_what_is_named_twice_is_done_once(monkeypatch, tmp_path):
+    """Two processes would be in each other's way. Rank 0 would train all parameters."""
+    begun = []
+    for module in (lora, stages):
+        monkeypatch.setattr(module, "run_jobs", lambda jobs, at_once: begun.append(len(jobs)))
+    (tmp_path / "report.json").touch()
+    lora.run_chains([tmp_path], [4, 4, 8], [1.0, 3.0, 3.0], 2)
+    stages.measure_all([tmp_path], ["critic-slow", "lr-high", "critic-slow"], 2, 10)
+    assert begun == [4, 2]
+    with pytest.raises(ValueError, match="--ranks 0: must be at least 1"):
+        lora.run_chains([tmp_path], [4, 0], [1.0], 2)
 
 
 def test_table_of_lora(tmp_path, capsys):

@@ -115,6 +115,24 @@ def test_sample_videos_are_those_of_the_export(data, tmp_path, monkeypatch, stag
     assert torch.equal(*videos)
 
 
+@pytest.mark.parametrize("stage", ["ar", "ode"])
+def test_sample_videos_know_no_sink_before_dmd(data, tmp_path, monkeypatch, stage):
+    """It has no effect there, and an export says nothing of it: with a window or without."""
+    told = []
+
+    def generate(*_, **how):
+        told.append(how)
+        return [torch.zeros(1, 48, 3, 4, 4)]
+
+    monkeypatch.setattr(previews, "write", lambda *_: None)
+    monkeypatch.setattr(previews, "generate", generate)
+    for changes in ({"window": 4}, {}):
+        for sink in ({}, {"sink": 1, "sink_rope": "relative"}):
+            run = made(data, stage, sample_prompts=("prompt 1",), **changes, **sink)
+            previews.sample_videos(run, None, tmp_path, 1)
+        assert told.pop() == told.pop()
+
+
 def test_copies_are_made_once_a_rollout(data, monkeypatch):
     count = []
     inner = adapters.LoraLinear.merged

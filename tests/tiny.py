@@ -12,6 +12,7 @@ import demo  # noqa: E402
 import jobs  # noqa: E402
 import lora  # noqa: E402
 import scorer  # noqa: E402
+import show  # noqa: E402
 import sick  # noqa: E402
 import small  # noqa: E402
 import stages  # noqa: E402
@@ -19,7 +20,7 @@ import stages_show  # noqa: E402
 import world  # noqa: E402
 
 __all__ = ["LABELS", "ablations", "demo", "jobs", "lora", "make_codec", "scorer"]
-__all__ += ["sick", "small", "stages", "stages_show", "world"]
+__all__ += ["show", "sick", "small", "stages", "stages_show", "world"]
 
 LABELS = world.LABELS[::3]
 

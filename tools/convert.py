@@ -257,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     metadata = formats.read_metadata(source)
     for path, _ in loras:
         metadata = said_by(path) or metadata  # of a run with lora
+        adapters.note_base(path, source)
     recipe = sampled_as(source, args.recipe, loras, metadata)
     metadata.pop("recipe", None)
     if recipe:

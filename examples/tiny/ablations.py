@@ -26,6 +26,7 @@ from typing import Any
 import demo
 import torch
 from jobs import Job, command, parse, run_jobs
+from show import check_demos
 from torch import Tensor
 
 import train
@@ -298,13 +299,6 @@ def cost(row: Row) -> float:
     levels = len(cfg.levels) / 2 + cfg.clean_pass
     rollouts = (1 + 1 / cfg.ratio) * rolled * levels
     return cfg.steps * cfg.batch * (rollouts + (3 + 5 / cfg.ratio) * cfg.frames)
-
-
-def check_demos(demos: list[Path]) -> None:
-    """ValueError for a folder that is none."""
-    for run in demos:
-        if not (run / "report.json").exists():
-            raise ValueError(f"{run} is no finished demo: make demo first")
 
 
 # -------------------------------------------------------------------------------------------- table

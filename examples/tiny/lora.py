@@ -16,7 +16,6 @@ from pathlib import Path
 
 import demo
 from ablations import (
-    check_demos,
     judged_as,
     kept,
     mean_and_spread,
@@ -26,6 +25,7 @@ from ablations import (
     train_stage,
 )
 from jobs import Job, command, parse, run_jobs
+from show import check_demos
 
 import train
 from wan5b.extras.cli import script
@@ -88,11 +88,13 @@ def run_chains(
 ) -> None:
     """All that are not done, so many at a time, as `ablations.run_rows` has it."""
     check_demos(demos)
+    if min(ranks) < 1:
+        raise ValueError(f"--ranks {min(ranks)}: must be at least 1; ar would train all parameters")
     todo = []
     for run in demos:
         folder = kept(run, quick)
-        for rank in ranks:
-            for factor in factors:
+        for rank in dict.fromkeys(ranks):
+            for factor in dict.fromkeys(factors):
                 name = name_of(rank, factor)
                 if (folder / f"{name}.json").exists():
                     continue

@@ -32,9 +32,25 @@ TILE = 96  # pixels of a frame on the sheet
 MARGIN = 190  # ... and of what names its row
 
 
+def check_demos(demos: list[Path]) -> None:
+    """ValueError for a folder that is none, and for one that would count as two training seeds."""
+    for run in demos:
+        if not (run / "report.json").exists():
+            raise ValueError(f"{run} is no finished demo: make demo first")
+    if len({run.resolve() for run in demos}) < len(demos):
+        raise ValueError(f"a demo counts once, got {' '.join(map(str, demos))}: name it once")
+
+
 def read_reports(runs: list[Path]) -> list[dict]:
-    """What `demo` left in these folders."""
-    return [json.loads((run / "report.json").read_text()) for run in runs]
+    """What `demo` left in these folders. Errors as `check_demos`'; those of several must have been
+    judged alike.
+    """
+    check_demos(runs)
+    reports = [json.loads((run / "report.json").read_text()) for run in runs]
+    for run, report in zip(runs, reports, strict=True):
+        if report["rows"].keys() != reports[0]["rows"].keys():
+            raise ValueError(f"{run} was judged at other lengths than {runs[0]} (--longest)")
+    return reports
 
 
 def table(runs: list[Path]) -> None:

@@ -21,6 +21,7 @@ import demo
 import torch
 from jobs import Job, command, parse, run_jobs
 from PIL import Image
+from show import check_demos
 from sick import CASES, Case, has_curves, is_trained, mode_of
 from stages_show import binned, write
 from torch import Tensor
@@ -187,9 +188,9 @@ def measure_all(
     runs: list[Path], names: list[str], at_once: int, longest: int, quick: bool = False
 ) -> None:
     """All that is not done, so many at a time, each in a process of one thread: see `run_jobs`."""
-    ablations.check_demos(runs)
+    check_demos(runs)
     todo = []
-    for name in names:
+    for name in dict.fromkeys(names):
         case = CASES[name]
         for run in runs:
             results = kept(run, quick)
@@ -221,7 +222,7 @@ def main() -> None:
     add("--write", type=Path, metavar="DOCS", help="only make DOCS/stages/*.png, fill in stages.md")
     args = parse(parser, run_one)
     if args.write:
-        ablations.check_demos(args.demos)
+        check_demos(args.demos)
         write(args.write, args.demos)
     else:
         measure_all(args.demos, args.only, args.jobs, args.longest, args.quick)

@@ -15,6 +15,7 @@ A chain of stages has one base: each goes on from the adapter of the one before 
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,7 +30,7 @@ from wan5b import fsdp
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import config
 from wan5b.extras.config import at_least, path
-from wan5b.extras.digest import digest
+from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import read_metadata
 from wan5b.extras.lora import HEADER, read_lora
 from wan5b.extras.training_attention import arrange
@@ -137,8 +138,11 @@ def attach(model: WanDiT, rank: int, scale: float, targets: tuple[str, ...]) -> 
 
 
 def _ends(name: str, target: str) -> bool:
-    """As PEFT matches its target_modules: whole words between dots."""
-    return f".{name}".endswith(f".{target}")
+    """As PEFT matches its target_modules, whole words between dots; of the name in its block: one
+    block's layers alone can't be chosen, since all blocks are taken to be alike.
+    """
+    own = name.partition(".")[2]
+    return f".{own}".endswith(f".{target}")
 
 
 def adapted(cfg, sizes: DiTConfig) -> WanDiT:
@@ -263,7 +267,7 @@ def read_adapters(cfg, sizes: DiTConfig) -> dict[str, Tensor]:
     """
     file = cfg.lora_weights
     base = said_by(file).get("data", {}).get("weights")
-    if base not in (None, digest(cfg.weights)):
+    if base not in (None, NOTHING, digest(cfg.weights)):
         way_out = "name its base as weights, or merge it there (tools/convert.py --lora)"
         raise ValueError(f"{file} was trained over another base than {cfg.weights}: {way_out}")
 
@@ -306,6 +310,16 @@ def said_by(file: str | Path) -> dict[str, Any]:
     inside = Path(file, FILE)
     said = read_metadata(inside if inside.is_file() else file)
     return {key: value for key, value in said.items() if key != HEADER}
+
+
+def note_base(file: str | Path, source: str | Path) -> None:
+    """A line for the user if an adapter of train.py is put over other weights than it was trained
+    over: over its own merged export, say, where it would count twice.
+    """
+    base = said_by(file).get("data", {}).get("weights")
+    if base not in (None, NOTHING, digest(source)):
+        text = f"{file} was trained over another base than {source}"
+        print(f"note: {text}: right if that is its base in another layout", file=sys.stderr)
 
 
 def merged(run, final: Path, said: dict) -> tuple[WanDiT, Callable[[str], Tensor]]:
@@ -384,9 +398,3 @@ def check(cfg) -> None:
         differ = f"teacher {teacher} and weights {cfg.weights} are different files"
         way_out = "name the teacher as weights, and the stage before as lora_weights"
         raise ValueError(f"with lora the base is the teacher, but {differ}: {way_out}")
-
-    # Left by a run of fewer steps whose merged export was moved away.
-    folder = adapter_folder(cfg, Path(cfg.out))
-    step = said_by(folder).get("step")
-    if step not in (None, cfg.steps):
-        raise ValueError(f"{folder} is of step {step}; move it to go on to steps = {cfg.steps}")

@@ -14,8 +14,8 @@ from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras import adapters
 from wan5b.extras.checkpoints import complete
-from wan5b.extras.digest import digest
-from wan5b.extras.formats import check_checkpoint, read_metadata
+from wan5b.extras.digest import NOTHING, digest
+from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
@@ -272,8 +272,8 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
         raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")
 
     digests = known.get("data", {})
-    for key in READS:
-        if digests.get(key) != data.get(key):
+    for key in (*READS, *(digests.keys() & {"vae"})):  # which earlier versions did not note
+        if digests.get(key) not in (data.get(key), NOTHING):
             raise ValueError(
                 f"{saved} was made with other {key} than {getattr(cfg, key) or 'none'} holds now; "
                 "choose another out"
@@ -285,11 +285,31 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
 
 def newest(cfg, data: dict[str, str]) -> Path | None:
     """The checkpoint that a run goes on from, if there is one, which must be its own."""
+    if cfg.lora:
+        _check_adapter(cfg, data)
     saved = complete(Path(cfg.out))
     if not saved:
         return None
     check_unchanged(cfg, data, saved[-1])
     return saved[-1]
+
+
+def _check_adapter(cfg, data: dict[str, str]) -> None:
+    """Whether an adapter that lies where this run's will is this run's: left by a kill between the
+    two exports, or by someone who has moved the merged one away.
+    """
+    folder = adapters.adapter_folder(cfg, Path(cfg.out))
+    file = folder / adapters.FILE
+    if not file.is_file():
+        return
+    said = read_metadata(file)
+    if "training" not in said:
+        raise ValueError(f"{folder} is another adapter; move it or choose another out")
+    check_unchanged(cfg, data, file)
+    if said["step"] < cfg.steps:
+        raise ValueError(
+            f"{folder} is of step {said['step']}; move it to go on to steps = {cfg.steps}"
+        )
 
 
 def check_finished(cfg, data: dict[str, str], final: Path) -> None:
@@ -310,4 +330,8 @@ def held_by(cfg) -> dict[str, str]:
         path = getattr(cfg, key)
         if path and Path(path).exists():
             digests[key] = digest(path)
+    # Elsewhere the VAE only shows what is made; here it encodes what teacher and critic are shown.
+    longer = cfg.stage in DISTILLATIONS and cfg.rollout_frames > cfg.frames
+    if longer and Path(cfg.vae).exists():
+        digests["vae"] = digest(locate(Path(cfg.vae), "vae"))
     return digests

@@ -12,12 +12,14 @@ BLOCK = 4096  # bytes
 # What of a folder counts: a store's shards, a release's DiT, an adapter, a checkpoint of train.py.
 FILES = (
     "*.safetensors",
+    "*.bin",
     "config.json",
     "adapter_config.json",
     ".metadata",
     "facts.json",
     "*.distcp",
 )
+NOTHING = blake2b(digest_size=16).hexdigest()  # what earlier versions held of diffusers' pipelines
 
 
 def digest(path: str | Path) -> str:
@@ -25,7 +27,10 @@ def digest(path: str | Path) -> str:
     path = Path(path)
     files = [path]
     if path.is_dir():
-        files = sorted(file for pattern in FILES for file in path.glob(pattern))
+        folders = (path, path / "transformer")  # the DiT of a diffusers pipeline
+        files = sorted(
+            file for pattern in FILES for folder in folders for file in folder.glob(pattern)
+        )
     summary = blake2b(digest_size=16)
     for file in files:
         summary.update(file.name.encode("utf-8", "surrogateescape") if path.is_dir() else b"")

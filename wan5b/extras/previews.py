@@ -15,6 +15,7 @@ from wan5b.flow import sampling_sigmas
 from wan5b.fsdp import World, local
 from wan5b.optim import AdamW
 from wan5b.runs import Run
+from wan5b.stages import DISTILLATIONS
 from wan5b.util import rng
 from wan5b.vae22 import VAE22
 
@@ -56,7 +57,8 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = MODES[MADE_FOR.get(cfg.stage, "few")]
     how = {"causal": mode.causal, "solver": "renoise", "window": run.window, "seed": cfg.seed}
-    how |= {"sink": cfg.sink, "sink_rope": cfg.sink_rope}
+    if cfg.stage in DISTILLATIONS:
+        how |= {"sink": cfg.sink, "sink_rope": cfg.sink_rope}
     if run.rollouts:
         how |= {"sigmas_after": run.rollouts.after, "clean_pass": cfg.clean_pass}
         how["context_noise"] = run.rollouts.context_noise
