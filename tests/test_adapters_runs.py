@@ -117,14 +117,17 @@ def test_the_export_is_the_base_with_the_adapter(data, chain, stage):
     assert torch.equal(merged["head.head.weight"], plain["head.head.weight"])
 
 
-def test_convert_notes_another_base(data, chain, tmp_path, capsys):
+def test_another_base_is_noted(data, chain, tmp_path, capsys):
     """Over what it is merged into already, as well as over other weights."""
     adapter = str(chain / "dmd/dmd-lora")
     sources = (data / "generator.safetensors", chain / "dmd/dmd.safetensors")
     for i, source in enumerate(sources):
+        said = f"note: {adapter} was trained over another base than {source}"
         made = tmp_path / f"{i}.safetensors"
         convert.main([str(source), str(made), "--layout", "comfy", "--lora", adapter])
-        said = f"note: {adapter} was trained over another base than {source}"
+        assert (said in capsys.readouterr().err) == bool(i)
+        args = ["--weights", str(source), "--lora", adapter, "--release", str(data)]
+        plan.look_at_weights(sample.parse([*args, "--device", "cpu", "--prompt", "a"]))
         assert (said in capsys.readouterr().err) == bool(i)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from wan5b.dit import PRESETS, DiTConfig
-from wan5b.extras.adapters import said_by
+from wan5b.extras.adapters import note_base, said_by
 from wan5b.extras.chunking import (
     FRAMES,
     blended,
@@ -219,6 +219,7 @@ def look_at_weights(args: Namespace) -> Weights:
     trained = read_metadata(source)
     for path, _ in options["loras"]:
         trained = said_by(path) or trained  # of a run with lora: the file beside the base's
+        note_base(path, source)
     return Weights(cfg, options, trained, recognise(args.release, args.weights, trained))
 
 
