@@ -75,7 +75,6 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     levels: tuple[int, ...] = FEW_STEPS  # of the few-step model, in thousandths before the shift
     levels_after: tuple[int, ...] = ()  # of chunks behind the first, if they have others
     clean_pass: bool = True  # False: the last level's keys are a chunk's context
-    context_noise: int = within(0, 1000, 0)  # contexts' level in thousandths, not shifted
     shift: float = at_least(1e-6, 5.0)
 
     steps: int = at_least(1, 1000)

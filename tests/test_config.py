@@ -63,11 +63,6 @@ BAD = [
     ("sid", {"rollout_frames": 9}, "name vae"),
     ("dmd", {"rollout": "data", "levels_after": [1000, 500]}, "leave levels_after"),
     ("dmd", {"rollout": "data", "clean_pass": False}, "leave levels_after, clean_pass"),
-    ("dmd", {"context_noise": 1000}, "context_noise must be at least 0 and below 1000, got 1000"),
-    ("dmd", {"context_noise": -1}, "context_noise must be at least 0 and below 1000, got -1"),
-    ("dmd", {"context_noise": 0.1}, "context_noise must be int, got 0.1"),
-    ("sid", {"context_noise": 90, "clean_pass": False}, "context_noise = 90 is the level of the c"),
-    ("ode", {"context_noise": 90, "forcing": "diffusion"}, "which forcing = 'diffusion' has not"),
     ("ode", {"levels_after": [1000, 600]}, "levels_after has [600], which trajectories hold only"),
     # What is missing.
     ("ar", {"latents": ""}, "stage ar needs latents"),

@@ -44,7 +44,6 @@ def rollout_with_grad(run: stages.Run, step: int) -> list[torch.Tensor]:
         renoise=renoise,
         prefix=clips[:, :, :given] if given else None,
         committed=clips[:, :, given:] if run.cfg.rollout == "data" else None,
-        context_noise=run.cfg.context_noise / 1000,
     )
     return [next(made) for _ in chunks]
 
@@ -163,7 +162,6 @@ CHANGES = {
     "first": {"prefix": 1},
     "data": {"rollout": "data"},
     "first, data": {"prefix": 1, "rollout": "data"},
-    "first, data, noised": {"prefix": 1, "rollout": "data", "context_noise": 300},
 }
 
 

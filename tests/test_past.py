@@ -21,7 +21,6 @@ HOW = {"causal": True, "solver": "renoise", "window": WINDOW, "sink": SINK}
 GUIDED = HOW | {"solver": "unipc", "guidance": 3.0}
 AFTER = few_step_sigmas((1000, 500))
 KEPT = HOW | {"clean_pass": False}
-NOISED = HOW | {"context_noise": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +195,6 @@ CASES = {
     "recache": (HOW | {"recache": True}, CHUNKS, None),
     "recache, prefix": (HOW | {"recache": True}, CHUNKS, 3),
     "levels": (HOW | {"sigmas_after": AFTER}, CHUNKS, None),
-    "noised": (NOISED, CHUNKS, None),
-    "noised, inside": (NOISED | {"prefix_inside": True}, [1, *CHUNKS], 1),
-    "noised, recache, prefix": (NOISED | {"recache": True, "sigmas_after": AFTER}, CHUNKS, 3),
-    "noised, guided": (GUIDED | {"context_noise": 0.1}, CHUNKS, None),
     "kept": (KEPT, CHUNKS, None),
     "kept, prefix": (KEPT, CHUNKS, 3),
     "kept, inside": (KEPT | {"prefix_inside": True}, [1, *CHUNKS], 1),

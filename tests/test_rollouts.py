@@ -36,10 +36,6 @@ OPTIONS = {
     "other levels": {"levels_after": (1000, 750, 250)},
     "no clean pass": {"clean_pass": False},
     "both, window": {"levels_after": (1000, 500), "clean_pass": False, "window": 4},
-    "context noise": {"context_noise": 100},
-    "context noise, picture": LONG
-    | {"context_noise": 100, "levels_after": (1000, 500), "prefix": 1}
-    | {"frames": 7, "rollout_frames": 13, "sink": 1, "window": 7, "sink_rope": "relative"},
     "long": LONG,
     "long, no window": {"rollout_frames": 12},
     "sink": LONG | {"window": 7, "sink": 2},

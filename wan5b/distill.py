@@ -35,7 +35,6 @@ def rollout(
     solver: str = "",
     trace: list[Tensor] | None = None,
     clean_pass: bool = True,
-    context_noise: float = 0.0,
 ) -> Iterator[Tensor]:
     """Generate chunk by chunk over a KV cache (Self Forcing, arXiv 2506.08009, algorithms 1 and 2).
 
@@ -64,8 +63,6 @@ def rollout(
     - solver: "unipc" or "euler" integrates the flow through all levels instead of re-noising.
     - trace: a list that takes the input of every chunk's exit level, for `replay`.
     - clean_pass: False commits the keys of the last level's forward in its place: see `keep_last`.
-    - context_noise: the level at which the clean pass shows a chunk, noised by one more renoise.
-      Prefixes stay clean.
     """
     if isinstance(noise, Tensor):
         assert sum(chunks) == noise.shape[2], f"chunks {chunks}, noise of {noise.shape[2]} frames"
@@ -76,8 +73,6 @@ def rollout(
     renoises = solver in ("", "renoise")
     assert renoises or clean_pass, f"without a clean pass chunks re-noise, they do not by {solver}"
     assert clean_pass or committed is None, "without a clean pass a chunk's own keys are kept"
-    fits = 0 <= context_noise <= 1 and (clean_pass or not context_noise)
-    assert fits, f"context_noise {context_noise}, in the clean pass alone: clean_pass {clean_pass}"
     others = None if committed is None else iter(committed.split(chunks, dim=2))
     if trace is not None:
         # What `replay` can run again: a prefix in front, one text, an exit level.
@@ -106,9 +101,9 @@ def rollout(
         cache.use_text(text)
         model = generator if inside is None else behind(generator, inside)
         field = partial(_velocity, model, text, cache)
-        fresh = partial(renoise, index)
         if renoises:
             # Down to the exit level without grad, then that level, with grad where it is enabled.
+            fresh = partial(renoise, index)
             with torch.no_grad():
                 x = solve(field, x, levels[: leave + 1], "renoise", fresh)
             if trace is not None:
@@ -116,13 +111,11 @@ def rollout(
             x0 = x0_from_v(x, field(x, levels[leave]), levels[leave])
         else:
             x0 = solve(field, x, levels, solver)
-        # Drawn before the chunk is handed on: what the next one needs is known from there.
-        drawn = fresh(leave, x0) if context_noise else None
         yield x0
         if clean_pass:
             clean = next(others) if others else x0
-            whole, sigma = as_context(clean, drawn, context_noise, inside)
-            commit(generator, whole, text, cache, sigma)
+            whole = clean if inside is None else torch.cat([inside, clean], 2)
+            commit(generator, whole, text, cache)
         else:
             keep_last(field, x0, levels[leave:-1], partial(fresh, leave), cache)
         inside = None
@@ -162,27 +155,11 @@ def split_prefix(prefix: Tensor, chunks: list[int]) -> tuple[Tensor, ...]:
 def commit(generator: Callable, x0: Tensor, context: Tensor, cache: KVCache, sigma=0.0) -> None:
     """Take finished frames x0 [B, C, T, H, W] into the cache, under a text: the clean pass.
 
-    sigma: their level, where they are shown as `as_context` or `keep_last` have them.
+    sigma: where that is kept whose last pass was at another level, as x0 the input of that pass.
     """
     cache.use_text(context)
     generator(x0.detach(), sigma, context, cache=cache)
     cache.commit(x0.shape[2])
-
-
-def as_context(
-    x0: Tensor, noise: Tensor | None, sigma: float, inside: Tensor | None = None
-) -> tuple[Tensor, float | Tensor]:
-    """A finished chunk x0 [B, C, T, H, W] as the clean pass shows it, and at which level, or levels
-    [B, T' + T]: noised to sigma, if that is above 0.
-
-    inside: clean frames [B, C, T', H, W] that are its first ones, if any.
-    """
-    x0 = x0.detach()
-    shown = add_noise(x0, noise, sigma) if sigma else x0
-    if inside is None:
-        return shown, sigma
-    whole, levels = in_front(inside, shown, sigma)
-    return whole, levels if sigma else 0.0
 
 
 @torch.no_grad()
@@ -204,19 +181,12 @@ def behind(model: Callable, prefix: Tensor) -> Callable:
     """The velocity of frames behind a prefix [B, C, T', H, W], which the model is shown clean."""
 
     def field(x: Tensor, sigma: float, context: Tensor, **kwargs) -> Tensor:
-        return model(*in_front(prefix, x, sigma), context, **kwargs)[:, :, prefix.shape[2] :]
+        frames = prefix.shape[2]
+        levels = torch.full((len(x), frames + x.shape[2]), sigma, dtype=torch.float64)
+        levels[:, :frames] = 0
+        return model(torch.cat([prefix, x], 2), levels, context, **kwargs)[:, :, frames:]
 
     return field
-
-
-def in_front(prefix: Tensor, x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """A clean prefix [B, C, T', H, W] and, behind it, x [B, C, T, H, W] of one level -> both in one
-    tensor, and the levels [B, T' + T].
-    """
-    frames = prefix.shape[2]
-    levels = torch.full((len(x), frames + x.shape[2]), sigma, dtype=torch.float64)
-    levels[:, :frames] = 0
-    return torch.cat([prefix, x], 2), levels
 
 
 def guided(model: Callable, guidance: float) -> Callable:

@@ -81,8 +81,6 @@ LONG = {"rollout_frames": "27"}
 LONGER = {"rollout_frames": "54"}
 TWICE = {"steps": "960"}
 LARGE = {"batch": "16", "micro_batch": "16"}
-NOISED = {"context_noise": 0.1}
-TRAINED_NOISED = {"context_noise": "100"}
 GAN = {"gan_weight": "0.01"}
 ROWS = {
     "dmd": Row("as make demo trains it"),
@@ -119,8 +117,6 @@ ROWS = {
     # 5.: the init
     "from-ar": Row("from ar, without ode", start="ar"),
     # 6.: the defaults
-    "context-noise-untrained": Row("contexts noised to .1: only sampled", how=NOISED),
-    "context-noise": Row("contexts noised to .1", TRAINED_NOISED, NOISED),
     "guidance-0": Row("guidance 0", {"guidance": "0.0"}),
     "guidance-0.5": Row("guidance .5", {"guidance": "0.5"}),
     "guidance-1": Row("guidance 1", {"guidance": "1.0"}),

@@ -39,7 +39,7 @@ ONLY_IN = {
     **dict.fromkeys(("data_forcing", "gan_weight"), ("dmd",)),
     "window": STAGES[1:],
     **dict.fromkeys(("rollout_frames", "sink", "sink_rope"), DISTILLATIONS),
-    **dict.fromkeys(("levels_after", "clean_pass", "context_noise"), ("ode", *DISTILLATIONS)),
+    **dict.fromkeys(("levels_after", "clean_pass"), ("ode", *DISTILLATIONS)),
 }
 READS = ("text", "latents", "trajectories", "weights", "lora_weights", "teacher")
 # What has an effect beside gan_weight, or lora, only.
@@ -97,8 +97,6 @@ def check_config(cfg, world: World) -> None:
             f"levels_after has {sorted(unknown)}, which trajectories hold only if they are among "
             f"levels, {list(cfg.levels)}"
         )
-    if cfg.context_noise:
-        _check_context_noise(cfg)
     if cfg.window and cfg.window < cfg.chunk:
         raise ValueError(f"a chunk of {cfg.chunk} frames does not fit in a window of {cfg.window}")
     if cfg.stage in DISTILLATIONS:
@@ -109,21 +107,6 @@ def check_config(cfg, world: World) -> None:
             f"batch {cfg.batch} is {own} a process, not a multiple of "
             f"micro_batch {cfg.micro_batch}; "
             f"micro_batch={math.gcd(own, cfg.micro_batch)} would do"
-        )
-
-
-def _check_context_noise(cfg) -> None:
-    """It needs what it noises: the clean pass, or in stage ode the clean half."""
-    given = f"context_noise = {cfg.context_noise}"
-    if not cfg.clean_pass:
-        raise ValueError(
-            f"{given} is the level of the clean pass, which clean_pass = false leaves out: leave "
-            "out one of them"
-        )
-    if cfg.stage == "ode" and cfg.forcing != "teacher":
-        raise ValueError(
-            f"{given} is the level of ode's clean half, which forcing = {cfg.forcing!r} has not: "
-            "leave out one of them"
         )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wan5b.distill import as_context, commit
+from wan5b.distill import commit
 from wan5b.kvcache import KVCache
 
 
@@ -19,21 +19,7 @@ class Commit(NamedTuple):
     latents: Tensor  # [B, C, T, H, W]
     context: Tensor  # the text at that
     chunk: int  # the generated chunk whose text that was
-    sigma: float | Tensor = 0.0  # of the latents, float or [B, T]: above 0 if it was noised
-
-
-class Drawn:
-    """The noise that "renoise" adds, as `rollout` asks for it, drawn one after the other; the last
-    one is remembered.
-    """
-
-    def __init__(self, draws: torch.Generator):
-        self.draws = draws
-        self.last = None
-
-    def __call__(self, chunk: int, step: int, like: Tensor) -> Tensor:
-        self.last = torch.randn(like.shape, generator=self.draws, device=like.device)
-        return self.last
+    sigma: float | Tensor = 0.0  # of the latents, float or [B, T]: above 0 without a clean pass
 
 
 class Watched:
@@ -71,7 +57,7 @@ class Past:
     def add(self, latents: Tensor, context: Tensor, sigma: float | Tensor = 0.0) -> None:
         """Frames that the cache takes in next, with the text of the chunk at hand.
 
-        sigma: their level, where what is taken in is noised, or the last step.
+        sigma: their level, where it is the last step that is taken in, not a clean pass.
         """
         self.commits.append(Commit(self.frames, latents.detach(), context, self.chunks, sigma))
         self.frames += latents.shape[2]
@@ -84,23 +70,17 @@ class Past:
         cache: KVCache,
         inside: Tensor | None,
         watched: Watched | None = None,
-        context_noise: float = 0.0,
-        noise: Drawn | None = None,
     ) -> Iterator[Tensor]:
         """The chunks of a rollout [B, C, T, H, W], each of which is added before it is handed on.
 
         inside: the prefix that is the first frames of the first one, if any. watched: the model,
-        if the cache keeps what it was last shown, for want of a clean pass. context_noise: of the
-        rollout; noise: what it draws from.
+        if the cache keeps what it was last shown, for want of a clean pass.
         """
         for x0 in made:
             if watched:
                 self.add(watched.x, cache.context, watched.sigma)
             else:
-                # The same latents as the rollout commits, which has just drawn their noise.
-                drawn = noise.last if context_noise else None
-                shown, sigma = as_context(x0, drawn, context_noise, inside)
-                self.add(shown, cache.context, sigma)
+                self.add(x0 if inside is None else torch.cat([inside, x0], 2), cache.context)
             self.chunks += 1
             inside = None
             yield x0

@@ -282,9 +282,8 @@ def describe(recipe: Recipe, sampler: dict) -> str:
     words.append(f"{len(sampler['sigmas']) - 1} steps of {recipe.solver}")
     if "sigmas_after" in sampler:
         words[-1] += f" in the first chunk, {len(sampler['sigmas_after']) - 1} after"
-    words += ["no clean pass"] * (not recipe.clean_pass)
-    if recipe.context_noise:
-        words.append(f"contexts noised to {recipe.context_noise / 1000:g}")
+    if not recipe.clean_pass:
+        words.append("no clean pass")
     words += [f"shift {recipe.shift:g}", f"guidance {recipe.guidance:g}"]
     if recipe.causal:
         words.append(f"chunks of {recipe.chunk}")

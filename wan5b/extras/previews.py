@@ -61,7 +61,6 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
         how |= {"sink": cfg.sink, "sink_rope": cfg.sink_rope}
     if run.rollouts:
         how |= {"sigmas_after": run.rollouts.after, "clean_pass": cfg.clean_pass}
-        how["context_noise"] = run.rollouts.context_noise
     sigmas = run.sigmas
     if mode.guided:
         how |= {"solver": "euler", "guidance": cfg.sample_guidance}

@@ -69,7 +69,6 @@ class Recipe(Options):
     levels: tuple[float, ...] = ()  # in place of steps: within 1000 .. 0, not shifted yet
     levels_after: tuple[float, ...] = ()  # of all chunks but the first, where they have others
     clean_pass: bool = True  # False: the keys of a chunk's last step are kept as its context
-    context_noise: float = within(0, 1000, 0.0)  # a context's level, as in train.py: not shifted
     shift: float = within(1e-6, 1e6, 5.0)
     guidance: float = within(-1e6, 1e6, 1.0)  # scale of CFG; at 1 there is none
 
@@ -88,15 +87,6 @@ class Recipe(Options):
     frames: int = at_least(0, 0)  # pixel frames of a clip, where --frames is not given
     fps: int = within(1, 241, FPS)
 
-    def __post_init__(self):
-        super().__post_init__()
-        # Here, not in `check_whole`, which exports don't pass.
-        if self.context_noise and not self.clean_pass:
-            raise ValueError(
-                f"context_noise = {self.context_noise:g} is the level of the clean pass, which "
-                "clean_pass = false leaves out"
-            )
-
     def sigmas(self, prefix: bool) -> list[float]:
         """The noise levels of a clip, sigma in [0, 1], the last one 0.
 
@@ -114,8 +104,6 @@ class Recipe(Options):
             options["sigmas_after"] = few_step_sigmas(self.levels_after, self.shift)
         if not self.clean_pass:
             options["clean_pass"] = False
-        if self.context_noise:
-            options["context_noise"] = self.context_noise / 1000
         return options
 
 
@@ -161,8 +149,7 @@ def load(name: str) -> Recipe:
 def check_whole(recipe: Recipe) -> None:
     """ValueError if fields contradict each other, or one is missing that the others need."""
     given = {name for name, value in asdict(recipe).items() if value}
-    of_chunks = {"chunk", "prefix", "window", "sink", "context_noise", "cut_gap", "cut_prefix"}
-    of_chunks &= given
+    of_chunks = given & {"chunk", "prefix", "window", "sink", "cut_gap", "cut_prefix"}
     renoises = recipe.solver == "renoise"
     inside = recipe.image == "inside"
     few_causal = recipe.causal and renoises
@@ -221,7 +208,6 @@ def in_mode(recipe: Recipe, mode: Mode) -> Recipe:
     else:
         changes |= dict.fromkeys(("chunk", "prefix", "window", "sink", "cut_gap"), 0)
         changes["cut_prefix"] = ""
-        changes["context_noise"] = 0.0
         changes["sink_rope"] = "absolute"
         changes["image"] = recipe.image.replace("inside", "front")
     # What chunks of few levels may have of their own.
@@ -250,8 +236,6 @@ def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
         said["levels_after"] = cfg.levels_after
     if cfg.stage not in MADE_FOR and not cfg.clean_pass:
         said["clean_pass"] = False
-    if cfg.stage not in MADE_FOR and cfg.context_noise:
-        said["context_noise"] = cfg.context_noise
     return said | {"config": asdict(sizes), "training": asdict(cfg), "data": data}
 
 
@@ -281,7 +265,7 @@ def from_metadata(said: dict) -> Recipe | None:
     causal = values.get("causal", mode.causal)
     solver = values.get("solver", mode.solver)
     if not causal:
-        for name in ("chunk", "prefix", "window", "sink", "sink_rope", "context_noise"):
+        for name in ("chunk", "prefix", "window", "sink", "sink_rope"):
             values.pop(name, None)
     if not causal or solver != "renoise":
         values.pop("levels_after", None)

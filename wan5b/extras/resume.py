@@ -35,7 +35,7 @@ class State(NamedTuple):
 
     # The clip's record, and: weights and vae (their fingerprints), video (the mp4's name), begins
     # (what it is known by), pictures in it, chunks, commits [[first frame, frames, chunk], ...],
-    # tail (frames of each piece); of commits that are not clean levels (each's, float or [1, T]).
+    # tail (frames of each piece); without a clean pass levels (of each commit, float or [1, T]).
     about: dict
     latents: Tensor  # of all commits, [1, C, T, H, W]
     tail: Tensor  # of all pieces

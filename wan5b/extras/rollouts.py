@@ -1,6 +1,5 @@
 """Rollouts of training that are not all like the plain method's: levels that differ between chunks,
-no clean pass, noised contexts, videos that are longer than what is scored. `Run.rollouts` of a run
-that has any.
+no clean pass, videos that are longer than what is scored. `Run.rollouts` of a run that has any.
 
 **Levels.** The first chunk goes down `levels`, all others `levels_after` (4 and 2 in
 Causal-Forcing++; behind an image or a video the first generated chunk is the first). One exit is
@@ -13,11 +12,6 @@ the shorter list (Diagonal Distillation), where short lists leave at their last 
 code trains with one more forward at the last level for every chunk, over x0 noised anew; ours only
 where the exit is above the last level, and at the last one keeps the forward's own keys, as
 sampling does. Stage ode regresses behind contexts noised to the last level likewise.
-
-**Context noise.** The clean pass shows chunks noised to the level `context_noise` (thousandths of
-sigma, no shift), with noise of their own, so that what is seen of them is never quite clean. Self
-Forcing's public code trains so, and its sampler then shows chunks without the noise, at that level;
-ours noises them as in training. Stage ode regresses behind such contexts likewise.
 
 **Long rollouts** (Self Forcing++, arXiv 2510.02283). What is scored are the last `frames` of a
 rollout whose length is drawn, `frames` to `rollout_frames`: a window at a random place of a long
@@ -57,7 +51,6 @@ class Rollouts:
         self.vae = vae
         self.first = few_step_sigmas(cfg.levels, cfg.shift)
         self.after = few_step_sigmas(cfg.levels_after or cfg.levels, cfg.shift)
-        self.context_noise = cfg.context_noise / 1000  # sigma
 
     # ------------------------------------------------------------------------------- distillations
 
@@ -71,7 +64,6 @@ class Rollouts:
         steps = [share * (len(way) - 1) // self.exits for way in ways]
 
         how = {"exit_step": iter(steps), "clean_pass": cfg.clean_pass}
-        how["context_noise"] = self.context_noise
         x0, prefix, trace = roll(run, batch, chunks, iter(ways), **how)
 
         # The window, and at which level each of its frames was left.
@@ -118,13 +110,13 @@ class Rollouts:
         return torch.stack(chosen, 1)
 
     def ode_context(self, run: Run, batch: Batch, end: Tensor) -> dict[str, Tensor]:
-        """Arguments of WanDiT: the context half, if it is not clean: each chunk at the level of the
-        context noise, or at its last one. end: clean clips [B, C, T, H, W].
+        """Arguments of WanDiT: the context half, if there is no clean pass: each chunk at its last
+        level. end: clean clips [B, C, T, H, W].
         """
-        if run.cfg.clean_pass and not self.context_noise:
+        if run.cfg.clean_pass:
             return {}
-        levels = [self.context_noise or way[-2] for way in self.ways(run)]
-        sigma = run.per_frame(torch.tensor([levels], device=run.device))  # [1, T]
+        last = torch.tensor([[way[-2] for way in self.ways(run)]], device=run.device)
+        sigma = run.per_frame(last)  # [1, T]
         noise = batch.draws(torch.randn, *end.shape[1:])
         return {"clean": add_noise(end, noise, sigma), "clean_sigma": sigma}
 
@@ -158,8 +150,7 @@ def rollouts(cfg, world: World) -> Rollouts | None:
     """Of a run whose rollouts are not all like the plain method's. cfg: train.py's Config."""
     longer = cfg.stage in DISTILLATIONS and cfg.rollout_frames > cfg.frames
     own = cfg.stage == "ode" or cfg.stage in DISTILLATIONS
-    noised = cfg.context_noise or not cfg.clean_pass
-    if not own or not (cfg.levels_after or longer or noised):
+    if not own or not (cfg.levels_after or longer or not cfg.clean_pass):
         return None
     vae = None
     if longer:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wan5b.distill import behind, guided, rollout, split_prefix
-from wan5b.extras.past import Drawn, Past, Watched
+from wan5b.extras.past import Past, Watched
 from wan5b.flow import solve
 from wan5b.kvcache import KVCache
 from wan5b.util import rng
@@ -71,7 +71,6 @@ def generate(
     draws: torch.Generator | None = None,
     sigmas_after: list[float] | None = None,
     clean_pass: bool = True,
-    context_noise: float = 0.0,
     new_cache: Callable = KVCache,
 ) -> Iterator[Tensor]:
     """Latents [B, C, T, H, W] of clips, piece by piece: the prefix first, if any, then every chunk
@@ -92,8 +91,7 @@ def generate(
     - endless: noise that never ends. Needs a window; chunks: the sizes that occur.
     - past: takes what the memory is made of; of one that has chunks the video goes on, with noise
       and contexts of those that are left, and no prefix.
-    - sigmas_after: levels of all chunks but the video's first; clean_pass, context_noise: as in
-      `rollout`.
+    - sigmas_after: levels of all chunks but the video's first; clean_pass: as in `rollout`.
     """
     going_on = past is not None and past.frames > 0
     assert not (going_on and (prefix is not None or cuts)), "a video goes on as it is"
@@ -110,7 +108,7 @@ def generate(
     rows = branches * len(piece)
     text, texts = peek(repeat(context[:rows]) if isinstance(context, Tensor) else context)
     assert len(text) == rows, f"{len(text)} rows of text, not {rows}"
-    fresh = Drawn(draws or rng(text.device, seed, "renoise"))
+    fresh = drawn_from(draws or rng(text.device, seed, "renoise"))
 
     # The whole clip at once.
     if not causal:
@@ -144,13 +142,22 @@ def generate(
         for part in split_prefix(prefix, chunks):
             past.add(part, text)
     how = {"renoise": fresh, "prefix": prefix, "prefix_inside": prefix_inside, "cuts": cuts}
-    how |= {"clean_pass": clean_pass, "context_noise": context_noise}
+    how["clean_pass"] = clean_pass
     if sigmas_after:
         sigmas = chain([] if past.chunks else [sigmas], repeat(sigmas_after))
     made = rollout(field, pieces, texts, sigmas, chunks, cache, solver=solver, **how)
     # Asked for one more than there are, it would commit the last one for nothing.
     made = made if endless else islice(made, len(chunks))
-    yield from past.taking_in(made, cache, inside, watched, context_noise, fresh)
+    yield from past.taking_in(made, cache, inside, watched)
+
+
+def drawn_from(draws: torch.Generator) -> Callable:
+    """The noise that "renoise" adds, as `rollout` asks for it, drawn one after the other."""
+
+    def fresh(chunk: int, step: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draws, device=like.device)
+
+    return fresh
 
 
 def peek(items: Iterable) -> tuple[Any, Iterator]:
