@@ -229,7 +229,7 @@ def test_nothing_waits_while_a_clip_is_written(tmp_path):
     noise = randn(1, 48, 15, 2, 4, seed=0).to("cuda:0")
     context = randn(1, model.cfg.text_len, model.cfg.text_dim, seed=1).to("cuda:0").bfloat16()
     tokens = model.cfg.tokens_per_frame(2, 4)
-    cache = KVCache(model.cfg, 1, 15, tokens, None, 0, noise.device, torch.bfloat16)
+    cache = KVCache(model.cfg, 1, 15, tokens, device=noise.device, dtype=torch.bfloat16)
 
     def strictly(mode):
         torch.cuda.set_sync_debug_mode(mode)

@@ -218,7 +218,7 @@ def test_digest_is_of_what_is_held(tmp_path):
         known.add(digest(path.parent))
     util.write_tensors(tmp_path / "b" / "1.safetensors", {"x": torch.zeros(1)})
     assert digest(path.parent) not in known
-    for file in ("pipeline/transformer/x.safetensors", "pickled/x.bin"):
+    for file in ("pipeline/transformer/x.safetensors", "pickled/x.bin", "loud/X.SAFETENSORS"):
         (tmp_path / file).parent.mkdir(parents=True)
         for content in (b"", b"another"):
             (tmp_path / file).write_bytes(content)

@@ -160,6 +160,7 @@ def rope_table(
     for positions, n in zip(torch.meshgrid(axes, indexing="ij"), pairs, strict=True):
         angles.append(positions.reshape(-1, 1, 1) * frequencies(n, device))
     angle = torch.cat(angles, -1)[None]  # [1, S, 1, K/2]
+    # [1, S, 1, K] each, with no constant from the host, for which the host would wait.
     cos = angle.cos().repeat_interleave(2, -1)
     sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
     return torch.stack([cos, sin]).float()

@@ -209,6 +209,7 @@ def fold_upsampling(conv: nn.Conv2d) -> Tensor:
     """
     weight = conv.weight.float()
     sums = [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]  # [a, row of x, kernel row]
+    # new_tensor would wait for all that this GPU has to do, and whoever makes the next chunk too.
     sums = torch.tensor(sums, dtype=torch.float32).to(weight.device, non_blocking=True)
     weight = torch.einsum("apu,bqv,oiuv->aboipq", sums, sums, weight).flatten(0, 2)
     return weight.to(conv.weight.dtype, memory_format=torch.channels_last)

@@ -138,8 +138,10 @@ def attach(model: WanDiT, rank: int, scale: float, targets: tuple[str, ...]) -> 
 
 
 def _ends(name: str, target: str) -> bool:
-    """As PEFT matches its target_modules, whole words between dots; of the name in its block: one
-    block's layers alone can't be chosen, since all blocks are taken to be alike.
+    """As PEFT matches its target_modules, by whole words between dots.
+
+    name: with its block's number, which does not count: one block's layers alone can't be chosen,
+    since all blocks are taken to be alike.
     """
     own = name.partition(".")[2]
     return f".{own}".endswith(f".{target}")
@@ -266,8 +268,7 @@ def read_adapters(cfg, sizes: DiTConfig) -> dict[str, Tensor]:
     an adapter that a run has trained over another base.
     """
     file = cfg.lora_weights
-    base = said_by(file).get("data", {}).get("weights")
-    if base not in (None, NOTHING, digest(cfg.weights)):
+    if of_another_base(file, cfg.weights):
         way_out = "name its base as weights, or merge it there (tools/convert.py --lora)"
         raise ValueError(f"{file} was trained over another base than {cfg.weights}: {way_out}")
 
@@ -312,14 +313,20 @@ def said_by(file: str | Path) -> dict[str, Any]:
     return {key: value for key, value in said.items() if key != HEADER}
 
 
+def of_another_base(file: str | Path, weights: str | Path) -> bool:
+    """Whether an adapter says that it was trained over other weights than these."""
+    base = said_by(file).get("data", {}).get("weights")
+    return base not in (None, NOTHING) and base != digest(weights)
+
+
 def note_base(file: str | Path, source: str | Path) -> None:
     """A line for the user if an adapter of train.py is put over other weights than it was trained
     over: over its own merged export, say, where it would count twice.
     """
-    base = said_by(file).get("data", {}).get("weights")
-    if base not in (None, NOTHING, digest(source)):
+    if of_another_base(file, source):
         text = f"{file} was trained over another base than {source}"
-        print(f"note: {text}: right if that is its base in another layout", file=sys.stderr)
+        effect = "over its own merged export it counts twice; its base in another layout is right"
+        print(f"note: {text}: {effect}", file=sys.stderr)
 
 
 def merged(run, final: Path, said: dict) -> tuple[WanDiT, Callable[[str], Tensor]]:

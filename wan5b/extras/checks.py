@@ -17,6 +17,7 @@ from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
+from wan5b.extras.rollouts import are_longer
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
 from wan5b.flow import few_step_sigmas
@@ -255,7 +256,9 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
         raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")
 
     digests = known.get("data", {})
-    for key in (*READS, *(digests.keys() & {"vae"})):  # which earlier versions did not note
+    # The VAE where it was noted: with long rollouts, by versions since.
+    noted = [*READS, "vae"] if "vae" in digests else READS
+    for key in noted:
         if digests.get(key) not in (data.get(key), NOTHING):
             raise ValueError(
                 f"{saved} was made with other {key} than {getattr(cfg, key) or 'none'} holds now; "
@@ -285,14 +288,9 @@ def _check_adapter(cfg, data: dict[str, str]) -> None:
     file = folder / adapters.FILE
     if not file.is_file():
         return
-    said = read_metadata(file)
-    if "training" not in said:
+    if "training" not in read_metadata(file):
         raise ValueError(f"{folder} is another adapter; move it or choose another out")
-    check_unchanged(cfg, data, file)
-    if said["step"] < cfg.steps:
-        raise ValueError(
-            f"{folder} is of step {said['step']}; move it to go on to steps = {cfg.steps}"
-        )
+    check_finished(cfg, data, file)
 
 
 def check_finished(cfg, data: dict[str, str], final: Path) -> None:
@@ -314,7 +312,6 @@ def held_by(cfg) -> dict[str, str]:
         if path and Path(path).exists():
             digests[key] = digest(path)
     # Elsewhere the VAE only shows what is made; here it encodes what teacher and critic are shown.
-    longer = cfg.stage in DISTILLATIONS and cfg.rollout_frames > cfg.frames
-    if longer and Path(cfg.vae).exists():
+    if are_longer(cfg) and Path(cfg.vae).exists():
         digests["vae"] = digest(locate(Path(cfg.vae), "vae"))
     return digests

@@ -19,7 +19,8 @@ FILES = (
     "facts.json",
     "*.distcp",
 )
-NOTHING = blake2b(digest_size=16).hexdigest()  # what earlier versions held of diffusers' pipelines
+# Of an empty folder; of a diffusers pipeline too, by earlier versions, which did not look into it.
+NOTHING = blake2b(digest_size=16).hexdigest()
 
 
 def digest(path: str | Path) -> str:
@@ -31,6 +32,8 @@ def digest(path: str | Path) -> str:
         files = sorted(
             file for pattern in FILES for folder in folders for file in folder.glob(pattern)
         )
+        if not files:  # of other names: X.SAFETENSORS
+            files = sorted(file for file in path.iterdir() if file.is_file())
     summary = blake2b(digest_size=16)
     for file in files:
         summary.update(file.name.encode("utf-8", "surrogateescape") if path.is_dir() else b"")

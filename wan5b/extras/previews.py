@@ -57,7 +57,7 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
     cfg = run.cfg
     mode = MODES[MADE_FOR.get(cfg.stage, "few")]
     how = {"causal": mode.causal, "solver": "renoise", "window": run.window, "seed": cfg.seed}
-    if cfg.stage in DISTILLATIONS:
+    if cfg.stage in DISTILLATIONS:  # others have no sink, and their exports say nothing of one
         how |= {"sink": cfg.sink, "sink_rope": cfg.sink_rope}
     if run.rollouts:
         how |= {"sigmas_after": run.rollouts.after, "clean_pass": cfg.clean_pass}

@@ -146,9 +146,14 @@ def picture(vae: tuple, latents: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------- set-up
 
 
+def are_longer(cfg) -> bool:
+    """Whether rollouts of a run are longer than what is scored. cfg: train.py's Config."""
+    return cfg.stage in DISTILLATIONS and cfg.rollout_frames > cfg.frames
+
+
 def rollouts(cfg, world: World) -> Rollouts | None:
     """Of a run whose rollouts are not all like the plain method's. cfg: train.py's Config."""
-    longer = cfg.stage in DISTILLATIONS and cfg.rollout_frames > cfg.frames
+    longer = are_longer(cfg)
     own = cfg.stage == "ode" or cfg.stage in DISTILLATIONS
     if not own or not (cfg.levels_after or longer or not cfg.clean_pass):
         return None
