@@ -116,6 +116,10 @@ ROWS = {
     "long-54-sink-turning": Row("that, of up to 54", TRAINED_TURNING | LONGER, TURNING),
     # 5.: the init
     "from-ar": Row("from ar, without ode", start="ar"),
+    "from-ar-sink-turning": Row("and a sink that follows", TRAINED_TURNING, TURNING, "ar"),
+    "from-ar-levels-no-clean-pass": Row(
+        "and 4 levels, then 2, no clean pass", TRAINED_FEWER | TRAINED_KEPT, FEWER | KEPT, "ar"
+    ),
     # 6.: the defaults
     "guidance-0": Row("guidance 0", {"guidance": "0.0"}),
     "guidance-0.5": Row("guidance .5", {"guidance": "0.5"}),
