@@ -108,7 +108,6 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
         ("bfloat16", "float32"), "bfloat16" if torch.cuda.is_available() else "float32"
     )
     checkpointing: bool = True
-    kept_blocks: int = at_least(0, 0)  # so many of a network's blocks are not recomputed
     keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
     split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
     compile: bool = False  # small operations are fused: half a minute, then a fifth off a step
@@ -182,7 +181,6 @@ def network(
     model = world.shard(model.requires_grad_(trained)).to_empty(device=world.device)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
-    model.kept_blocks = cfg.kept_blocks
     arrange(model, cfg.keep_attention, cfg.split_attention)
     return model, tensors
 
