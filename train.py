@@ -77,7 +77,9 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     clean_pass: bool = True  # False: the last level's keys are a chunk's context
     shift: float = at_least(1e-6, 5.0)
 
-    steps: int = at_least(1, 1000)
+    steps: int = at_least(
+        1, 1000
+    )  # iterations: each moves the critic, every ratio-th the generator
     batch: int = at_least(1, 64)  # over all processes
     micro_batch: int = at_least(1, 1)
     lr: float = at_least(0, 2e-6)
@@ -89,7 +91,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     weight_decay: float = at_least(0, 0.01)
     clip: float = at_least(1e-6, 10.0)
     ema: float = within(0, 1, 0.99)  # 0: none
-    ema_start: int = 200
+    ema_start: int = 200  # iteration from which on it averages
 
     ratio: int = at_least(1, 5)  # critic updates per generator update
     # DMD convention: cond + g (cond - uncond), one less than the sampling convention's scale.
@@ -108,7 +110,6 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
         ("bfloat16", "float32"), "bfloat16" if torch.cuda.is_available() else "float32"
     )
     checkpointing: bool = True
-    kept_blocks: int = at_least(0, 0)  # so many of a network's blocks are not recomputed
     keep_attention: bool = False  # checkpointing keeps its results: 2 D bytes a token and layer
     split_attention: bool = False  # ar, ode: chunk by chunk, on a GPU faster than under a mask
     compile: bool = False  # small operations are fused: half a minute, then a fifth off a step
@@ -182,7 +183,6 @@ def network(
     model = world.shard(model.requires_grad_(trained)).to_empty(device=world.device)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
-    model.kept_blocks = cfg.kept_blocks
     arrange(model, cfg.keep_attention, cfg.split_attention)
     return model, tensors
 

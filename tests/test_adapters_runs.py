@@ -261,7 +261,7 @@ def test_runs_of_earlier_versions_go_on(data, tmp_path):
     facts = json.loads((out / "step-0000002/facts.json").read_text())
     for key in [key for key in facts["training"] if key.startswith("lora")]:
         del facts["training"][key]
-    facts["training"]["fp8"] = False
+    facts["training"] |= {"fp8": False, "kept_blocks": 1}
     (out / "step-0000002/facts.json").write_text(json.dumps(facts))
     (out / "ar.safetensors").unlink()
     finish(config(data, "ar", out, steps=3))

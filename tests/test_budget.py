@@ -98,26 +98,22 @@ class FusedNorm(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "kept", "graphs", "replayed", "keeps"),
+    ("checkpointing", "graphs", "replayed", "keeps"),
     [
-        (False, 0, 1, False, False),
-        (True, 0, 1, False, False),
-        (True, 2, 1, False, True),
-        pytest.param(True, 0, 3, False, False, marks=pytest.mark.slow),
-        (True, 0, 1, True, False),
-        pytest.param(True, 0, 3, False, True, marks=pytest.mark.slow),
-        pytest.param(True, 1, 3, False, True, marks=pytest.mark.slow),
-        pytest.param(True, 1, 1, True, True, marks=pytest.mark.slow),
+        (False, 1, False, False),
+        (True, 1, False, False),
+        (True, 1, False, True),
+        pytest.param(True, 3, False, False, marks=pytest.mark.slow),
+        (True, 1, True, False),
+        pytest.param(True, 3, False, True, marks=pytest.mark.slow),
+        pytest.param(True, 1, True, True, marks=pytest.mark.slow),
     ],
 )
-def test_activations_are_what_a_backward_needs(
-    monkeypatch, checkpointing, kept, graphs, replayed, keeps
-):
+def test_activations_are_what_a_backward_needs(monkeypatch, checkpointing, graphs, replayed, keeps):
     """The peak of blocks as wide as the 5B's, at the size it is trained at, on tensors that hold no
     memory.
 
-    kept: blocks that are not made again. Several graphs: into their common input, as SiD's.
-    replayed: over a cache, seven chunks at once.
+    Several graphs: into their common input, as SiD's. replayed: over a cache, seven chunks at once.
     """
     monkeypatch.setattr(torch.nn.RMSNorm, "forward", lambda self, x: FusedNorm.apply(x))
     dit = dataclasses.replace(BIG, num_layers=4)
@@ -128,7 +124,6 @@ def test_activations_are_what_a_backward_needs(
         torch.set_default_dtype(torch.float32)
         for model in models:
             model.checkpointing = checkpointing
-            model.kept_blocks = kept
             arrange(model, keeps)
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -152,8 +147,7 @@ def test_activations_are_what_a_backward_needs(
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     peak -= weights + cache.memory.nbytes
     keys = 81 * 880 if replayed else 0  # copies of 6 + 9 + ... + 21 frames
-    known = Backward(21 * 880, 2, checkpointing, graphs, keys=keys, keeps=keeps, kept_blocks=kept)
-    told = known.activations(dit)
+    told = Backward(21 * 880, 2, checkpointing, graphs, keys=keys, keeps=keeps).activations(dit)
     assert told == pytest.approx(peak, rel=0.1)
 
 

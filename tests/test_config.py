@@ -104,6 +104,7 @@ def test_bad_command_lines(data, tmp_path, command):
     assert "steps must be int" in refused(command, good, "steps=1.5")
     assert "unknown keys ['a.b']" in refused(command, good, "a.b=1")
     assert "unknown keys ['latent']" in refused(command, good, "latent=data/latents")
+    assert "unknown keys ['kept_blocks']" in refused(command, good, "kept_blocks=0")
     assert "lr must be at least 0 and below inf, got nan" in refused(command, good, "lr=nan")
     for wrong in ("guidance=nan", "alpha=inf", "sample_guidance=-inf"):
         assert f"{wrong.replace('=', ' must be finite, got ')}" in refused(command, good, wrong)

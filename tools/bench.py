@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bench_recipes
 from bench_bounds import PRESET, Flop, ceilings, decoding_flop, seconds, shown
-from bench_recipes import forget_peaks, peaks
+from bench_recipes import forget_peaks, peaks, share
 
 from wan5b import fuse
 from wan5b.distill import rollout
@@ -52,7 +52,7 @@ from wan5b.vae22 import VAE22, Stream
 VARIANTS = ("eager", "compiled", "compiled fp8", "compiled fp8 vae")
 SIGMAS = few_step_sigmas()
 DECODED = 6  # latent frames on which the VAE's error is measured
-HEADER = f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'chunk':>17}{'GiB':>8}"
+HEADER = f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'p50':>8}{'p99':>8}{'GiB':>8}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -243,7 +243,7 @@ def row(name: str, marks: list[float], bound: float, frames: int, peak: int) -> 
     whole = marks[-1]
     return (
         f"{name:24}{whole:8.2f}{bound / whole:9.0%}{frames / whole:7.1f}{marks[0]:8.2f}"
-        f"{min(steps):8.3f} ..{max(steps):6.3f}{peak / GIB:8.1f}"
+        f"{share(steps, 0.5):8.3f}{share(steps, 0.99):8.3f}{peak / GIB:8.1f}"
     )
 
 

@@ -115,8 +115,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "ar, ode: chunk by chunk, without a mask"
     add("--split-attention", action="store_true", help=text)
     add("--no-checkpointing", action="store_true")
-    text = "so many blocks of a network are not recomputed"
-    add("--kept-blocks", type=int, default=0, metavar="N", help=text)
     text = "at the end write a checkpoint there, with its bytes and seconds"
     add("--save", type=Path, metavar="DIR", help=text)
     text = "start all networks from it; made, with random weights, if missing"
@@ -160,7 +158,6 @@ def make_config(args: argparse.Namespace, stores: dict[str, str]) -> train.Confi
         dtype=dtype_of(args),
         compile=args.compile,
         checkpointing=not args.no_checkpointing,
-        kept_blocks=args.kept_blocks,
         levels_after=tuple(args.levels_after),
         clean_pass=not args.no_clean_pass,
         lora_merge=not args.no_merge,
@@ -261,8 +258,8 @@ class RepeatedFlop:
         if not torch.is_grad_enabled():
             return
         linear, attention = forward_flop(model.cfg, args[0], **options)
-        again = model.recomputed_blocks / model.cfg.num_layers
-        self.done += recomputed_flop(model, args[0], **options) + again * share * linear
+        if model.checkpointing:
+            self.done += recomputed_flop(model, args[0], **options) + share * linear
         if "cache" in options:  # a replay, of what the rollout has done
             beside = 0 if merges_rollouts(model) else share
             self.done += (1 + beside) * linear + attention

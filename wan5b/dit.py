@@ -209,14 +209,13 @@ class WanDiT(nn.Module):
     """v = model(x, sigma, context): the velocity noise - x0. Parameters carry upstream's names;
     there are no buffers.
 
-    `checkpointing = True` recomputes every block in backward, but for the last `kept_blocks`.
+    `checkpointing = True` recomputes every block in backward.
     """
 
     def __init__(self, cfg: DiTConfig):
         super().__init__()
         self.cfg = cfg
         self.checkpointing = False
-        self.kept_blocks = 0
         dim = cfg.dim
         self.patch_embedding = nn.Conv3d(cfg.in_dim, dim, cfg.patch_size, cfg.patch_size)
         self.text_embedding = mlp(cfg.text_dim, dim, dim)
@@ -226,15 +225,6 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.head = Head(cfg)
-
-    @property
-    def recomputed_blocks(self) -> int:
-        """How many of the first blocks a backward makes again.
-
-        The last ones are those that are kept: a backward begins with them, so what they hold goes
-        while weight gradients come, and is gone before another block is made again.
-        """
-        return len(self.blocks) - self.kept_blocks if self.checkpointing else 0
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> "WanDiT":
@@ -337,7 +327,7 @@ class WanDiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             kept = None if text is None else text[layer]
             arguments = (h, mod, rope, context, partial(attend, layer), kept)
-            if layer < self.recomputed_blocks and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 h = block(*arguments)

@@ -241,7 +241,6 @@ class Views:
             fsdp.copy_part(parameter.detach(), initial[name])
 
         model.checkpointing = cfg.checkpointing
-        model.kept_blocks = cfg.kept_blocks
         arrange(model, cfg.keep_attention, cfg.split_attention)
         return model, initial
 

@@ -45,8 +45,8 @@ class Backward:
     that the larger of the two makes the peak. keys: how many keys self-attention reads as copies
     (of a cache's, of other chunks', and its own beside them). keeps: whether checkpointing keeps
     the results of self-attention. ranks: of all adapters of a layer, added up; 0: weights are
-    trained. kept_blocks: of each forward, those that checkpointing leaves out. compiled: whether
-    the pieces of layers are. read: how many layers' features a classifier reads.
+    trained. compiled: whether the pieces of layers are. read: how many layers' features a
+    classifier reads.
     """
 
     tokens: int
@@ -57,7 +57,6 @@ class Backward:
     keys: int = 0
     keeps: bool = False
     ranks: int = 0
-    kept_blocks: int = 0
     compiled: bool = False
     read: int = 0
 
@@ -91,16 +90,16 @@ class Backward:
         hidden = cfg.ffn_dim * self.itemsize
         layer = self.layer(cfg)
 
-        # With checkpointing the inputs of the first layers are there, what the last ones keep, and
-        # one layer's values: if the last one keeps its own, as the backward begins.
-        whole = self.graphs * (self.kept_blocks if self.checkpointing else cfg.num_layers)
-        again = self.graphs * cfg.num_layers - whole
-        kept = again * tokens * width * (2 if self.keeps else 1) + max(whole - 1, 0) * layer
+        # With checkpointing only the inputs of all layers and one layer's values are there at once.
+        if self.checkpointing:
+            kept = cfg.num_layers * self.graphs * tokens * width * (2 if self.keeps else 1)
+        else:
+            kept = (cfg.num_layers * self.graphs - 1) * layer
 
         # On top come gradients, at most of the hidden layer and of D twice in float32, and what the
         # heads of further graphs keep, 3 D in float32.
         gradients = tokens * (hidden + 2 * wide)
-        if whole:
+        if not self.checkpointing:
             # The last layer's values are there in the head's backward, which has those 3 D of its
             # own, four gradients of D in float32, and its input.
             gradients = max(gradients, tokens * (7 * wide + width))
@@ -192,7 +191,7 @@ def activations(
     size = getattr(torch, cfg.dtype).itemsize
     tokens = cfg.micro_batch * cfg.frames * model.tokens_per_frame(cfg.height, cfg.width)
     common = {"itemsize": size, "checkpointing": cfg.checkpointing, "keeps": cfg.keep_attention}
-    common |= {"kept_blocks": cfg.kept_blocks, "compiled": cfg.compile}
+    common["compiled"] = cfg.compile
     if cfg.lora:
         common["ranks"] = cfg.lora * len(of_a_block(cfg, model)) // 2
 
@@ -265,8 +264,6 @@ def afford(cfg, world: World, budget: dict[str, Parts], free: Parts) -> None:
                 helps.append("offload = true")
             if not cfg.checkpointing:
                 helps.append("checkpointing = true")
-            if cfg.kept_blocks:
-                helps.append("smaller kept_blocks")
             if cfg.micro_batch > 1:
                 helps.append("a smaller micro_batch")
             if "merged weights" in parts:
@@ -333,15 +330,13 @@ def forward_flop(
 def recomputed_flop(model: WanDiT, x: Tensor, **options) -> float:
     """FLOP of a forward that checkpointing does once more; options as in `forward_flop`."""
     linear, attention = forward_flop(model.cfg, x, **options)
-    share = model.recomputed_blocks / model.cfg.num_layers
     if not keeps_results(model, x, options):
-        return share * (linear + attention)
+        return linear + attention
     tokens = model.cfg.tokens_per_frame(*x.shape[3:]) * len(x) * x.shape[2]
     if options.get("clean") is not None:
         tokens *= 2
     # Attention to the text alone.
-    text = model.cfg.num_layers * 4 * model.cfg.dim * tokens * model.cfg.text_len
-    return share * (linear + text)
+    return linear + model.cfg.num_layers * 4 * model.cfg.dim * tokens * model.cfg.text_len
 
 
 class FlopCount:
@@ -378,8 +373,8 @@ class FlopCount:
         self.done += (1 + beside) * linear + attention
         if not torch.is_grad_enabled():
             return
-        again = model.recomputed_blocks / model.cfg.num_layers
-        self.done += recomputed_flop(model, args[0], **known) + again * share * linear
+        if model.checkpointing:
+            self.done += recomputed_flop(model, args[0], **known) + share * linear
         # Two products of a layer's backward, or one where the input needs grad and the weights
         # don't (SiD; a base under adapters); attention's recomputes the scores: 2.5 forwards.
         products = 1 if args[0].requires_grad else 2

@@ -49,7 +49,7 @@ OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_laye
 # A run may go on with another value of these: what is trained does not depend on them.
 FREE = {
     *("out", "device", "micro_batch", "shard", "checkpointing", "compile", "offload"),
-    *("kept_blocks", "keep_attention", "split_attention", "lora_merge"),
+    *("keep_attention", "split_attention", "lora_merge"),
     *("save_every", "keep", "vae", "sample_every", "sample_prompts", "sample_guidance"),
 }
 
@@ -79,12 +79,6 @@ def check_config(cfg, world: World) -> None:
     if cfg.data_forcing > 1:
         raise ValueError(
             f"data_forcing is a share of the generator's steps, 0 to 1, got {cfg.data_forcing}"
-        )
-
-    if cfg.kept_blocks and not cfg.checkpointing:
-        raise ValueError(
-            f"kept_blocks = {cfg.kept_blocks} is how many blocks checkpointing leaves out; without "
-            "checkpointing all are kept: leave kept_blocks out"
         )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
@@ -161,9 +155,6 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     Process 0 says what in the config has no effect.
     """
     model.tokens_per_frame(cfg.height, cfg.width)
-    depth = min(model.num_layers, scores.num_layers)
-    if cfg.kept_blocks > depth:
-        raise ValueError(f"kept_blocks = {cfg.kept_blocks}, but there are {depth} blocks")
     if cfg.with_gan:
         layers_read(cfg.gan_layers, scores.num_layers)
     _check_stages(cfg)
@@ -242,8 +233,9 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     defaults = {option.name: option.default for option in fields(cfg)}
     training = known.get("training", {})
     before = json.loads(json.dumps(defaults)) | training
-    if training.get("rollout") == "data" and "kept_blocks" not in training:
-        # Those versions, which did not know this key, generated one chunk and cut the clip there.
+    if training.get("rollout") == "data" and "lora_merge" not in training:
+        # Versions that did not know this key, all but their last few, generated one chunk and cut
+        # the clip there.
         raise ValueError(
             f"{saved} is of an earlier version, whose rollout = 'data' was another (one chunk "
             "behind real frames); choose another out"

@@ -2,7 +2,7 @@
 
 keep: checkpointing makes everything of a layer again in the backward, but for the results of its
 self-attention, which are kept: 2 D bytes a token and layer in bfloat16, a tenth of the arithmetic
-of a critic's step. Layers that are not made again keep all of it anyway.
+of a critic's step.
 
 split: whole causal sequences (ar, ode) go chunk by chunk through attention without a mask, which is
 faster on a GPU than flex_attention with one. Equal but for rounding.
@@ -171,9 +171,8 @@ class Arranged:
         else:
             parts = [(q, k, v)]
         out = []
-        again = kept is not None and layer < self.model.recomputed_blocks
         for i, part in enumerate(parts):
-            out.append(kept[layer, i](*part) if again else attention(*part))
+            out.append(attention(*part) if kept is None else kept[layer, i](*part))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 

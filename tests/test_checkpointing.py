@@ -1,6 +1,4 @@
-"""Checkpointing that leaves the last blocks out: the same gradients, with less done again; what
-these keep, goes first.
-"""
+"""Checkpointing: the same gradients, blocks run once more; what a block keeps, and that it goes."""
 
 import dataclasses
 import weakref
@@ -12,7 +10,7 @@ from common import compiling, randn
 from test_budget import FusedNorm
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
-from training import DIT, SIZES, config, finish, gradients, make_run, same
+from training import DIT, SIZES, gradients, make_run, same
 
 from wan5b import fuse
 from wan5b.attention import attention, rope_table
@@ -20,9 +18,7 @@ from wan5b.dit import Block, DiTConfig, WanDiT
 from wan5b.extras import budget
 from wan5b.extras.adapters import TARGETS, attach
 from wan5b.extras.budget import Backward
-from wan5b.extras.checks import check_config
 from wan5b.extras.training_attention import arrange
-from wan5b.fsdp import World
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
@@ -53,30 +49,21 @@ def blocks_run(monkeypatch) -> list:
 
 @pytest.mark.parametrize(("stage", "changes"), METHODS)
 def test_gradients_are_the_same(data, blocks_run, stage, changes):
-    """To the bit; a kept block runs once for each forward, of all two."""
-    expected = gradients(make_run(data, stage, **changes))
+    """To the bit; each block runs once for each forward in place of twice."""
+    expected = gradients(make_run(data, stage, checkpointing=True, **changes))
     times = len(blocks_run)
-    for kept, share in ((1, 3 / 4), (2, 1 / 2)):
-        blocks_run.clear()
-        assert same(gradients(make_run(data, stage, kept_blocks=kept, **changes)), expected)
-        assert len(blocks_run) == share * times
+    blocks_run.clear()
+    assert same(gradients(make_run(data, stage, checkpointing=False, **changes)), expected)
+    assert times == 2 * len(blocks_run) > 0
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_with_another_number(data, tmp_path):
-    """The weights come out alike."""
-    expected = finish(config(data, "dmd", tmp_path / "plain"))
-    out = tmp_path / "out"
-    finish(config(data, "dmd", out, steps=2))
-    (out / "dmd.safetensors").unlink()
-    assert same(finish(config(data, "dmd", out, kept_blocks=1)), expected)
-
-
-def test_what_is_kept_goes_first():
-    """When the first gradients of a recomputed block come, only inputs of blocks are left."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_a_block_keeps_goes_as_gradients_come(checkpointing):
+    """With checkpointing nothing is kept, and what a block makes again goes before the next one
+    does.
+    """
     model = WanDiT(dataclasses.replace(DIT, num_layers=6)).init_weights()
-    model.checkpointing = True
-    model.kept_blocks = 2
+    model.checkpointing = checkpointing
     hidden = []
     left = []
     for block in model.blocks:
@@ -84,9 +71,10 @@ def test_what_is_kept_goes_first():
         weight = block.self_attn.q.weight
         weight.register_post_accumulate_grad_hook(lambda _: left.append(alive(hidden)))
     loss = model(randn(1, *SIZES), 0.5, randn(1, 8, 16)).square().mean()
-    assert alive(hidden) == 2
+    assert alive(hidden) == (0 if checkpointing else 6)
     loss.backward()
-    assert left == [1, 0, 0, 0, 0, 0]
+    assert len(hidden) == (12 if checkpointing else 6)
+    assert left == ([0] * 6 if checkpointing else [5, 4, 3, 2, 1, 0])
 
 
 def alive(references: list) -> int:
@@ -94,26 +82,21 @@ def alive(references: list) -> int:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_flop_that_are_not_done_again(monkeypatch, keep):
+def test_flop_that_are_done_again(monkeypatch, keep):
     """To the last one."""
     monkeypatch.setattr("wan5b.attention._BACKENDS", [torch.nn.attention.SDPBackend.MATH])
     x = randn(2, *SIZES)
     counted = []
-    told = []
-    for kept in (0, 1, 2):
+    for checkpointing in (False, True):
         model = WanDiT(DIT).init_weights()
-        model.checkpointing = True
-        model.kept_blocks = kept
+        model.checkpointing = checkpointing
         arrange(model, keep)
         with FlopCounterMode(display=False) as counter:
             model(x, 0.5, randn(2, 8, 16)).mean().backward()
         counted.append(counter.get_total_flops())
-        told.append(budget.recomputed_flop(model, x))
     # The keys and values of the text, which are not told.
-    text = 2 * 2 * 8 * 2 * DIT.dim**2
-    assert told[2] == 0
-    assert counted[0] - counted[1] == told[0] - told[1] + text
-    assert counted[0] - counted[2] == told[0] + 2 * text
+    text = DIT.num_layers * 2 * 2 * 8 * 2 * DIT.dim**2
+    assert counted[1] - counted[0] == budget.recomputed_flop(model, x) + text
 
 
 def bytes_kept(dtype: torch.dtype, rank: int) -> tuple[float, float, float]:
@@ -164,10 +147,3 @@ def test_what_a_compiled_block_keeps(dtype, rank):
         fuse.enable()
         counted, _, told = bytes_kept(dtype, rank)
     assert told == pytest.approx(counted, rel=0.02)
-
-
-def test_refusals(data):
-    with pytest.raises(ValueError, match=r"^kept_blocks = 1 is how many .*: leave kept_blocks out"):
-        check_config(config(data, "ar", kept_blocks=1, checkpointing=False), World("cpu"))
-    with pytest.raises(ValueError, match=r"^kept_blocks = 3, but there are 2 blocks$"):
-        make_run(data, "dmd", kept_blocks=3)
