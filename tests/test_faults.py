@@ -1,5 +1,6 @@
 """Faults that `make test-faults` has found, one by one."""
 
+import io
 import json
 import os
 import random
@@ -333,6 +334,33 @@ def test_ctrl_c_in_a_save_is_no_error_of_the_disk(tmp_path, monkeypatch, stop):
     with pytest.raises(stop):
         checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2})
     assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-0000001"]
+
+
+class FullDisk(io.RawIOBase):
+    """It takes some hundred bytes, and of an archive that breaks off its end."""
+
+    left = 300
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        if 0 < self.left < len(data):
+            self.left = 0
+            raise OSError(28, "No space left on device")
+        self.left -= min(self.left, len(data))
+        return len(data)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """torch's writer of archives ends with an error of its own, that of an unexpected place."""
+    made, path = checkpoint(tmp_path, 1)
+    inner = torch.save
+    monkeypatch.setattr(torch, "save", lambda x, _, **options: inner(x, FullDisk(), **options))
+    said = "step-0000002: OSError: .*No space left on device; [0-9.]+ GB are free there"
+    with pytest.raises(OSError, match=said):
+        checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2})
+    assert checkpoints.complete(tmp_path) == [path]
 
 
 # ----------------------------------------------------------------------------------------- signals

@@ -140,7 +140,10 @@ def dmd_step(
 ) -> dict[str, Tensor]:
     """Distribution matching of the generator on its own rollouts (Self Forcing, algorithm 1).
 
-    taught: what the teacher scores in place of the noised rollout, made from it.
+    taught: what the teacher scores in place of the noised rollout, made from it, at the same
+    levels: the gradient is the difference of the two scores.
+
+    The GAN branch has a step of its own (extras/gan.py): what changes here changes there.
     """
     # 1. Roll out without grad, up to a random exit level.
     rolled = roll_out(run, batch)
@@ -250,7 +253,9 @@ def roll(run: Run, batch: Batch, chunks: list[int], sigmas, **options) -> tuple:
 
 
 def noise_again(run: Run, batch: Batch, rolled: Rolled) -> Noised:
-    """The rollout behind its prefix, at one random level a sample (DMD2, arXiv 2405.14867)."""
+    """The rollout behind its prefix, at one random level a sample (DMD2, arXiv 2405.14867):
+    uniform, shifted, from .02 to .98. For generator and critic.
+    """
     whole = rolled.x0
     if rolled.prefix is not None:
         whole = torch.cat([rolled.prefix, rolled.x0], 2)

@@ -62,7 +62,9 @@ def save(
     try:
         dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
     except dcp.CheckpointException as error:
-        raise OSError(f"cannot write the checkpoint {path}: {cause_of(error)}") from error
+        free = shutil.disk_usage(folder).free / 1e9
+        left = f"{free:.1f} GB are free there; the checkpoints before are whole"
+        raise OSError(f"cannot write the checkpoint {path}: {cause_of(error)}; {left}") from error
 
     # The new one counts from its renaming on, when all of it is on the disk; then older ones go.
     if world.rank == 0:
@@ -109,6 +111,8 @@ def cause_of(error: BaseException) -> str:
         first = first.__context__
     if not isinstance(first, Exception):
         raise first  # torch wraps it like an error
+    if isinstance(first, OSError):
+        error = first  # of a full disk torch says that its writer stands at an unexpected place
     return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -43,7 +43,7 @@ ONLY_IN = {
     **dict.fromkeys(("levels_after", "clean_pass"), ("ode", *DISTILLATIONS)),
 }
 READS = ("text", "latents", "trajectories", "weights", "lora_weights", "teacher")
-# What has an effect beside gan_weight, or lora, only.
+# What has no effect without lora, and without gan_weight.
 OF_LORA = ("lora_alpha", "lora_targets", "lora_merge")
 OF_GAN = ("gan_critic_weight", "gan_relativistic", "gan_r1", "gan_r2", "gan_layers")
 # A run may go on with another value of these: what is trained does not depend on them.
@@ -82,7 +82,8 @@ def check_config(cfg, world: World) -> None:
         )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
-    few_step_sigmas(cfg.levels, cfg.shift)
+    with about("levels"):
+        few_step_sigmas(cfg.levels, cfg.shift)
     if cfg.levels_after:
         with about("levels_after"):
             few_step_sigmas(cfg.levels_after, cfg.shift)

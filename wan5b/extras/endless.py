@@ -156,7 +156,6 @@ class Endless:
         self.job = job
         self.model = model
         self.encoder, self.decoder = vae
-        self.place = place_of(self.encoder)
         self.contexts = contexts
         self.new_cache = new_cache
         self.interpolate = interpolate
@@ -175,7 +174,7 @@ class Endless:
             raise ValueError(f"{job.name} is for text only: leave the image out")
         prefix = None
         if has_image:
-            pixels = fit(wish.image, *job.size)[None].to(self.place)
+            pixels = fit(wish.image, *job.size)[None].to(place_of(self.encoder))
             prefix = self.encoder.encode(pixels).to(place_of(self.model))
 
         sampler = job.samplers[has_image]
@@ -188,7 +187,7 @@ class Endless:
             own = {"prefix": prefix, "seed": seed, "new_cache": self.new_cache}
             latents = generate(self.model, noise, texts, **sampler, **own)
             state = self.decoder.stream()
-            for chunk in carried(latents, self.place):
+            for chunk in carried(latents, place_of(self.decoder)):
                 waiting.append((decode(self.decoder, chunk, state), wish.in_force))
                 if len(waiting) > self.is_ahead:
                     decoded, wish.version = waiting.popleft()
@@ -199,8 +198,9 @@ class Endless:
         """Whether the next chunk is begun before this one's frames are waited for: with a GPU for
         each. One alone would be no faster, and prompts would be a chunk later.
         """
-        place = place_of(self.model)
-        return self.place != place and {self.place.type, place.type} == {"cuda"}
+        model = place_of(self.model)
+        decoder = place_of(self.decoder)
+        return decoder != model and {decoder.type, model.type} == {"cuda"}
 
     def videos(self, wish: Wish) -> Iterator[Iterator[Tensor]]:
         """The contexts of a video's chunks: of one without an end, or of one after the other, each

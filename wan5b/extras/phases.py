@@ -40,6 +40,6 @@ def of(cfg: MethodOptions) -> list[Phase]:
     if cfg.with_gan:
         critic = Phase("critic", "critic", gan_critic_step)
         return [Phase("generator", "generator", gan_generator_step), critic]
-    if cfg.with_real_clips:
+    if cfg.stage == "dmd" and cfg.data_forcing > 0:
         return [Phase("generator", "generator", data_forcing_step), CRITIC]
     return PHASES[cfg.stage]
