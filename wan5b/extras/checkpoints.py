@@ -62,9 +62,10 @@ def save(
     try:
         dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
     except dcp.CheckpointException as error:
-        free = shutil.disk_usage(folder).free / 1e9
-        left = f"{free:.1f} GB are free there; the checkpoints before are whole"
-        raise OSError(f"cannot write the checkpoint {path}: {cause_of(error)}; {left}") from error
+        cause = cause_of(error)
+        if folder.is_dir():
+            cause += f"; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free there"
+        raise OSError(f"cannot write the checkpoint {path}: {cause}") from error
 
     # The new one counts from its renaming on, when all of it is on the disk; then older ones go.
     if world.rank == 0:
