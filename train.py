@@ -77,7 +77,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     clean_pass: bool = True  # False: the last level's keys are a chunk's context
     shift: float = at_least(1e-6, 5.0)
 
-    steps: int = at_least(1, 1000)  # dmd, sid: of the critic, in every ratio-th of the generator too
+    steps: int = at_least(1, 1000)  # dmd, sid: of the critic, in each ratio-th of the generator too
     batch: int = at_least(1, 64)  # over all processes
     micro_batch: int = at_least(1, 1)
     lr: float = at_least(0, 2e-6)
