@@ -3,6 +3,8 @@ FLOP against torch's counter.
 """
 
 import dataclasses
+import re
+import tomllib
 import weakref
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from training import (
     DIT,
+    ROOT,
     SIZES,
     STAGES,
     config,
@@ -24,6 +27,7 @@ from training import (
     write_toml,
 )
 
+import train
 from wan5b import attention, fsdp, stages
 from wan5b.dit import PRESETS, DiTConfig, WanDiT, rope_table
 from wan5b.extras import budget
@@ -200,6 +204,21 @@ def on_a_gpu(
 
 def config_5b(data, stage: str, **changes):
     return config(data, stage, dtype="bfloat16", **SIZE_5B, **changes)
+
+
+@pytest.mark.parametrize("name", ["ar", "ode", "dmd", "sid", "gan"])
+def test_what_a_config_says_of_its_memory(name):
+    """In GB of 10^9 bytes, without and with offload."""
+    file = ROOT / f"configs/{name}-5b.toml"
+    text = file.read_text().replace("\n# ", " ")
+    said = re.search(r"(\d+) GB .*?(\d+) on the host.*?true (\d+) and (\d+)", text)
+    keys = tomllib.loads(file.read_text()) | {"dtype": "bfloat16"}
+    levels = {key: tuple(value) for key, value in keys.items() if isinstance(value, list)}
+    counted = []
+    for offload in (False, True):
+        _, parts = on_a_gpu(train.Config(**keys | levels | {"offload": offload}))
+        counted += [round(sum(parts[place].values()) / 1e9) for place in ("device", "host")]
+    assert [int(number) for number in said.groups()] == counted
 
 
 @pytest.mark.parametrize(
