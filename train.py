@@ -77,7 +77,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     clean_pass: bool = True  # False: the last level's keys are a chunk's context
     shift: float = at_least(1e-6, 5.0)
 
-    steps: int = at_least(1, 1000)  # dmd, sid: of the critic, in each ratio-th of the generator too
+    steps: int = at_least(1, 1000)  # dmd, sid: each moves the critic, every ratio-th the generator
     batch: int = at_least(1, 64)  # over all processes
     micro_batch: int = at_least(1, 1)
     lr: float = at_least(0, 2e-6)
@@ -89,7 +89,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     weight_decay: float = at_least(0, 0.01)
     clip: float = at_least(1e-6, 10.0)
     ema: float = within(0, 1, 0.99)  # 0: none
-    ema_start: int = 200  # iteration from which on it averages
+    ema_start: int = 200  # the iteration with which averaging starts
 
     ratio: int = at_least(1, 5)  # critic updates per generator update
     # DMD convention: cond + g (cond - uncond), one less than the sampling convention's scale.

@@ -25,7 +25,7 @@ BAD = [
     ("ar", {"stage": 3}, "stage must be str"),
     ("dmd", {"levels": [1000, "750"]}, "levels must be a list of int"),
     ("dmd", {"levels": 1000}, "levels must be a list of int, got 1000"),
-    ("dmd", {"levels": [500, 750]}, "must fall"),
+    ("dmd", {"levels": [500, 750]}, "levels: steps must fall"),
     ("dmd", {"sample_prompts": "one"}, "sample_prompts must be a list of str"),
     # Choices and ranges.
     ("magic", {}, "stage must be one of teacher ar ode dmd sid, got 'magic'"),

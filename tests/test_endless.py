@@ -13,7 +13,7 @@ from common import compiling, gpu
 
 import live
 from wan5b import fuse
-from wan5b.extras import graphs, random_weights
+from wan5b.extras import endless, graphs, random_weights
 from wan5b.extras.codec import split_vae
 from wan5b.extras.endless import PATIENCE, TEXTS, Contexts, Endless, plan
 from wan5b.extras.server import Server
@@ -57,6 +57,22 @@ def test_chunks_for_ever_and_the_same_for_a_seed():
     other = taken(make, wish(seed=1), 1)
     assert all(np.array_equal(a, b) for a, b in zip(chunks, again, strict=True))
     assert not np.array_equal(chunks[0], other[0])
+
+
+def test_latents_go_to_the_decoder_s_card(monkeypatch):
+    """Wherever the encoder is."""
+    make = maker("--window", "6")
+    elsewhere = torch.nn.Linear(1, 1, device="meta")
+    make = Endless(make.job, make.model, (elsewhere, make.decoder), make.contexts, KVCache)
+    places = []
+
+    def carried(latents, place):
+        places.append(place)
+        return latents
+
+    monkeypatch.setattr(endless, "carried", carried)
+    taken(make, wish(), 1)
+    assert places == [torch.device("cpu")]
 
 
 def changed(*options: str) -> list[np.ndarray]:

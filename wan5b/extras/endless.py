@@ -198,9 +198,8 @@ class Endless:
         """Whether the next chunk is begun before this one's frames are waited for: with a GPU for
         each. One alone would be no faster, and prompts would be a chunk later.
         """
-        model = place_of(self.model)
-        decoder = place_of(self.decoder)
-        return decoder != model and {decoder.type, model.type} == {"cuda"}
+        places = {place_of(self.model), place_of(self.decoder)}
+        return len(places) == 2 and all(place.type == "cuda" for place in places)
 
     def videos(self, wish: Wish) -> Iterator[Iterator[Tensor]]:
         """The contexts of a video's chunks: of one without an end, or of one after the other, each
