@@ -150,12 +150,17 @@ def export(out: Path, run: str) -> Path:
     return out / run / f"{stage}.safetensors"
 
 
+def config(out: Path, name: str, *overrides: str) -> train.Config:
+    """Of one run of train.py."""
+    stage = name.split("-")[0]
+    common = [f"out={out / name}", f"text={out / 'text'}", f"vae={out / 'release'}"]
+    return train.parse([str(HERE / f"{stage}.toml"), *common, *overrides])
+
+
 def run_stage(out: Path, name: str, *overrides: str) -> float:
     """One run of train.py in this process; the seconds it took."""
     start = time.time()
-    stage = name.split("-")[0]
-    common = [f"out={out / name}", f"text={out / 'text'}", f"vae={out / 'release'}"]
-    cfg = train.parse([str(HERE / f"{stage}.toml"), *common, *overrides])
+    cfg = config(out, name, *overrides)
     with contextlib.closing(fsdp.World("cpu")) as world:
         train.main(cfg, world)
     return time.time() - start
