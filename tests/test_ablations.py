@@ -257,7 +257,8 @@ def test_a_demo_of_another_config_is_noted(configs, tmp_path, capsys):
     configs("ode", "lr = 1e-3", "lr = 2e-3")
     ablations.note_demos([run, tmp_path / "none"])
     said = f"note: {demo.export(run, 'ode')} was made with another lr (0.001, now 0.002)"
-    assert capsys.readouterr().err == f"{said}: a new demo would not\n"
+    way_out = "so is what starts from it, until there is a new demo"
+    assert capsys.readouterr().err == f"{said}; {way_out}\n"
 
 
 def test_rows_are_json():

@@ -329,7 +329,8 @@ def demo(out: Path, clips: int, seed: int, steps: int | None, longest: int) -> N
     clips: of training. seed: of the training. steps: of every stage, in place of the configs'.
     longest: up to which of LENGTHS clips are judged.
     """
-    if (out / "release").exists():
+    # Shards of latents that are left of more clips would be trained on.
+    if any((out / name).exists() for name in ("release", "latents")):
         raise ValueError(f"{out} exists; delete it or choose another --out")
     began = time.time()
     make_release(out / "release", MEAN_SCALE)
