@@ -35,8 +35,9 @@ import argparse
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -178,33 +179,57 @@ class Shard(NamedTuple):
     made_from: str  # a digest of the inputs
 
 
+def nothing(item) -> tuple:
+    """What an input holds, if it is all in the input itself."""
+    return ()
+
+
 def pending(
-    out: str, inputs: list, per_shard: int, facts: dict, held: str, sizes: Callable = lambda _: ()
+    out: str,
+    inputs: list,
+    per_shard: int,
+    facts: dict,
+    held: str,
+    holds: Callable = nothing,
+    earlier: Callable | None = None,
 ) -> list[Shard]:
     """The shards that this process has to make: every WORLD_SIZE-th, but for those that exist.
 
     facts: whatever the items depend on beside their inputs, as the header of a shard holds it.
-    held: a digest of the weights; sizes: of an input, the sizes of its files. By these the inputs
-    are known again when others lie under their names.
+    held: a digest of the weights; holds: what an input's files hold, in short. By these the inputs
+    are known again when others lie under their names. earlier: what earlier versions noted in
+    place of `holds`: their shards count, with a line about it.
     ValueError if the folder `out` holds a shard of other inputs or facts.
     """
     folder = Path(out)
+
+    def known_by(part: list, holds: Callable) -> str:
+        known = repr([held, *((item, holds(item)) for item in part)])
+        return blake2b(known.encode(), digest_size=8).hexdigest()
+
     shards = {}
     for i, start in enumerate(range(0, len(inputs), per_shard)):
         path = folder / f"{i:05}.safetensors"
         part = inputs[start : start + per_shard]
-        known = repr([held, *((item, sizes(item)) for item in part)])
-        made_from = blake2b(known.encode(), digest_size=8).hexdigest()
-        shards[path] = Shard(path, part, made_from)
+        shards[path] = Shard(path, part, known_by(part, holds))
 
     # What the folder holds already must be what this run would have made.
+    unknown = []
     for path in sorted(folder.glob("*.safetensors")):
         _, header = open_shard(path)
         apart = difference(header["facts"], facts)
-        if not apart and (path not in shards or shards[path].made_from != header["made_from"]):
-            apart = "what videos or weights hold, inputs, --per-shard"
+        shard = shards.get(path)
+        made_from = header["made_from"]
+        if not apart and not (shard and shard.made_from == made_from):
+            if shard and earlier and known_by(shard.inputs, earlier) == made_from:
+                unknown.append(path.name)
+            else:
+                apart = "what videos, stores or weights hold, inputs, --per-shard"
         if apart:
             raise ValueError(f"{path} is of another run: {apart}; delete it or change --out")
+    if unknown and RANK == 0:
+        some = f"{out} has {len(unknown)} shards of an earlier version, {unknown[0]} the first"
+        print(f"note: {some}: that their texts and clips were these is not known", file=sys.stderr)
 
     own = list(shards.values())[RANK::WORLD_SIZE]
     return [shard for shard in own if not shard.path.exists()]
@@ -373,7 +398,8 @@ def make_trajectories(args: argparse.Namespace) -> None:
     }
     # The number of an item decides on its noise, and which clip it goes on from.
     inputs = list(enumerate(prompts * args.repeats))
-    shards = pending(args.out, inputs, args.per_shard, facts, digest(source))
+    holds = held_by_stores(text, clips)
+    shards = pending(args.out, inputs, args.per_shard, facts, digest(source), holds, nothing)
 
     dtype = torch.bfloat16 if DEVICE != "cpu" else torch.float32
     model = load_dit(source, DEVICE, dtype, channels=VAEConfig.z_dim)
@@ -395,6 +421,34 @@ def make_trajectories(args: argparse.Namespace) -> None:
         return {"x": x.to("cpu", getattr(torch, args.dtype))}, prompts
 
     fill(shards, facts, args.batch, generate)
+
+
+def held_by_stores(text: TextStore, clips: Store | None) -> Callable:
+    """The `holds` of `pending` for a prompt and its number: its embedding, its clip's first
+    frame.
+    """
+
+    def short(tensor: Tensor) -> str:
+        content = tensor.contiguous().view(torch.uint8).numpy()
+        return blake2b(content, digest_size=8).hexdigest()
+
+    @cache
+    def embedding(prompt: str) -> str:
+        return short(text[prompt])
+
+    def holds(numbered: tuple[int, str]) -> list[str]:
+        i, prompt = numbered
+        if clips is None:
+            return [embedding(prompt)]
+        return [embedding(prompt), short(first_frame(clips, i))]
+
+    return holds
+
+
+def first_frame(clips: Store, i: int) -> Tensor:
+    """Of the clip of an item, [C, 1, H, W]; items beyond the last clip as in `beginnings`."""
+    file, row = clips.places[i % len(clips)]
+    return file.get_slice("latent")[row : row + 1, :, :1][0]
 
 
 def read_trained(source: str, causal: bool) -> dict:

@@ -104,7 +104,7 @@ from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
 from wan5b.extras.report_plot import leave_beside
-from wan5b.extras.resume import Progress, begin, fingerprint, note_other_weights
+from wan5b.extras.resume import Progress, begin, fingerprint, note_changes
 from wan5b.extras.sampling import draw_noise, generate
 from wan5b.extras.texts import embed
 from wan5b.kvcache import KVCache
@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
         source = args.weights or args.release
         model = load_dit(source, args.device, job.dtype, **job.options)
     known_by = fingerprint(model)
-    note_other_weights(args.settings, known_by)
+    note_changes(args.settings, known_by, job.sampler)
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)

@@ -1,17 +1,23 @@
 """Rows of examples/tiny/ablations.py: each is a config that train.py takes; what the table says."""
 
 import json
+import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import ablations, demo, show
 
 import train
+from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras.checks import check_config
 from wan5b.extras.config import types
 from wan5b.fsdp import World
 from wan5b.util import write_json
+from wan5b.weights import save_dit
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
@@ -94,14 +100,165 @@ def test_rows_of_another_file(monkeypatch, tmp_path):
 
     (tmp_path / "ablations").mkdir()
     result = tmp_path / "ablations/my-dmd.json"
-    result.write_text(json.dumps({"of": asdict(rows["my-dmd"])}))
+    note = {"origin": ablations.origin(tmp_path, "my-dmd", rows["my-dmd"]).note()}
+    result.write_text(json.dumps({"of": asdict(rows["my-dmd"])} | note))
     ablations.run_rows(rows, [tmp_path], 3)
     assert [job.log.stem for job in started[1]] == ["my-two-levels", "my-twice-long"]
 
     # Figures of a row that was another under this name.
-    result.write_text(json.dumps({"of": asdict(rows["my-two-levels"])}))
+    result.write_text(json.dumps({"of": asdict(rows["my-two-levels"])} | note))
     with pytest.raises(ValueError, match="my-dmd.json is of another version of this row"):
         ablations.run_rows(rows, [tmp_path], 3)
+
+
+@pytest.fixture
+def configs(monkeypatch, tmp_path):
+    """A copy of the demo's configs: configs(stage, old, new) edits one."""
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for file in demo.HERE.glob("*.toml"):
+        shutil.copy(file, folder)
+    monkeypatch.setattr(demo, "HERE", folder)
+
+    def edit(stage, old, new):
+        file = folder / f"{stage}.toml"
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    return edit
+
+
+def a_demo(folder):
+    """What counts as a finished demo, and files for its weights."""
+    write_json(folder / "report.json", {})
+    for name in demo.SAMPLED:
+        save_file({"x": torch.zeros(2)}, write_parent(demo.export(folder, name)))
+    return folder
+
+
+def write_parent(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Training and judging take no time; the list says what was judged."""
+    measured = []
+
+    def train_stage(run, stage, out, keys, quick=False):
+        measured.append(out.name)
+        return out / f"{stage}.safetensors", 1.0
+
+    scores = {score: 0.5 for score, _ in ablations.COLUMNS}
+    rows = {str(length): scores for length in ablations.LENGTHS}
+    monkeypatch.setattr(ablations, "train_stage", train_stage)
+    monkeypatch.setattr(ablations, "judged", lambda *given: rows)
+    return measured
+
+
+def test_results_of_another_config_are_refused(configs, judged, tmp_path):
+    """What says where training lies, and what does not change it, may be another."""
+    run = a_demo(tmp_path / "demo")
+    row = ablations.ROWS["gan"]
+    ablations.measure(run, "gan", row)
+    ablations.measure(run, "gan", row)
+    configs("dmd", "save_every = 2000", "save_every = 100")
+    run = run.rename(tmp_path / "moved")
+    ablations.measure(run, "gan", row)
+    assert judged == ["gan"]
+
+    configs("dmd", "lr = 2e-4", "lr = 3e-4")
+    result = run / "ablations/gan.json"
+    way_out = f"remove or rename {result}, or name another demo"
+    wrong = f"{result} was made with another lr (0.0002, now 0.0003); {way_out}"
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        ablations.measure(run, "gan", row)
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        ablations.run_rows({"gan": row}, [run], 1)
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        ablations.table([run], {"gan": row})
+    configs("dmd", "steps = 480", "steps = 481")
+    with pytest.raises(ValueError, match="another steps .480, now 481., lr "):
+        ablations.measure(run, "gan", row)
+    # A key that the row gives is not the config's.
+    ablations.measure(run, "twice", ablations.ROWS["twice"])
+    configs("dmd", "steps = 481", "steps = 482")
+    ablations.measure(run, "twice", ablations.ROWS["twice"])
+    assert judged == ["gan", "twice"]
+
+    result.rename(tmp_path / "gan.json")
+    ablations.measure(run, "gan", row)
+    assert judged == ["gan", "twice", "gan"]
+
+
+def test_results_of_other_weights_are_refused(configs, judged, tmp_path):
+    """Of a demo that was made again in its place. What is gone can't be compared."""
+    run = a_demo(tmp_path / "demo")
+    rows = {name: ablations.ROWS[name] for name in ("dmd", "gan")}
+    for name, row in rows.items():
+        ablations.measure(run, name, row)
+    save_file({"x": torch.ones(2)}, demo.export(run, "dmd"))
+    ablations.measure(run, "gan", rows["gan"])
+    with pytest.raises(ValueError, match="dmd.json was made with other weights than there are now"):
+        ablations.measure(run, "dmd", rows["dmd"])
+    save_file({"x": torch.ones(2)}, demo.export(run, "teacher"))
+    with pytest.raises(ValueError, match="gan.json was made with other teacher than there are now"):
+        ablations.measure(run, "gan", rows["gan"])
+    for name in ("dmd", "teacher"):
+        demo.export(run, name).unlink()
+    ablations.table([run], rows)
+
+
+def test_results_that_note_no_config(configs, judged, tmp_path):
+    """Earlier versions' count where the weights beside them say how they were trained."""
+    run = a_demo(tmp_path / "demo")
+    for name in ("dmd", "gan", "data"):
+        row = ablations.ROWS[name]
+        ablations.measure(run, name, row)
+        result = run / f"ablations/{name}.json"
+        found = json.loads(result.read_text())
+        training = found.pop("origin").get("training")
+        result.write_text(json.dumps(found))
+        wrong = f"{result} does not say with which config and data it was made; remove or rename"
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            ablations.measure(run, name, row)
+        if training:
+            weights = run / f"ablations/{name}/dmd.safetensors"
+            save_dit(WanDiT(PRESETS["tiny"]), write_parent(weights), {"training": training})
+            ablations.measure(run, name, row)
+            # So far as they were this version's: rollout = "data" was another once.
+            del training["lora_merge"]
+            save_dit(WanDiT(PRESETS["tiny"]), weights, {"training": training}, overwrite=True)
+            if name == "data":
+                with pytest.raises(ValueError, match="another rollout .an earlier version's data"):
+                    ablations.measure(run, name, row)
+            else:
+                ablations.measure(run, name, row)
+    configs("dmd", "lr = 2e-4", "lr = 3e-4")
+    # The weights beside it have to go, too: train.py would not replace them.
+    way_out = re.escape(f"rename {run}/ablations/gan.json and {run}/ablations/gan, or name another")
+    with pytest.raises(ValueError, match=f"another lr .0.0002, now 0.0003.; remove or {way_out}"):
+        ablations.measure(run, "gan", ablations.ROWS["gan"])
+    assert judged == ["gan", "data"]
+
+
+def test_a_demo_of_another_config_is_noted(configs, tmp_path, capsys):
+    """Rows that sample it, or start from it, are as it was trained."""
+    run = tmp_path / "demo"
+    for name in demo.SAMPLED:
+        given = ["rollout=data"] if name == "dmd-data" else []
+        training = asdict(demo.config(run, name, "seed=3", *given))
+        weights = write_parent(demo.export(run, name))
+        save_dit(WanDiT(PRESETS["tiny"]), weights, {"training": training})
+    ablations.note_demos([run])
+    assert capsys.readouterr().err == ""
+    configs("ode", "lr = 1e-3", "lr = 2e-3")
+    ablations.note_demos([run, tmp_path / "none"])
+    said = f"note: {demo.export(run, 'ode')} was made with another lr (0.001, now 0.002)"
+    way_out = "so is what starts from it, until there is a new demo"
+    assert capsys.readouterr().err == f"{said}; {way_out}\n"
 
 
 def test_rows_are_json():
@@ -124,7 +281,9 @@ def test_table(tmp_path, capsys):
         rows = {str(length): scores for length in ablations.LENGTHS}
         path = tmp_path / str(seed) / "ablations/gan.json"
         path.parent.mkdir(parents=True)
-        found = {"rows": rows, "training": 100 * seed, "of": asdict(ablations.ROWS["gan"])}
+        row = ablations.ROWS["gan"]
+        found = {"rows": rows, "training": 100 * seed, "of": asdict(row)}
+        found["origin"] = ablations.origin(tmp_path / str(seed), "gan", row).note()
         path.write_text(json.dumps(found))
         (tmp_path / str(seed) / "report.json").touch()
     runs = [tmp_path / "0", tmp_path / "1"]

@@ -240,14 +240,14 @@ def test_what_does_not_go_on(data, chain, tmp_path, command, capsys):
     alone = tmp_path / "alone"
     shutil.copytree(out / "ar-lora", alone / "ar-lora")
     text = line(alone, lr=2e-3)
-    assert f"{alone}/ar-lora/adapter_model.safetensors was made with another lr;" in text
+    assert f"{alone}/ar-lora/adapter_model.safetensors was made with another lr (0.001, " in text
     assert "is of step 2; move it to go on to steps = 3" in line(alone, steps=3)
     save_file({"x": torch.zeros(1)}, alone / "ar-lora/adapter_model.safetensors")
     assert f"{alone}/ar-lora is another adapter; move it" in line(alone)
     shutil.rmtree(out / "ar-lora")
-    assert "was made with another lora;" in line(lora=2)
-    assert "was made with another lora_alpha;" in line(lora_alpha=0.0)
-    assert "was made with another lora_targets;" in line(lora_targets=["q"])
+    assert "was made with another lora (4, now 2)" in line(lora=2)
+    assert "was made with another lora_alpha (" in line(lora_alpha=0.0)
+    assert "was made with another lora_targets (" in line(lora_targets=["q"])
     teacher = str(data / "teacher.safetensors")
     assert f"was made with other weights than {teacher}" in line(weights=teacher)
     start = str(chain / "ar/ar-lora")

@@ -298,14 +298,16 @@ def test_a_changed_config_does_not_resume(data, tmp_path, command, capsys):
 
     free = {"keep": 1, "steps": 9, "sample_every": 7, "micro_batch": 1, "offload": True}
     finished = out / "ar.safetensors"
-    assert f"{finished} was made with another lr; choose another out" in line("ar", lr=3e-4)
+    wrong = f"{finished} was made with another lr (0.0001, now 0.0003); choose another out"
+    assert wrong in line("ar", lr=3e-4)
     assert f"{finished} is of step 2; move it to go on" in line("ar", **free)
 
     finished.unlink()
     text = line("ar", lr=3e-4, seed=1, **free)
-    assert "step-0000002 was made with another lr, seed; choose another out" in text
+    assert "step-0000002 was made with another lr (0.0001, now 0.0003), seed (0, now 1);" in text
     assert "another stage" in line("dmd")
-    assert "with another steps, decay; choose" in line("ar", decay=True, steps=9)
+    wrong = "with another steps (2, now 9), decay (False, now True); choose"
+    assert wrong in line("ar", decay=True, steps=9)
     assert "step-0000002 is beyond steps = 1" in line("ar", steps=1)
 
 

@@ -174,7 +174,7 @@ def test_a_checkpoint_that_does_not_know_the_key(data, tmp_path):
     facts.write_text(json.dumps(known))
 
     forced = dataclasses.replace(plain, data_forcing=0.5)
-    with pytest.raises(ValueError, match="made with another data_forcing; choose another out"):
+    with pytest.raises(ValueError, match="another data_forcing .0.0, now 0.5.; choose another out"):
         finish(forced)
     finish(dataclasses.replace(plain, steps=3))
 

@@ -6,8 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import demo
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_what_is_left_of_a_demo_is_not_trained_on(tmp_path):
+    for name in ("release", "latents"):
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"{name} exists; delete it or choose another --out"):
+            demo.demo(tmp_path / name, 96, 0, 1, 1)
 
 
 @pytest.mark.slow

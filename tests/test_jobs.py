@@ -1,6 +1,7 @@
 """examples/tiny/jobs.py: processes side by side, one that fails, SIGTERM. And the chain by LoRA."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,9 +136,31 @@ def test_chain_by_lora(monkeypatch, tmp_path):
     assert [found[stage]["rows"]["3"]["drift"] for stage in found] == [4, 3, 3]  # many, few, few
     assert found["dmd"]["rows"]["3"]["of"] == str(out / "dmd/dmd.safetensors")
 
-    # Done is done.
+    # Done is done, but not when a config has been edited; neither to be run nor in the table.
     lora.chain(tmp_path, 16, 3.0)
     assert len(configs) == 3
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    for stage in lora.STAGES:
+        shutil.copy(demo.HERE / f"{stage}.toml", folder)
+    ode = folder / "ode.toml"
+    ode.write_text(ode.read_text().replace("warmup = 100", "warmup = 99"))
+    monkeypatch.setattr(demo, "HERE", folder)
+    (tmp_path / "report.json").touch()
+    again = [
+        lambda: lora.chain(tmp_path, 16, 3.0),
+        lambda: lora.run_chains([tmp_path], [16], [3.0], 1),
+        lambda: lora.table([tmp_path]),
+    ]
+    monkeypatch.setattr(lora, "full_parameters", lambda run, stage: {"rows": {}, "training": 0})
+    for act in again:
+        with pytest.raises(ValueError, match="lora-16-x3.json was made with another warmup .100, "):
+            act()
+
+    # Nor is a stage whose scores are left of a chain that was stopped.
+    (tmp_path / "ablations/lora-16-x3.json").unlink()
+    with pytest.raises(ValueError, match="lora-16-x3/ode.json was made with another warmup .100, "):
+        lora.chain(tmp_path, 16, 3.0)
 
 
 def test_what_is_named_twice_is_done_once(monkeypatch, tmp_path):
@@ -162,9 +185,14 @@ def test_table_of_lora(tmp_path, capsys):
     (tmp_path / "report.json").write_text(json.dumps(report))
     one = {"rows": {"10": {score: 0.5 for score, _ in lora.COLUMNS}}, "training": 20.0}
     (tmp_path / "ablations").mkdir()
-    for name in (lora.name_of(16, 1.0), lora.name_of(4, 3.0), lora.name_of(4, 0.5)):
-        path = tmp_path / f"ablations/{name}.json"
-        path.write_text(json.dumps(dict.fromkeys(lora.STAGES, one)))
+    for rank, factor in ((16, 1.0), (4, 3.0), (4, 0.5)):
+        out = tmp_path / "ablations" / lora.name_of(rank, factor)
+        found = {}
+        for stage in lora.STAGES:
+            keys = lora.keys_of(tmp_path, out, stage, rank, factor)
+            note = ablations.origin_of(tmp_path, stage, out / stage, keys).note()
+            found[stage] = one | {"origin": note}
+        out.with_name(f"{out.name}.json").write_text(json.dumps(found))
     lora.table([tmp_path], markdown=True)
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("| stage | seeds | colour x10 |")

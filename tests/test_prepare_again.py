@@ -16,7 +16,7 @@ import prepare
 from wan5b.data import Store
 
 SMALL = ["--size", "32x64", "--frames", "5"]
-OTHERS = "00000.safetensors is of another run: what videos or weights hold"
+OTHERS = "00000.safetensors is of another run: what videos, stores or weights hold"
 
 
 def run(*arguments):
@@ -97,10 +97,46 @@ def test_another_text_encoder_and_model_of_the_same_name(release, tmp_path):
     torch.save({name: tensor * 1.01 for name, tensor in held.items()}, path)
     with pytest.raises(ValueError, match=OTHERS):
         run(*text)
+    shutil.rmtree(tmp_path / "t")
+    run(*text)
+    with pytest.raises(ValueError, match=OTHERS):
+        run(*paths)
+    shutil.rmtree(tmp_path / "o")
+    run(*paths)
     path = next(release.glob("diffusion*.safetensors"))
     save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
     with pytest.raises(ValueError, match=OTHERS):
         run(*paths)
+
+
+def test_trajectories_of_stores_that_were_made_anew(latents, release, tmp_path, capsys):
+    """Prompts may come, behind those that were there; what a clip holds may not change. Earlier
+    versions noted neither embeddings nor clips.
+    """
+    text = ["text", "--release", release, "--out", tmp_path / "t", "--per-shard", 1, "--prompts"]
+    run(*text, tmp_path / "out")
+    paths = ["trajectories", "--release", release, "--text", tmp_path / "t", *SMALL]
+    paths += ["--latents", tmp_path / "out", "--steps", 4, "--out", tmp_path / "o"]
+    run(*paths)
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    run(*text, tmp_path / "p.txt")
+    run(*paths)
+
+    replace_image(tmp_path / "clips")
+    replace_video(tmp_path / "clips")
+    shutil.rmtree(tmp_path / "out")
+    run(*latents)
+    with pytest.raises(ValueError, match=OTHERS):
+        run(*paths)
+
+    shutil.rmtree(tmp_path / "o")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "held_by_stores", lambda text, clips: prepare.nothing)
+        run(*paths)
+    capsys.readouterr()
+    run(*paths)
+    said = f"note: {tmp_path}/o has 1 shards of an earlier version, 00000.safetensors the first: "
+    assert said in capsys.readouterr().err
 
 
 def test_a_video_that_cannot_be_looked_at_ends_nothing(latents, tmp_path, capsys):

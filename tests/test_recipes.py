@@ -385,7 +385,7 @@ def test_the_part_that_its_makers_sample(planned, tmp_path, release, capsys):
         planned("--weights", path, "--recipe", "longlive2")
 
 
-def test_settings_repeat_a_recipe(tmp_path):
+def test_settings_repeat_a_recipe(tmp_path, capsys):
     """Options first, then a recipe of one's own, in a file at any rate."""
     own = tmp_path / "own.toml"
     own.write_text(
@@ -406,6 +406,14 @@ def test_settings_repeat_a_recipe(tmp_path):
     assert first == second
     with av.open(str(tmp_path / "a.mp4")) as file:
         assert file.streams.video[0].average_rate == 16
+    assert "will differ" not in capsys.readouterr().err
+
+    # One that has been edited since is noted; a longer clip is none of its business.
+    own.write_text(own.read_text().replace("600", "500"))
+    more = ["--frames", "21", "--out", str(tmp_path / "c")]
+    sample.main(sample.parse(["--settings", str(tmp_path / "a.json"), *more]))
+    said = "a.json was made with other sigmas: this clip will differ"
+    assert said in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ errors

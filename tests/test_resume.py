@@ -310,6 +310,7 @@ def test_damaged_states_are_refused_in_a_line(run, tmp_path):
         lambda: wrong(tensors | {"draws": tensors["draws"][:7]}, about),
         lambda: wrong(tensors, about | {"settings": about["settings"] | {"novel": 1}}),
         lambda: wrong(tensors, about | {"settings": about["settings"] | {"steps": "x"}}),
+        lambda: wrong(tensors, about | {"settings": []}),
         lambda: wrong(tensors, about | {"commits": [[0, 3, 999], *about["commits"][1:]]}),
     ]
     for spoil in spoiled:
@@ -320,6 +321,28 @@ def test_damaged_states_are_refused_in_a_line(run, tmp_path):
         run("--resume", tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="no such file; a clip has one from --state-every seconds"):
         run("--resume", tmp_path / "none.state.safetensors")
+
+
+def test_states_of_other_versions(run, tmp_path):
+    """One that lacks what came later goes on; of any other option it is said which it is."""
+    run.until(after=4)
+    state = tmp_path / "a.state.safetensors"
+    tensors = load_file(state)
+    about = read_state(state).about
+    settings = about["settings"]
+
+    wrong = "is not a state .* wrote: {}; take the version that wrote it, or begin the clip anew"
+    write_state(state, about | {"settings": settings | {"novel": 1}}, tensors)
+    with pytest.raises(ValueError, match=wrong.format("novel in it is no option here")):
+        run("--resume", state)
+    lacking = {name: value for name, value in settings.items() if name != "recache"}
+    write_state(state, about | {"settings": lacking}, tensors)
+    with pytest.raises(ValueError, match=wrong.format("it lacks recache")):
+        run("--resume", state)
+
+    earlier = {name: value for name, value in settings.items() if name not in clips.ADDED}
+    write_state(state, about | {"settings": earlier}, tensors)
+    assert run.until("--resume", state, after=1) is not None
 
 
 @pytest.mark.parametrize("sizes", [[3] * 14, [8] * 6, [1] * 40])

@@ -693,7 +693,10 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ),
         ("--settings {text}", "{text} is not a JSON that this sample.py wrote"),
         ("--settings {other}", "{other} is not a JSON that this sample.py wrote"),
-        ("--settings {older}", "{older} is not a JSON that this sample.py wrote: it lacks release"),
+        (
+            "--settings {older}",
+            "{older} is not a JSON that this sample.py wrote: it lacks at, chunk, ",
+        ),
         ("--window 2", "--window 2: no room"),
         ("--window 3 --sink 1", "--window 3: no room for --sink 1 and a chunk of 3"),
         ("--window 6 --sink -1", "--sink -1: must be 0 or more"),

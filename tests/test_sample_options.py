@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sample
-from wan5b.extras import cli, plan
+from wan5b.extras import cli, clips, plan
 
 BASE = ["--random-weights", "--preset", "tiny", "--device", "cpu", "--size", "32x64"]
 BASE += ["--frames", "9"]
@@ -82,6 +82,49 @@ def test_records_of_other_versions_are_refused(record, change):
         ValueError, match="old.json is not a JSON .* wrote: .*(seed is|novel in it)"
     ):
         sample.parse(["--settings", str(path)])
+
+
+# What a record of 3565b53 held, the version in front of --fp8-vae and --vae-device.
+EARLIER = [
+    *("release", "weights", "prompts", "image", "video", "settings", "resume", "recipe", "size"),
+    *("random_weights", "shots", "recache", "sheet", "latents", "report", "overwrite"),
+    *("compile", "fp8", "low_memory", "frames", "chunk", "window", "sink", "prefix", "steps"),
+    *("interpolate", "shift", "guidance", "state_every", "at", "sink_rope", "seed", "prompt"),
+    *("negative", "lora", "out", "preset", "mode", "solver", "device", "dtype"),
+]
+
+
+def test_records_of_earlier_versions_are_repeated(record):
+    """What they lack had no part in their clips. An option that is new here fails this test: does a
+    record without it still make the same clip? Then it belongs into ADDED.
+    """
+    path, options = record
+    path.write_text(json.dumps({"settings": {name: options[name] for name in EARLIER}}))
+    args = vars(sample.parse(["--settings", str(path)]))
+    assert args == options | {"settings": str(path)}
+    assert {name: args[name] for name in options.keys() - EARLIER} == clips.ADDED
+    given = vars(sample.parse(["--settings", str(path), "--vae-device", "cpu"]))
+    assert given == args | {"vae_device": "cpu"}
+
+
+def test_what_other_versions_did_otherwise_is_named(record):
+    """Before --at and --sink-rope noise was another; of what is new nothing is known."""
+    path, options = record
+    earlier = {name: options[name] for name in EARLIER if name not in ("at", "sink_rope")}
+
+    def line(settings):
+        path.write_text(json.dumps({"settings": settings}))
+        with pytest.raises(ValueError, match="old.json") as refused:
+            sample.parse(["--settings", str(path)])
+        return str(refused.value).partition("wrote: ")[2]
+
+    way_out = "take the version that wrote it, or give options in place of --settings"
+    assert line(earlier) == f"it lacks at, sink_rope; {way_out}"
+    later = options | {"novel": 1, "again": 2}
+    assert line(later) == f"again, novel in it is no option here; {way_out}"
+    assert line(earlier | {"novel": 1}).startswith(
+        "it lacks at, sink_rope; novel in it is no option"
+    )
 
 
 @pytest.mark.parametrize(

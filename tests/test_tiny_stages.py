@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import ablations, demo, sick, stages, stages_show
+from tiny import demo, jobs, sick, stages, stages_show
 
 import train
 from wan5b.extras.config import types
@@ -34,7 +34,7 @@ def test_cases_are_configs(name, monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "run_stage", run_stage)
     monkeypatch.setattr(stages.ablations, "seed_of", lambda run: 7)
-    monkeypatch.setattr(stages, "still_clips", lambda run: run / "still")
+    monkeypatch.setattr(stages, "still_clips", lambda run: None)
     weights = stages.weights_of(tmp_path, name)
     assert weights == tmp_path / "ablations" / name / f"{case.beside}.safetensors"
 
@@ -46,7 +46,7 @@ def test_cases_are_configs(name, monkeypatch, tmp_path):
     assert changed == {"out", "seed", "weights", *case.keys} | read
     assert cfg.steps <= usual.steps
     if case.still:
-        assert cfg.latents == str(tmp_path / "still")
+        assert cfg.latents == str(tmp_path / "ablations/ar-still/latents")
 
 
 @pytest.fixture(autouse=True)
@@ -105,11 +105,13 @@ def test_from_a_demo_to_the_page(tiny_demo, tmp_path, monkeypatch):
     # What is quick never stands where the page's figures come from.
     assert not (tiny_demo / "stages").exists()
     assert not (tiny_demo / "ablations").exists()
-    (tiny_demo / "stages-quick").rename(tiny_demo / "stages")
+    shutil.copytree(tiny_demo / "stages-quick", tiny_demo / "stages")
 
     page = tmp_path / "stages.md"
     page.write_text(PAGE)
-    stages_show.write(tmp_path, [tiny_demo])
+    found = stages.results([tiny_demo], quick=True)
+    assert list(found) == [name for name in sick.CASES if name in names]
+    stages_show.write(tmp_path, [tiny_demo], found)
     text = page.read_text()
     assert "old" not in text
     assert "| dmd | `critic_loss` | " in text
@@ -117,12 +119,26 @@ def test_from_a_demo_to_the_page(tiny_demo, tmp_path, monkeypatch):
     assert {file.stem for file in (tmp_path / "stages").iterdir()} == set(names)
     assert all(f.stat().st_size <= stages_show.LIMIT for f in (tmp_path / "stages").iterdir())
     assert "Of real clips: `x0_motion` 0.4" in text
-    table = stages_show.sick_table(stages_show.read([tiny_demo]))
+    table = stages_show.sick_table(found)
     assert stages_show.filled(text, {"sick": table}) == text
+
+    # Nothing of another config or of other weights gets there.
+    with pytest.raises(ValueError, match="batch-small.json was made with another steps .2, now 4"):
+        stages.results([tiny_demo])
+    monkeypatch.setattr(demo, "export", lambda run, name: run / "ar/ar.safetensors")
+    with pytest.raises(ValueError, match="teacher.json was made with other weights than there are"):
+        stages.results([tiny_demo], quick=True)
 
 
 def test_still_clips(tiny_demo):
-    store = stages.Store(stages.still_clips(tiny_demo))
+    """They are the demo's, also where others were before."""
+    stages.still_clips(tiny_demo)
+    path = tiny_demo / stages.STILL / "00000.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(b"of other clips")
+    stages.still_clips(tiny_demo)
+    assert path.read_bytes() == before
+    store = stages.Store(tiny_demo / stages.STILL)
     moving = stages.Store(tiny_demo / "latents")
     clip = store[5]["latent"]
     assert torch.equal(clip, moving[5]["latent"][:, :1].expand_as(clip))
@@ -163,15 +179,12 @@ def test_first_sign():
     assert stages_show.first_sign(healthy, healthy[:1], "ode") == "none"
 
 
-def test_a_diverged_run_is_told(tmp_path):
-    (tmp_path / "stages").mkdir()
+def test_a_diverged_run_is_told():
     curves = {"loss": [1.0], "norm": [1.0]}
     score = dict.fromkeys(stages_show.SCORES, 0.5)
     healthy = {"curves": curves, "scores": {"1": score}, "ended": ""}
     gone = {"curves": {}, "scores": {}, "ended": "step 7, rank 0"}
-    (tmp_path / "stages/teacher.json").write_text(json.dumps(healthy))
-    (tmp_path / "stages/teacher-lr-high.json").write_text(json.dumps(gone))
-    table = stages_show.sick_table(stages_show.read([tmp_path]))
+    table = stages_show.sick_table({"teacher": [healthy], "teacher-lr-high": [gone]})
     assert "not finite in step 7, rank 0" in table
 
 
@@ -180,7 +193,7 @@ def test_refusals(tmp_path):
         stages_show.filled("no marks", {"usual": ""})
     (tmp_path / "stages.md").write_text(PAGE)
     with pytest.raises(ValueError, match="--only teacher"):
-        stages_show.write(tmp_path, [tmp_path])
+        stages_show.write(tmp_path, [tmp_path], {})
 
 
 def test_processes(monkeypatch, tmp_path):
@@ -192,7 +205,8 @@ def test_processes(monkeypatch, tmp_path):
     (tmp_path / "report.json").touch()
     (tmp_path / "stages").mkdir()
     for name in ("teacher", "dmd"):  # the first is judged at one length anyway
-        found = {"ended": "", "scores": {"1": {}}, "of": ablations.said(sick.CASES[name])}
+        found = {"ended": "", "scores": {"1": {}}, "of": jobs.said(sick.CASES[name])}
+        found["origin"] = stages.origin(tmp_path, name).note()
         (tmp_path / f"stages/{name}.json").write_text(json.dumps(found))
     stages.measure_all([tmp_path], ["teacher", "dmd", "lr-high"], 2, 10)
     assert [(job.log.stem, job.cost) for job in started] == [("dmd", 0), ("lr-high", 1)]

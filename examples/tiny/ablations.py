@@ -11,33 +11,33 @@ the demo's dmd in another way), and is judged as the demo is. Of a demo it takes
 release, text, latents for rows with real clips, and the exports, */*.safetensors.
 
 Each row of each demo is a process of one thread, --jobs at a time; what it prints goes to
-ablations/ROW.log in the demo's folder, what it found to ROW.json. What is done is not done again,
-and SIGTERM saves what is at work: the same command goes on.
+ablations/ROW.log in the demo's folder, what it found to ROW.json. What is done is not done again
+(of another config or of other data it is refused), and SIGTERM saves what is at work: the same
+command goes on.
 """
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import demo
 import torch
-from jobs import Job, command, parse, run_jobs
+from jobs import ALIKE, Job, Origin, command, known, parse, run_jobs, said
 from show import check_demos
 from torch import Tensor
 
 import train
 from wan5b.data import TextStore
 from wan5b.extras import signals
+from wan5b.extras.checks import changed_settings
 from wan5b.extras.cli import script
 from wan5b.extras.formats import load_dit, load_vae, read_metadata
 from wan5b.extras.log import METRICS, read_metrics
 from wan5b.extras.sampling import MODES
 from wan5b.flow import few_step_sigmas
-from wan5b.util import read_json, write_json
+from wan5b.util import write_json
 
 LENGTHS = (3, 10, 30)  # of which the table tells
 # Of the table: a score, and at which of these.
@@ -181,12 +181,38 @@ def trained(run: Path, name: str, row: Row, quick: bool = False) -> tuple[Path, 
     """The row's weights, trained if they are not there; the seconds that it took."""
     if not is_trained(row):
         return demo.export(run, "dmd"), 0.0
+    return train_stage(run, "dmd", kept(run, quick) / name, keys_of(run, row), quick)
+
+
+def keys_of(run: Path, row: Row) -> dict:
+    """Of dmd.toml, for a row that is trained."""
     keys = dict(row.keys)
     keys["weights"] = demo.export(run, row.start)
     keys["teacher"] = demo.export(run, "teacher")
     if row.clips:
         keys["latents"] = run / "latents"
-    return train_stage(run, "dmd", kept(run, quick) / name, keys, quick)
+    return keys
+
+
+def origin(run: Path, name: str, row: Row, quick: bool = False) -> Origin:
+    """What the row's result is made of."""
+    if not is_trained(row):
+        return Origin(demo.export(run, "dmd"))
+    return origin_of(run, "dmd", kept(run, quick) / name, keys_of(run, row), quick)
+
+
+def origin_of(run: Path, stage: str, out: Path, keys: dict, quick: bool = False) -> Origin:
+    """What `train_stage` makes, by the same arguments."""
+    cfg = demo.config(run, stage, *overrides(out, keys, quick))
+    return Origin(out / f"{stage}.safetensors", cfg)
+
+
+def overrides(out: Path, keys: dict, quick: bool) -> list[str]:
+    """Of a stage's config, but for the seed, which is the demo's."""
+    keys = {"out": out, **keys}
+    if quick:
+        keys["steps"] = QUICK["steps"]
+    return [f"{key}={value}" for key, value in keys.items()]
 
 
 def train_stage(
@@ -196,10 +222,7 @@ def train_stage(
 
     Ends this process with 143 if SIGTERM has stopped it: the state is saved then.
     """
-    keys = {"out": out, "seed": seed_of(run), **keys}
-    if quick:
-        keys["steps"] = QUICK["steps"]
-    demo.run_stage(run, stage, *(f"{key}={value}" for key, value in keys.items()))
+    demo.run_stage(run, stage, f"seed={seed_of(run)}", *overrides(out, keys, quick))
     signals.while_running()  # training has taken SIGTERM for itself
     weights = out / f"{stage}.safetensors"
     if not weights.exists():
@@ -230,31 +253,11 @@ def contrast(latents: Tensor, length: int) -> float:
     return float(latents[:, :, demo.TRAINED * (length - 1) : demo.TRAINED * length].std())
 
 
-def known(result: Path, of: Any) -> dict | None:
-    """What an earlier process has left in this file, if any.
-
-    of: the dataclass that says what was to be done. ValueError if it was another then: its figures
-    would pass for this one's.
-    """
-    if not result.exists():
-        return None
-    found = read_json(result)
-    if found.get("of") != said(of):
-        raise ValueError(
-            f"{result} is of another version of this row; delete it, and the folder beside it"
-        )
-    return found
-
-
-def said(of: Any) -> dict:
-    """A dataclass as a file has it."""
-    return json.loads(json.dumps(asdict(of)))
-
-
 def measure(run: Path, name: str, row: Row, quick: bool = False) -> None:
     """Train and judge one row of one demo, unless that has been done."""
     result = kept(run, quick) / f"{name}.json"
-    if known(result, row):
+    made_of = origin(run, name, row, quick)
+    if known(result, row, made_of):
         return
     print(f"== {run} {name}: {row.about}", flush=True)
     weights, seconds = trained(run, name, row, quick)
@@ -262,7 +265,7 @@ def measure(run: Path, name: str, row: Row, quick: bool = False) -> None:
     rows = judged(run, weights, row, quick)
     total = seconds + time.time() - began
     found = {"rows": rows, "training": seconds, "total": total}
-    write_json(result, found | {"of": said(row)})
+    write_json(result, found | {"of": said(row), "origin": made_of.note()})
 
 
 def run_rows(rows: dict[str, Row], demos: list[Path], jobs: int, quick: bool = False) -> None:
@@ -276,7 +279,7 @@ def run_rows(rows: dict[str, Row], demos: list[Path], jobs: int, quick: bool = F
     for run in demos:
         for name, row in rows.items():
             folder = kept(run, quick)
-            if known(folder / f"{name}.json", row):
+            if known(folder / f"{name}.json", row, origin(run, name, row, quick)):
                 continue
             given = {"run": str(run), "name": name, "row": said(row), "quick": quick}
             log = folder / f"{name}.log"
@@ -311,8 +314,12 @@ def table(runs: list[Path], rows: dict[str, Row] = ROWS, markdown=False, quick=F
     heads = ["row", "seeds", "forwards", *(f"{score} x{length}" for score, length in columns)]
     lines = []
     for name, row in rows.items():
-        files = [kept(run, quick) / f"{name}.json" for run in runs]
-        reports = [report for file in files if (report := known(file, row))]
+        reports = []
+        for run in runs:
+            made_of = origin(run, name, row, quick)
+            report = known(kept(run, quick) / f"{name}.json", row, made_of)
+            if report:
+                reports.append(report)
         if not reports:
             continue
         first, after = forwards(row)
@@ -344,6 +351,25 @@ def print_table(heads: list[str], lines: list[list[str]], markdown: bool) -> Non
         print(f"{first:46}{''.join(f'{cell:>16}' for cell in others)}")
 
 
+def note_demos(runs: list[Path]) -> None:
+    """A line for each stage of a demo that its config, as it is now, would train otherwise: what is
+    built on it is as it was trained.
+    """
+    for run in runs:
+        for name in demo.SAMPLED:
+            weights = demo.export(run, name)
+            if not weights.exists():
+                continue
+            cfg = demo.config(run, name)
+            # Of dmd-data the demo gives it beside the config.
+            changed = changed_settings(cfg, read_metadata(weights), ALIKE | {"rollout"})
+            if changed:
+                text = f"note: {weights} was made with another {', '.join(changed)}"
+                print(
+                    f"{text}; so is what starts from it, until there is a new demo", file=sys.stderr
+                )
+
+
 def options(doc: str) -> argparse.ArgumentParser:
     """What ablations.py and lora.py are told alike."""
     parser = argparse.ArgumentParser(
@@ -364,6 +390,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     args = parse(parser, run_one)
     rows = {name: ROWS[name] for name in args.rows}
+    note_demos(args.demos)
     if not args.table:
         run_rows(rows, args.demos, args.jobs, args.quick)
     table(args.demos, rows, args.markdown, args.quick)

@@ -150,12 +150,17 @@ def export(out: Path, run: str) -> Path:
     return out / run / f"{stage}.safetensors"
 
 
+def config(out: Path, name: str, *overrides: str) -> train.Config:
+    """Of one run of train.py."""
+    stage = name.split("-")[0]
+    common = [f"out={out / name}", f"text={out / 'text'}", f"vae={out / 'release'}"]
+    return train.parse([str(HERE / f"{stage}.toml"), *common, *overrides])
+
+
 def run_stage(out: Path, name: str, *overrides: str) -> float:
     """One run of train.py in this process; the seconds it took."""
     start = time.time()
-    stage = name.split("-")[0]
-    common = [f"out={out / name}", f"text={out / 'text'}", f"vae={out / 'release'}"]
-    cfg = train.parse([str(HERE / f"{stage}.toml"), *common, *overrides])
+    cfg = config(out, name, *overrides)
     with contextlib.closing(fsdp.World("cpu")) as world:
         train.main(cfg, world)
     return time.time() - start
@@ -324,7 +329,8 @@ def demo(out: Path, clips: int, seed: int, steps: int | None, longest: int) -> N
     clips: of training. seed: of the training. steps: of every stage, in place of the configs'.
     longest: up to which of LENGTHS clips are judged.
     """
-    if (out / "release").exists():
+    # Shards of latents that are left of more clips would be trained on.
+    if any((out / name).exists() for name in ("release", "latents")):
         raise ValueError(f"{out} exists; delete it or choose another --out")
     began = time.time()
     make_release(out / "release", MEAN_SCALE)

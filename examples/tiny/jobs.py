@@ -1,4 +1,6 @@
-"""Processes of one thread each, so many at a time: ablations.py, lora.py and stages.py use them."""
+"""What ablations.py, lora.py and stages.py share: processes of one thread each, so many at a time,
+and results, which are kept and count as done while they are made as they would be now.
+"""
 
 import argparse
 import json
@@ -9,8 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from wan5b.extras.checks import FREE, changed_settings, held_by
+from wan5b.extras.digest import digest
+from wan5b.extras.formats import read_metadata
+from wan5b.util import read_json
 
 # One thread each; malloc keeps its memory, as in make demo (a tenth of a training step).
 ENVIRONMENT = {
@@ -20,6 +28,8 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
 }
 AGAIN = 5  # seconds from one SIGTERM to the next: training only notes the first
+# Of a config: what may be another one. A seed is the demo's, of whose weights there are digests.
+ALIKE = FREE | {"seed"}
 
 
 @dataclass(frozen=True)
@@ -148,3 +158,76 @@ def went_well(ended: Running, stopped: bool) -> bool:
         print(f"FAILED  {ended.job.name}, {seconds}, code {code}: {ended.job.log}", flush=True)
         return False
     return True
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+class Origin(NamedTuple):
+    """What a result is made of."""
+
+    weights: Path  # that are judged
+    cfg: Any = None  # train.Config of their training; None: they are the demo's own
+
+    def note(self) -> dict:
+        """What the result says of it."""
+        if self.cfg is None:
+            return {"data": digests(self)}
+        return {"training": asdict(self.cfg), "data": digests(self)}
+
+
+def digests(origin: Origin) -> dict[str, str]:
+    """Of what is there by now of all that a result is made of."""
+    if origin.cfg is not None:
+        return held_by(origin.cfg)
+    return {"weights": digest(origin.weights)} if origin.weights.exists() else {}
+
+
+def known(result: Path, of: Any, origin: Origin) -> dict | None:
+    """What an earlier process has left in this file, if any.
+
+    of: the dataclass that says what was to be done. ValueError if it was another then, or was done
+    with another config or other data: its figures would pass for this one's.
+    """
+    if not result.exists():
+        return None
+    found = read_json(result)
+    if found.get("of") != said(of):
+        refuse(result, origin, "is of another version of this row")
+    check_origin(result, found, origin)
+    return found
+
+
+def said(of: Any) -> dict:
+    """A dataclass as a file has it."""
+    return json.loads(json.dumps(asdict(of)))
+
+
+def check_origin(result: Path, found: dict, origin: Origin) -> None:
+    """ValueError if a file's result was not made as it would be now, as far as that can be seen:
+    data that are gone by now are not compared.
+    """
+    note = found.get("origin")
+    if note is None and origin.cfg is not None and origin.weights.exists():
+        # Earlier versions noted nothing, but weights say of themselves how they were trained.
+        note = read_metadata(origin.weights)
+    if note is None:
+        refuse(result, origin, "does not say with which config and data it was made")
+    if origin.cfg is not None:
+        changed = changed_settings(origin.cfg, note, ALIKE)
+        if changed:
+            refuse(result, origin, f"was made with another {', '.join(changed)}")
+    before = note.get("data", {})
+    others = [key for key, now in digests(origin).items() if before.get(key, now) != now]
+    if others:
+        refuse(result, origin, f"was made with other {', '.join(others)} than there are now")
+
+
+def refuse(result: Path, origin: Origin, why: str) -> None:
+    """ValueError, with the way out: what train.py would not go on with has to go, too."""
+    away = [result]
+    if origin.cfg is not None:
+        chain = result.with_suffix("")  # of lora.py, of which these weights are a part
+        away += [folder for folder in (chain, origin.weights.parent) if folder.is_dir()][:1]
+    named = " and ".join(map(str, away))
+    raise ValueError(f"{result} {why}; remove or rename {named}, or name another demo")

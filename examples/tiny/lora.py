@@ -9,7 +9,8 @@ but for the learning rates: all are multiplied by the factor. Each stage is judg
 judges it. Of a demo it takes what ablations.py takes, and latents.
 
 A process for each rank, factor and demo; what it finds goes to ablations/lora-RANK-xFACTOR.json in
-the demo's folder. SIGTERM saves what is at work: the same command goes on.
+the demo's folder. What is done is not done again; of another config or of other data it is refused.
+SIGTERM saves what is at work: the same command goes on.
 """
 
 from pathlib import Path
@@ -19,12 +20,14 @@ from ablations import (
     judged_as,
     kept,
     mean_and_spread,
+    note_demos,
     options,
+    origin_of,
     print_table,
     seed_of,
     train_stage,
 )
-from jobs import Job, command, parse, run_jobs
+from jobs import Job, check_origin, command, parse, run_jobs
 from show import check_demos
 
 import train
@@ -45,42 +48,56 @@ def name_of(rank: int, factor: float) -> str:
 
 def chain(run: Path, rank: int, factor: float, quick: bool = False) -> None:
     """All stages of one rank and factor, trained and judged, unless that has been done."""
+    if known(run, rank, factor, quick):
+        return
     name = name_of(rank, factor)
     out = kept(run, quick) / name
-    result = out.parent / f"{name}.json"
-    if result.exists():
-        return
     found = {}
-    adapter = None
     weights = None
     for stage in STAGES:
         print(f"== {run} {name}: {stage}", flush=True)
-        keys = keys_of(stage, rank, factor, demo.export(run, "teacher"), adapter)
-        if stage == "ar":
-            keys["latents"] = run / "latents"
+        keys = keys_of(run, out, stage, rank, factor)
+        made_of = origin_of(run, stage, out / stage, keys, quick)
         if stage == "ode":
-            keys["trajectories"] = out / "trajectories"
             repeats = 1 if quick else 6
             demo.make_trajectories(run, seed_of(run), weights, keys["trajectories"], repeats)
         weights, seconds = train_stage(run, stage, out / stage, keys, quick)
-        adapter = out / stage / f"{stage}-lora"
 
         # A run that goes on does not judge again what is behind it.
         scores = out / f"{stage}.json"
         if not scores.exists():
             rows = judged_as(run, weights, demo.SAMPLED[stage], quick)
-            write_json(scores, {"rows": rows, "training": seconds})
+            write_json(scores, {"rows": rows, "training": seconds, "origin": made_of.note()})
         found[stage] = read_json(scores)
-    write_json(result, found)
+        check_origin(scores, found[stage], made_of)
+    write_json(out.parent / f"{name}.json", found)
 
 
-def keys_of(stage: str, rank: int, factor: float, base: Path, adapter: Path | None) -> dict:
-    """Keys of the stage's config. adapter: where it starts, if not from the base."""
+def keys_of(run: Path, out: Path, stage: str, rank: int, factor: float) -> dict:
+    """Keys of the stage's config. out: of the chain."""
     usual = train.parse([str(demo.HERE / f"{stage}.toml")])
-    keys = {"lora": rank, "weights": base}
-    if adapter:
-        keys["lora_weights"] = adapter
+    keys = {"lora": rank, "weights": demo.export(run, "teacher")}
+    if stage == "ar":
+        keys["latents"] = run / "latents"
+    else:
+        before = STAGES[STAGES.index(stage) - 1]
+        keys["lora_weights"] = out / before / f"{before}-lora"
+    if stage == "ode":
+        keys["trajectories"] = out / "trajectories"
     return keys | {rate: factor * getattr(usual, rate) for rate in RATES[stage]}
+
+
+def known(run: Path, rank: int, factor: float, quick: bool) -> dict | None:
+    """What a chain has found, if it has been done; ValueError if it would be another by now."""
+    out = kept(run, quick) / name_of(rank, factor)
+    result = out.parent / f"{out.name}.json"
+    if not result.exists():
+        return None
+    found = read_json(result)
+    for stage in STAGES:
+        keys = keys_of(run, out, stage, rank, factor)
+        check_origin(result, found[stage], origin_of(run, stage, out / stage, keys, quick))
+    return found
 
 
 def run_chains(
@@ -95,9 +112,9 @@ def run_chains(
         folder = kept(run, quick)
         for rank in dict.fromkeys(ranks):
             for factor in dict.fromkeys(factors):
-                name = name_of(rank, factor)
-                if (folder / f"{name}.json").exists():
+                if known(run, rank, factor, quick):
                     continue
+                name = name_of(rank, factor)
                 given = {"run": str(run), "rank": rank, "factor": factor, "quick": quick}
                 log = folder / f"{name}.log"
                 todo.append(Job(f"{run} {name}", command(__file__, given), log, rank))
@@ -125,9 +142,9 @@ def table(runs: list[Path], markdown: bool = False, quick: bool = False) -> None
         full = [full_parameters(run, stage) for run in runs]
         lines.append(line_of(f"{stage}, all parameters", full))
         for name in names:
-            files = [kept(run, quick) / f"{name}.json" for run in runs]
-            found = [read_json(file)[stage] for file in files if file.exists()]
             rank, _, factor = name.removeprefix("lora-").partition("-x")
+            there = [known(run, int(rank), float(factor), quick) for run in runs]
+            found = [each[stage] for each in there if each]
             lines.append(line_of(f"{stage}, rank {rank}, learning rate x {factor}", found))
     print_table(heads, lines, markdown)
 
@@ -158,6 +175,7 @@ def main() -> None:
     add("--ranks", nargs="+", type=int, default=[4, 16, 64])
     add("--factors", nargs="+", type=float, default=[1.0], help="of the demo's learning rates")
     args = parse(parser, run_one)
+    note_demos(args.demos)
     if not args.table:
         run_chains(args.demos, args.ranks, args.factors, args.jobs, args.quick)
     table(args.demos, args.markdown, args.quick)

@@ -6,10 +6,11 @@
     python examples/tiny/stages.py --demos out/demo out/demo-1 --write docs
 
 A sickness (sick.py) is a stage of a finished demo trained again with a known fault, or a healthy
-model sampled in a wrong way. Each leaves two small files in the demo's folder, stages/NAME.json
-and stages/NAME.png, from which --write makes everything; what is there is not made again, unless it
-was judged at fewer lengths than are asked for. Each is a process of one thread, which prints to
-stages/NAME.log; SIGTERM saves what is at work: the same command goes on.
+model sampled in a wrong way. Each leaves two small files in the demo's folder, stages/NAME.json and
+stages/NAME.png, from which --write makes everything; what is there is not made again, unless it was
+judged at fewer lengths than are asked for, and refused if it is of another config or other data.
+Each is a process of one thread, which prints to stages/NAME.log; SIGTERM saves what is at work: the
+same command goes on.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 import ablations
 import demo
 import torch
-from jobs import Job, command, parse, run_jobs
+from jobs import Job, Origin, command, known, parse, run_jobs, said
 from PIL import Image
 from show import check_demos
 from sick import CASES, Case, has_curves, is_trained, mode_of
@@ -38,6 +39,8 @@ from wan5b.util import first_line, replacing, write_json
 from wan5b.weights import save_dit
 
 BEFORE = {"teacher": "init", "ar": "teacher", "dmd": "ode"}  # what a stage starts from
+INIT = "init.safetensors"  # of a demo: where its teacher starts
+STILL = "ablations/ar-still/latents"  # the demo's clips with their first frame all along
 ENDS = (1, 3, 9, 27, 54, 90)  # latent frames whose last pixel frame is kept
 KEPT = (0, 14)  # of JUDGED: the captions of these frames
 
@@ -52,23 +55,38 @@ def weights_of(run: Path, name: str, quick: bool = False) -> Path:
     case = CASES[name]
     if not is_trained(case):
         return demo.export(run, case.source)
+    if BEFORE[case.beside] == "init":
+        first_weights(run)
+    if case.still:
+        still_clips(run)
+    out = folder(run, name, quick)
+    return ablations.train_stage(run, case.beside, out, keys_of(run, case), quick)[0]
+
+
+def keys_of(run: Path, case: Case) -> dict:
+    """Of the stage's toml, for a case that is trained."""
     if case.beside == "dmd":
         row = ablations.Row(case.about, case.keys, start=case.start or BEFORE["dmd"])
-        return ablations.trained(run, name, row, quick)[0]
-
+        return ablations.keys_of(run, row)
     before = BEFORE[case.beside]
-    start = first_weights(run) if before == "init" else demo.export(run, before)
-    latents = still_clips(run) if case.still else run / "latents"
-    keys = case.keys | {"weights": start, "latents": latents}
-    return ablations.train_stage(run, case.beside, folder(run, name, quick), keys, quick)[0]
+    start = run / INIT if before == "init" else demo.export(run, before)
+    latents = run / (STILL if case.still else "latents")
+    return case.keys | {"weights": start, "latents": latents}
 
 
-def first_weights(run: Path) -> Path:
+def origin(run: Path, name: str, quick: bool = False) -> Origin:
+    """What a case's result is made of."""
+    case = CASES[name]
+    if not is_trained(case):
+        return Origin(demo.export(run, case.source))
+    out = folder(run, name, quick)
+    return ablations.origin_of(run, case.beside, out, keys_of(run, case), quick)
+
+
+def first_weights(run: Path) -> None:
     """Those that the demo's teacher started from, made again if they are not there."""
-    path = run / "init.safetensors"
-    if not path.exists():
-        save_dit(demo.carrying(WanDiT(PRESETS["tiny"])), path, {})
-    return path
+    if not (run / INIT).exists():
+        save_dit(demo.carrying(WanDiT(PRESETS["tiny"])), run / INIT, {})
 
 
 def folder(run: Path, name: str, quick: bool = False) -> Path:
@@ -82,16 +100,12 @@ def kept(run: Path, quick: bool) -> Path:
     return run / ("stages-quick" if quick else "stages")
 
 
-def still_clips(run: Path) -> Path:
-    """A store of the demo's clips with their first frame all along, made if it is not there."""
-    out = run / "ablations" / "ar-still" / "latents"
-    path = out / "00000.safetensors"
-    if not path.exists():
-        store = Store(run / "latents")
-        first = torch.stack([store[i]["latent"][:, :1] for i in range(len(store))])
-        latents = first.expand(-1, -1, demo.TRAINED, -1, -1)
-        write_shard(path, {"latent": latents}, store.prompts)
-    return out
+def still_clips(run: Path) -> None:
+    """Write the store STILL. One that is there may be of other clips than the demo's now."""
+    store = Store(run / "latents")
+    first = torch.stack([store[i]["latent"][:, :1] for i in range(len(store))])
+    latents = first.expand(-1, -1, demo.TRAINED, -1, -1)
+    write_shard(run / STILL / "00000.safetensors", {"latent": latents}, store.prompts)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -152,7 +166,8 @@ def measure(run: Path, name: str, longest: int, quick: bool = False) -> None:
     case = CASES[name]
     length = length_of(case, longest)
     result = kept(run, quick) / f"{name}.json"
-    if is_done(result, case, length):
+    made_of = origin(run, name, quick)
+    if is_done(known(result, case, made_of), length):
         return
     print(f"== {run} {name}: {case.about}", flush=True)
     began = time.time()
@@ -170,13 +185,28 @@ def measure(run: Path, name: str, longest: int, quick: bool = False) -> None:
 
     rows = read_metrics(folder(run, name, quick) / METRICS) if has_curves(case) else []
     found["curves"] = binned(rows, case.beside)
-    write_json(result, found | {"seconds": time.time() - began, "of": ablations.said(case)})
+    found |= {"seconds": time.time() - began, "of": said(case), "origin": made_of.note()}
+    write_json(result, found)
 
 
-def is_done(result: Path, case: Case, length: int) -> bool:
-    """Whether it is there, judged up to this length or further, or diverged."""
-    found = ablations.known(result, case)
+def is_done(found: dict | None, length: int) -> bool:
+    """Whether a result is there, judged up to this length or further, or diverged."""
     return bool(found) and (bool(found["ended"]) or str(length) in found["scores"])
+
+
+def results(runs: list[Path], quick: bool = False) -> dict[str, list[dict]]:
+    """Case -> what each demo has of it, in the order of CASES; those that no demo has are left
+    out.
+    """
+    found = {}
+    for name, case in CASES.items():
+        there = []
+        for run in runs:
+            result = kept(run, quick) / f"{name}.json"
+            there.append(known(result, case, origin(run, name, quick)))
+        if any(there):
+            found[name] = [each for each in there if each]
+    return found
 
 
 def length_of(case: Case, longest: int) -> int:
@@ -193,11 +223,12 @@ def measure_all(
     for name in dict.fromkeys(names):
         case = CASES[name]
         for run in runs:
-            results = kept(run, quick)
-            if is_done(results / f"{name}.json", case, length_of(case, longest)):
+            beside = kept(run, quick)
+            found = known(beside / f"{name}.json", case, origin(run, name, quick))
+            if is_done(found, length_of(case, longest)):
                 continue
             given = {"run": str(run), "name": name, "longest": longest, "quick": quick}
-            log = results / f"{name}.log"
+            log = beside / f"{name}.log"
             cost = float(is_trained(case))
             todo.append(Job(f"{run} {name}", command(__file__, given), log, cost))
     run_jobs(todo, at_once)
@@ -221,9 +252,10 @@ def main() -> None:
     add("--longest", type=int, choices=demo.LENGTHS[:3], default=10, help="up to where is judged")
     add("--write", type=Path, metavar="DOCS", help="only make DOCS/stages/*.png, fill in stages.md")
     args = parse(parser, run_one)
+    ablations.note_demos(args.demos)
     if args.write:
         check_demos(args.demos)
-        write(args.write, args.demos)
+        write(args.write, args.demos, results(args.demos))
     else:
         measure_all(args.demos, args.only, args.jobs, args.longest, args.quick)
 

@@ -11,7 +11,7 @@ from sick import CASES, HEALTHY, SICK, Case, has_curves
 
 from wan5b.data import Store
 from wan5b.extras.report_plot import BLUE, GREY, INK, RED, available
-from wan5b.util import read_json, replacing
+from wan5b.util import replacing
 
 # Of metrics.jsonl, by stage; those of dmd are told of its generator's steps or its critic's.
 CURVES = {
@@ -50,19 +50,6 @@ def binned(rows: list[dict], stage: str) -> dict[str, list[float | None]]:
 
 
 # ------------------------------------------------------------------------------------ what is there
-
-
-def read(runs: list[Path]) -> dict[str, list[dict]]:
-    """Case -> what each demo has of it, in the order of CASES; those that no demo has are left
-    out.
-    """
-    found = {}
-    for name in CASES:
-        files = [run / "stages" / f"{name}.json" for run in runs]
-        there = [read_json(file) for file in files if file.exists()]
-        if there:
-            found[name] = there
-    return found
 
 
 def seeds(reports: list[dict], figure: str) -> tuple[list[float], list[float], list[float]]:
@@ -182,14 +169,14 @@ def filled(text: str, blocks: dict[str, str]) -> str:
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def write(docs: Path, runs: list[Path]) -> None:
+def write(docs: Path, runs: list[Path], found: dict[str, list[dict]]) -> None:
     """DOCS/stages/NAME.png of all that is there; the tables in DOCS/stages.md.
 
-    ValueError without matplotlib, without the healthy stages, or without the page's marks.
+    found: case -> what each of the demos has of it. ValueError without matplotlib, without the
+    healthy stages, or without the page's marks.
     """
     if not available():
         raise ValueError("the pictures need matplotlib: pip install -e '.[plot]'")
-    found = read(runs)
     missing = [stage for stage in HEALTHY if stage not in found]
     if missing:
         raise ValueError(f"no demo has stages/{missing[0]}.json: run it with --only {missing[0]}")

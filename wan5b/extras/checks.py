@@ -7,6 +7,7 @@ Each check is a ValueError that names the values and the way out.
 import json
 import math
 import sys
+from collections.abc import Set
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -222,6 +223,26 @@ def _check_store(cfg, data: Data, channels: int) -> None:
             )
 
 
+def changed_settings(cfg, known: dict, free: Set[str]) -> list[str]:
+    """What in a config sets it apart from the run that says `known` of itself, as "lr (0.001, now
+    0.002)". Paths do not count, nor what is in `free`.
+    """
+    # What a run of an earlier version did not know, it did as is the default.
+    defaults = {option.name: option.default for option in fields(cfg)}
+    training = known.get("training", {})
+    before = json.loads(json.dumps(defaults)) | training
+    if training.get("rollout") == "data" and "lora_merge" not in training:
+        # Versions that did not know this key, all but their last few, generated one chunk and cut
+        # the clip there.
+        before["rollout"] = "an earlier version's data, one chunk behind real frames"
+    now = json.loads(json.dumps(asdict(cfg)))
+    changed = []
+    for key, value in now.items():
+        if before[key] != value and key not in free and key not in READS:
+            changed.append(f"{key} ({before[key]}, now {value})")
+    return changed
+
+
 def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     """Whether a checkpoint is of this run: the same settings, but for those in FREE, the same data.
 
@@ -230,21 +251,7 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     if saved.is_dir():
         check_checkpoint(saved)
     known = read_metadata(saved)
-    # What a run of an earlier version did not know, it did as is the default.
-    defaults = {option.name: option.default for option in fields(cfg)}
-    training = known.get("training", {})
-    before = json.loads(json.dumps(defaults)) | training
-    if training.get("rollout") == "data" and "lora_merge" not in training:
-        # Versions that did not know this key, all but their last few, generated one chunk and cut
-        # the clip there.
-        raise ValueError(
-            f"{saved} is of an earlier version, whose rollout = 'data' was another (one chunk "
-            "behind real frames); choose another out"
-        )
-    now = json.loads(json.dumps(asdict(cfg)))
-    free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
-    changed = [key for key, value in now.items() if before[key] != value and key not in free]
-    changed = [key for key in changed if key not in READS]
+    changed = changed_settings(cfg, known, FREE if cfg.decay else FREE | {"steps"})  # its length
     if changed:
         raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from argparse import Action, ArgumentParser, Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import closing
 from functools import partial
 from itertools import product
@@ -116,25 +116,34 @@ REPLACED = {
 }
 
 
+# Options that came later than records, and what a record that lacks one was made with. Options that
+# came before --fp8-vae (--at, --sink-rope, ...) are not here: versions without them drew other
+# noise, so this one would make another clip of their records.
+ADDED = {
+    "fp8_vae": False,
+    "vae_device": None,
+}
+
+
 def read_settings(
     path: str, parser: ArgumentParser, given: Namespace, record: dict | None = None
 ) -> dict:
     """The options in a record, each of which could stand on the parser's command line.
 
     given: the options that do stand there. What is REPLACED by them has its default again. record:
-    what is in the file, if that is no JSON. ValueError if the file is no record, or an option is
-    missing, unknown, of another type or out of range.
+    what is in the file, if that is no JSON. ValueError if the file is no record, if it has options
+    that are unknown here or lacks some that are not in ADDED, or if one is of another type or out
+    of range.
     """
     try:
         read = record or json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        settings = ADDED | read["settings"]
         # A GPU that is not here is no reason to stop if another is named.
-        settings = read["settings"]
         if given.vae_device:
-            settings = settings | {"vae_device": given.vae_device}
-        recorded = {action.dest: _option(action, settings) for action in options(parser)}
-        unknown = sorted(settings.keys() - recorded.keys())
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)} in it is no option here")
+            settings["vae_device"] = given.vae_device
+        known = {action.dest: action for action in options(parser)}
+        check_version(settings.keys(), known.keys(), resumes=record is not None)
+        recorded = {name: _option(action, settings[name]) for name, action in known.items()}
     except OSError as error:
         raise ValueError(f"cannot read --settings {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -152,11 +161,24 @@ def options(parser: ArgumentParser) -> list[Action]:
     return [action for action in parser._actions if action.dest != "help"]
 
 
-def _option(action: Action, settings: dict):
+def check_version(there: Set[str], known: Set[str], resumes: bool) -> None:
+    """ValueError if these are not the options of this sample.py, with the way out: a record of
+    another version may be of another clip than this one would make.
+
+    there: names in a record. known: those of the command line. resumes: the record is a state's.
+    """
+    faults = []
+    if known - there:
+        faults.append(f"it lacks {', '.join(sorted(known - there))}")
+    if there - known:
+        faults.append(f"{', '.join(sorted(there - known))} in it is no option here")
+    if faults:
+        way_out = "begin the clip anew" if resumes else "give options in place of --settings"
+        raise ValueError(f"{'; '.join(faults)}; take the version that wrote it, or {way_out}")
+
+
+def _option(action: Action, value):
     """A recorded value, if the command line could give it."""
-    if action.dest not in settings:
-        raise ValueError(f"it lacks {action.dest}")
-    value = settings[action.dest]
     if value is None and action.default is None:
         return None
 

@@ -383,16 +383,27 @@ def decoder_reach(vae) -> int:
     return 1 + sum(layer.kernel_size[0] - 1 for layer in convolutions)
 
 
-def note_other_weights(settings: str | None, known_by: str) -> None:
-    """A line for the user if a record that is to be repeated was of other weights.
+def note_changes(settings: str | None, known_by: str, sampler: dict) -> None:
+    """A line for the user if a record that is to be repeated was of other weights, or was sampled
+    in another way: by a recipe that has been edited since, say.
 
-    settings: the record's path, if any. known_by: their fingerprint now.
+    settings: the record's path, if any. known_by: the weights' fingerprint now. sampler: arguments
+    of `generate`.
     """
-    recorded = read_json(Path(settings)).get("weights") if settings else None
-    if recorded not in (None, known_by):
-        print(
-            f"note: {settings} was made with other weights: this clip will differ", file=sys.stderr
-        )
+    if not settings:
+        return
+    recorded = read_json(Path(settings))
+    others = [] if recorded.get("weights") in (None, known_by) else ["weights"]
+    before = recorded.get("sampler")
+    if isinstance(before, dict):
+        now = json.loads(json.dumps(sampler))
+        names = sorted(
+            (before.keys() | now.keys()) - {"chunks", "cuts"}
+        )  # which follow from --frames
+        others += [name for name in names if before.get(name) != now.get(name)]
+    if others:
+        text = f"{settings} was made with other {', '.join(others)}: this clip will differ"
+        print(f"note: {text}", file=sys.stderr)
 
 
 def fingerprint(model: nn.Module) -> str:
