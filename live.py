@@ -62,6 +62,7 @@ from torch import Tensor
 
 from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
+from wan5b.extras.cards import place_of_vae
 from wan5b.extras.cli import DEVICES, Gathered, script
 from wan5b.extras.codec import split_vae
 from wan5b.extras.endless import Contexts, Endless, Job, plan
@@ -181,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
 
     # The networks, all of which stay.
     contexts = Contexts(text_encoder(args, job))
-    place = args.vae_device or args.device  # of the VAE
+    place = place_of_vae(args)
     if args.random_weights:
         vae = random_weights.random_vae(args.preset, place)
         model = random_weights.random_dit(args.preset, args.device, job.dtype)

@@ -96,6 +96,7 @@ from tqdm import tqdm
 
 from wan5b import fuse
 from wan5b.extras import graphs, options, random_weights
+from wan5b.extras.cards import place_of_vae
 from wan5b.extras.cli import script
 from wan5b.extras.clips import Clip, contexts, make_record, rows_of, write
 from wan5b.extras.formats import load_dit, load_vae
@@ -124,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts)]
     if job.sampler["guidance"] != 1:
         texts.append(NEGATIVE_PROMPT if args.negative is None else args.negative)
-    decoder = args.vae_device or args.device
+    decoder = place_of_vae(args)
     if args.random_weights:
         context = random_weights.random_context(texts, job.cfg.text_len, job.cfg.text_dim)
         vae = random_weights.random_vae(args.preset, decoder)

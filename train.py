@@ -149,7 +149,7 @@ def build(cfg: Config, world: fsdp.World) -> Run:
 
     # As `network` makes them, or with lora over one base.
     make = adapters.maker(network, cfg, world, start)
-    generator, initial = make(cfg.weights, *start)
+    generator, initial = make("generator", cfg.weights, *start)
     if cfg.lora and cfg.lora_merge:
         merge_rollouts(world, generator)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
@@ -158,8 +158,8 @@ def build(cfg: Config, world: fsdp.World) -> Run:
         return Run(cfg, world, data, budget, generator, optimizers, **own)
 
     scored = cfg.teacher or cfg.weights
-    teacher, _ = make(scored, *scores, trained=False)
-    critic, initial = make(scored, *scores)
+    teacher, _ = make("teacher", scored, *scores)
+    critic, initial = make("critic", scored, *scores)
     optimizers["critic"] = optimizer(critic, initial | gan.attach(cfg, world, critic), False)
     own |= {"critic": critic, "teacher": teacher, "cache": new_cache(cfg, generator.cfg, world)}
     return Run(cfg, world, data, budget, generator, optimizers, **own)
@@ -168,12 +168,16 @@ def build(cfg: Config, world: fsdp.World) -> Run:
 def network(
     cfg: Config,
     world: fsdp.World,
+    who: str,
     path: str,
     sizes: DiTConfig,
     tensors: dict,
-    trained: bool = True,
 ) -> tuple[WanDiT, dict]:
-    """A sharded network in the compute dtype, and what it was filled from: if nothing, random."""
+    """A sharded network in the compute dtype, and what it was filled from: if nothing, random.
+
+    who: "generator" and "critic" are trained, "teacher" and "base" are not.
+    """
+    trained = who in ("generator", "critic")
     if not tensors:
         tensors = WanDiT(sizes).init_weights(rng("cpu", cfg.seed, "init")).state_dict()
     with torch.device("meta"):

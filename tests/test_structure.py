@@ -159,3 +159,9 @@ def test_core_size():
     sizes = {path.name: code_lines(path.read_text()) for path in CORE}
     assert {"flow.py", "kvcache.py", "dit.py", "distill.py"} <= sizes.keys()
     assert sum(sizes.values()) <= LINES, sizes
+
+
+def test_the_readme_names_every_file():
+    text = (ROOT / "README.md").read_text()
+    missing = [path.name for path in [*CORE, *EXTRAS] if f"{path.name}`" not in text]
+    assert [name for name in missing if name != "__init__.py"] == []

@@ -32,7 +32,7 @@ from wan5b import fuse
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import graphs
 from wan5b.extras.budget import GIB
-from wan5b.extras.cards import carried, decode, place_of
+from wan5b.extras.cards import carried, decode, place_of, place_of_vae
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.fp8_vae import quantize_decoder
@@ -160,7 +160,7 @@ def play(
 def networks(args: argparse.Namespace) -> tuple[WanDiT, VAE22]:
     """With random weights, as fast as the options make them."""
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    vae = random_vae(args.preset, args.vae_device or args.device).to(dtype)
+    vae = random_vae(args.preset, place_of_vae(args)).to(dtype)
     model = random_dit(args.preset, args.device, dtype)
     if args.fp8_vae:
         quantize_decoder(vae)
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     for recipe in recipes.values():
         how_sampled(argparse.Namespace(frames=args.frames, image=None), recipe, prefix=0)
 
-    places = dict.fromkeys((args.device, args.vae_device or args.device))
+    places = dict.fromkeys((args.device, place_of_vae(args)))
     names = ["CPU" if place == "cpu" else torch.cuda.get_device_name(place) for place in places]
     print(f"{' and '.join(names)}, torch {torch.__version__}, {vars(args)}")
     print(HEADER, flush=True)

@@ -222,13 +222,12 @@ def build(cfg: train.Config, world: World) -> Run:
     """As train.build does it, but for random weights and for the memory that only saving takes."""
     make_network = train.network
     make_budget = train.expected
-    seeds = iter((0, 1, 1))  # generator, teacher, critic: the critic starts as the teacher
 
-    def network(cfg, world: World, path: str, sizes: DiTConfig, tensors: Tensors, trained=True):
-        seed = next(seeds)
+    def network(cfg, world: World, who: str, path: str, sizes: DiTConfig, tensors: Tensors):
+        seed = 0 if who in ("generator", "base") else 1  # the critic starts as the teacher
         if not tensors:
             tensors = random_weights(sizes, world.device, getattr(torch, cfg.dtype), seed)
-        return make_network(cfg, world, path, sizes, tensors, trained)
+        return make_network(cfg, world, who, path, sizes, tensors)
 
     def expected(*arguments) -> dict[str, dict[str, float]]:
         budget = make_budget(*arguments)

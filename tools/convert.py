@@ -202,7 +202,7 @@ def adapter_file(source: Path) -> Path | None:
 
 
 def is_lora(file: Path) -> bool:
-    return any(".lora_A." in name for name in weights.open_tensors(file).tensors)
+    return any(name.endswith(adapters.DOWN) for name in weights.open_tensors(file).tensors)
 
 
 def write_adapter(file: Path, args: argparse.Namespace) -> None:
@@ -216,15 +216,17 @@ def write_adapter(file: Path, args: argparse.Namespace) -> None:
     alpha = torch.tensor(float(training.get("lora_alpha") or training["lora"]))
     asked = getattr(torch, args.dtype or "float32")
     found = {}
+    layers = 0
     for name, tensor in source.tensors.items():
         name = f"diffusion_model.{name.removeprefix(adapters.PREFIX)}"
         found[name] = Entry(tensor, asked)
-        if name.endswith(".lora_A.weight"):
-            found[name.replace("lora_A.weight", "alpha")] = Entry(alpha, torch.float32)
+        if name.endswith(adapters.DOWN):
+            layers += 1
+            found[name.replace(adapters.DOWN, "alpha")] = Entry(alpha, torch.float32)
     said = {key: json.dumps(entry) for key, entry in source.metadata.items() if key != HEADER}
     with replacing(args.target) as partial:
         write_stream(partial, found, said | exports.PT)
-    print(f"{args.target}: an adapter of {len(source.tensors) // 2} layers, alpha {alpha:g}")
+    print(f"{args.target}: an adapter of {layers} layers, alpha {alpha:g}")
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -136,11 +136,11 @@ class Noised(NamedTuple):
 
 
 def dmd_step(
-    run: Run, batch: Batch, taught: Callable[[Noised], Noised] | None = None
+    run: Run, batch: Batch, show_teacher: Callable[[Noised], Noised] | None = None
 ) -> dict[str, Tensor]:
     """Distribution matching of the generator on its own rollouts (Self Forcing, algorithm 1).
 
-    taught: what the teacher scores in place of the noised rollout, made from it, at the same
+    show_teacher: makes of the noised rollout what the teacher scores in its place, at the same
     levels: the gradient is the difference of the two scores.
 
     The GAN branch has a step of its own (extras/gan.py): what changes here changes there.
@@ -153,7 +153,7 @@ def dmd_step(
     with torch.no_grad():
         noised = noise_again(run, batch, rolled)
         fake = estimate(run.critic, noised, batch.context, x0.shape[2])
-        scored = taught(noised) if taught else noised
+        scored = show_teacher(noised) if show_teacher else noised
         real, real_uncond = teach(run, batch, scored, x0.shape[2])
 
     # 4. The DMD gradient, as a loss in x0 alone.

@@ -36,6 +36,8 @@ from wan5b.extras.lora import HEADER, read_lora
 from wan5b.extras.training_attention import arrange
 from wan5b.util import finite, rng, write_json, write_tensors
 
+# A layer's two matrices, behind its name, as PEFT has them: A and B of W + scale B A.
+DOWN, UP = "lora_A.weight", "lora_B.weight"
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all linear layers of the blocks
 FILE = "adapter_model.safetensors"  # PEFT's names
 CONFIG = "adapter_config.json"
@@ -166,8 +168,8 @@ def adapters(model: WanDiT) -> dict[str, nn.Parameter]:
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
-            found[f"{name}.lora_A.weight"] = layer.lora_A.weight
-            found[f"{name}.lora_B.weight"] = layer.lora_B.weight
+            found[f"{name}.{DOWN}"] = layer.lora_A.weight
+            found[f"{name}.{UP}"] = layer.lora_B.weight
     return found
 
 
@@ -191,34 +193,33 @@ def flop_share(model: WanDiT) -> float:
 
 
 def maker(network: Callable, cfg, world: fsdp.World, start: tuple[DiTConfig, dict]) -> Make:
-    """What makes the networks of a run: network(cfg, world, ...) itself, or with lora a `Views`.
+    """What makes the networks of a run: network(cfg, world, ...) itself, with lora an `OverBase`.
 
     network: train.network. start: sizes and tensors of `weights`.
     """
     if not cfg.lora:
         return partial(network, cfg, world)
-    base, _ = network(cfg, world, cfg.weights, *start, trained=False)
-    return Views(cfg, world, base)
+    base, _ = network(cfg, world, "base", cfg.weights, *start)
+    return OverBase(cfg, world, base)
 
 
-class Views:
-    """Makes networks out of one base, which is there already: called as train.network is.
+class OverBase:
+    """Makes networks over one base, which is there already: called as train.network is.
 
-    One that is not trained is the base itself. The first trained one is the generator, which goes
-    on from lora_weights, the second one the critic, which starts as the base is.
+    The teacher is the base itself. The generator goes on from lora_weights, the critic starts as
+    the base is.
     """
 
     def __init__(self, cfg, world: fsdp.World, base: WanDiT):
         self.cfg = cfg
         self.world = world
         self.base = base
-        self.names = ["generator", "critic"]
 
     def __call__(
-        self, path: str, sizes: DiTConfig, tensors: dict, trained: bool = True
+        self, who: str, path: str, sizes: DiTConfig, tensors: dict
     ) -> tuple[WanDiT, dict[str, Tensor]]:
         """The network, and the adapters that it starts with. path, tensors: the base has them."""
-        if not trained:
+        if who == "teacher":
             return self.base, {}
         cfg = self.cfg
         model = self.world.shard(adapted(cfg, sizes))
@@ -233,7 +234,6 @@ class Views:
             if isinstance(layer, LoraLinear):
                 layer.lora_A.to_empty(device=self.world.device)
                 layer.lora_B.to_empty(device=self.world.device)
-        who = self.names.pop(0)
         initial = random_adapters(model, cfg.seed, who)
         if who == "generator" and cfg.lora_weights:
             initial |= read_adapters(cfg, sizes)
@@ -251,7 +251,7 @@ def random_adapters(model: WanDiT, seed: int, who: str) -> dict[str, Tensor]:
     made = {}
     for name, parameter in adapters(model).items():
         made[name] = torch.zeros(parameter.shape)
-        if name.endswith("lora_A.weight"):
+        if name.endswith(DOWN):
             bound = parameter.shape[1] ** -0.5
             made[name].uniform_(-bound, bound, generator=draws)
     return made
@@ -277,14 +277,14 @@ def read_adapters(cfg, sizes: DiTConfig) -> dict[str, Tensor]:
     found = {}
     for name, (delta, *more) in read_lora(file, shapes).items():
         stem = name.removesuffix("weight")
-        if f"{stem}lora_A.weight" not in known or delta.down is None or more:
+        if f"{stem}{DOWN}" not in known or delta.down is None or more:
             way_out = "add it to lora_targets, or merge the file into weights (tools/convert.py)"
             raise ValueError(f"{file} changes {name}, which has no adapter here: {way_out}")
         rank = len(delta.down)
         if rank != cfg.lora:
             raise ValueError(f"{file} is of rank {rank}, lora = {cfg.lora}: give lora = {rank}")
-        found[f"{stem}lora_A.weight"] = delta.down.float()
-        found[f"{stem}lora_B.weight"] = delta.up.float() * (delta.scale / scale_of(cfg))
+        found[f"{stem}{DOWN}"] = delta.down.float()
+        found[f"{stem}{UP}"] = delta.up.float() * (delta.scale / scale_of(cfg))
     bad = [name for name, value in found.items() if not finite(value)]
     if bad:
         raise ValueError(f"{file}: NaN or infinity in {bad[0]}; take an earlier checkpoint")
@@ -347,8 +347,8 @@ def merged(run, final: Path, said: dict) -> tuple[WanDiT, Callable[[str], Tensor
         weight = fsdp.whole(model.get_parameter(name).detach()).float()
         if not isinstance(layer, LoraLinear) or own != "weight":
             return weight
-        up = result(f"{owner}.lora_B.weight")
-        down = result(f"{owner}.lora_A.weight")
+        up = result(f"{owner}.{UP}")
+        down = result(f"{owner}.{DOWN}")
         return merge(weight, up, down, layer.scale)
 
     with torch.device("meta"):

@@ -193,7 +193,8 @@ def activations(
     common = {"itemsize": size, "checkpointing": cfg.checkpointing, "keeps": cfg.keep_attention}
     common["compiled"] = cfg.compile
     if cfg.lora:
-        common["ranks"] = cfg.lora * len(of_a_block(cfg, model)) // 2
+        layers = len(of_a_block(cfg, model)) // 2  # with two matrices each
+        common["ranks"] = cfg.lora * layers
 
     # With one micro-batch a phase, weight gradients come as activations go; with a GAN a critic's
     # micro-batch has several backwards.

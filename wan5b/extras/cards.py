@@ -4,6 +4,7 @@ A card's work is a queue. Copying between two cards as usual makes each queue wa
 in the other's, so that the DiT would begin a chunk when the decoder has ended one.
 """
 
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
@@ -44,6 +45,11 @@ def carry(x: Tensor, place: torch.device) -> Tensor:
 def carried(chunks: Iterable[Tensor], place: torch.device) -> Iterator[Tensor]:
     """Every chunk at a place, as it is asked for."""
     return (carry(chunk, place) for chunk in chunks)
+
+
+def place_of_vae(args: Namespace) -> str:
+    """The device of the VAE by a script's options."""
+    return args.vae_device or args.device
 
 
 def place_of(network: torch.nn.Module) -> torch.device:

@@ -41,10 +41,10 @@ def data_forcing_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     """`dmd_step` whose teacher scores the real clips of the batch in a share of all steps."""
     figures = {}
 
-    def taught(noised: Noised) -> Noised:
+    def show_teacher(noised: Noised) -> Noised:
         # Drawn only here: the rollout draws its exit level from the same numbers before.
         forced = is_forced(run, batch)
         figures["forced"] = noised.xs.new_tensor(float(forced))
         return noised_clip(run, batch, noised) if forced else noised
 
-    return stages.dmd_step(run, batch, taught) | figures
+    return stages.dmd_step(run, batch, show_teacher) | figures

@@ -16,6 +16,7 @@ import torch
 
 from wan5b.dit import PRESETS, DiTConfig
 from wan5b.extras.adapters import note_base, said_by
+from wan5b.extras.cards import place_of_vae
 from wan5b.extras.chunking import (
     FRAMES,
     blended,
@@ -181,7 +182,7 @@ def check_numbers(args: Namespace) -> torch.dtype:
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     if args.fp8:
         check_fp8(dtype, args.device)
-    place = args.vae_device or args.device
+    place = place_of_vae(args)
     wrong = f"--fp8-vae needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {place}"
     check(not args.fp8_vae or (dtype == torch.bfloat16 and place != "cpu"), wrong)
     return dtype
