@@ -24,7 +24,7 @@ from wan5b.extras import formats, layouts, lora, recipes
 from wan5b.extras.exports import Model
 from wan5b.extras.recipes import recognise
 from wan5b.extras.scaled import Made
-from wan5b.extras.streams import GB, Entry, new_folder, split, write_stream
+from wan5b.extras.tensor_files import GB, Entry, new_folder, split, write_stream
 from wan5b.t5 import T5Config
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import open_tensors, read_json, save_dit

@@ -62,7 +62,7 @@ from wan5b.extras.layouts import Kind
 from wan5b.extras.lora import HEADER, merged, parse_lora
 from wan5b.extras.refusals import refuse_sizes
 from wan5b.extras.scaled import Made
-from wan5b.extras.streams import GB, Entry, new_folder, write_stream, written_dtype
+from wan5b.extras.tensor_files import GB, Entry, new_folder, write_stream, written_dtype
 from wan5b.t5 import T5Encoder
 from wan5b.util import read_json, replacing
 from wan5b.vae22 import VAE22

@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras.cli import script
 from wan5b.extras.formats import load_t5, load_tokenizer
-from wan5b.extras.streams import new_folder
+from wan5b.extras.tensor_files import new_folder
 from wan5b.extras.texts import encode_prompts
 from wan5b.flow import add_noise, few_step_sigmas
 from wan5b.util import write_tensors

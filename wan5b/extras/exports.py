@@ -1,7 +1,7 @@
 """Models -> files in the layouts of the original release, of diffusers and of ComfyUI.
 
 What formats.py reads is written back by the same tables of names (layouts.py), the other way round,
-tensor by tensor (streams.py). The JSON files beside are peers.py's.
+tensor by tensor (tensor_files.py). The JSON files beside are peers.py's.
 
 The header of a DiT's files holds, beside {"format": "pt"}, what `weights.save_dit` puts there: the
 sizes, and the levels, shift, chunk, stage ... of an export. Others' loaders skip it; ours read it.
@@ -18,7 +18,7 @@ import torch
 from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import layouts, peers
 from wan5b.extras.layouts import Kind
-from wan5b.extras.streams import (
+from wan5b.extras.tensor_files import (
     DTYPES,
     SHARD,
     Entry,
