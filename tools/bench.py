@@ -38,11 +38,10 @@ from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import graphs
 from wan5b.extras.budget import GIB, forward_flop
-from wan5b.extras.cards import carry, place_of
+from wan5b.extras.cards import carry, decode, place_of
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.fp8 import Fp8Linear, quantize_blocks
 from wan5b.extras.fp8_vae import quantize_decoder
-from wan5b.extras.media import to_frames
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.flow import FEW_STEPS, few_step_sigmas
 from wan5b.kvcache import KVCache, chunk_sizes
@@ -202,9 +201,7 @@ class Sampler:
         self.beside.wait_stream(torch.cuda.current_stream(self.beside.device))
         x0.record_stream(self.beside)
         with torch.cuda.stream(self.beside):
-            frames = to_frames(self.vae.decode_chunk(x0, state)[0])
-            host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
-            host.copy_(frames, non_blocking=True)
+            decode(self.vae, x0, state)
             event.record()
 
 

@@ -74,13 +74,22 @@ class Decoded(NamedTuple):
         return self.frames.numpy()
 
 
+def decode_frames(vae, chunk: Tensor, state) -> tuple[Tensor, Tensor]:
+    """The frames of a chunk [1, C, T, H, W], the next of a stream: uint8 [T, H, W, 3], where the
+    VAE is, and whether all pixels are finite, on its way to the host like what follows it there.
+
+    To wait for it here would leave a second GPU without work meanwhile.
+    """
+    pixels = vae.decode_chunk(chunk, state)
+    finite = pixels.isfinite().all().to("cpu", non_blocking=True)
+    return to_frames(pixels[0]), finite
+
+
 def decode(vae, chunk: Tensor, state) -> Decoded:
     """Decode a chunk [1, C, T, H, W], the next of a stream: on a GPU this is under way then."""
-    pixels = vae.decode_chunk(chunk, state)
-    # To the host from a GPU without waiting: into pinned memory.
-    finite = pixels.isfinite().all().to("cpu", non_blocking=True)
-    frames = to_frames(pixels[0]).to("cpu", non_blocking=True)
+    frames, finite = decode_frames(vae, chunk, state)
+    host = frames.to("cpu", non_blocking=True)  # from a GPU into pinned memory
     ready = None
-    if pixels.is_cuda:
-        ready = torch.cuda.current_stream(pixels.device).record_event()
-    return Decoded(frames, finite, ready)
+    if frames.is_cuda:
+        ready = torch.cuda.current_stream(frames.device).record_event()
+    return Decoded(host, finite, ready)

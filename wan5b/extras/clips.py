@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan5b.extras.cards import carried, place_of
+from wan5b.extras.cards import carried, decode_frames, place_of
 from wan5b.extras.files import sheet_indices, write_sheet
-from wan5b.extras.media import FPS, to_frames
+from wan5b.extras.media import FPS
 from wan5b.extras.mp4 import VideoWriter
 from wan5b.extras.resume import STATE, Progress
 from wan5b.util import write_json, write_tensors
@@ -262,16 +262,14 @@ def write(
         done = progress.pictures
         with tqdm(total=frames, initial=done, unit="frame", desc=path.name) as bar, closing(writer):
             for chunk in carried(latents, place_of(vae)):
-                pixels = vae.decode_chunk(chunk, state)
-                # On its way to the host like the frames, and looked at when these are there: waited
-                # for here, a second GPU would have nothing to do meanwhile.
-                finite = pixels.isfinite().all().to("cpu", non_blocking=True)
+                # Whether they are finite is looked at when they are on the host.
+                pictures, finite = decode_frames(vae, chunk, state)
                 check = partial(check_finite, finite, path)
-                writer.add(to_frames(pixels[0]), progress.mark(writer.partial), check)
-                progress.add(chunk, pixels.shape[2])
+                writer.add(pictures, progress.mark(writer.partial), check)
+                progress.add(chunk, len(pictures))
                 if save_latents:
                     kept.append(chunk)
-                bar.update(pixels.shape[2])
+                bar.update(len(pictures))
         ended = True
     finally:
         clip = writer.where
