@@ -257,8 +257,7 @@ class RepeatedFlop:
         if not torch.is_grad_enabled():
             return
         linear, attention = forward_flop(model.cfg, args[0], **options)
-        if model.checkpointing:
-            self.done += recomputed_flop(model, args[0], **options) + share * linear
+        self.done += recomputed_flop(model, args[0], share, **options)
         if "cache" in options:  # a replay, of what the rollout has done
             beside = 0 if merges_rollouts(model) else share
             self.done += (1 + beside) * linear + attention

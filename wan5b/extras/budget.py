@@ -328,9 +328,15 @@ def forward_flop(
     return cfg.num_layers * linear, cfg.num_layers * attention
 
 
-def recomputed_flop(model: WanDiT, x: Tensor, **options) -> float:
-    """FLOP of a forward that checkpointing does once more; options as in `forward_flop`."""
+def recomputed_flop(model: WanDiT, x: Tensor, share: float = 0.0, **options) -> float:
+    """FLOP of a forward that checkpointing does once more, if it is on.
+
+    share: the adapters' part, of the projections'. options: as in `forward_flop`.
+    """
+    if not model.checkpointing:
+        return 0.0
     linear, attention = forward_flop(model.cfg, x, **options)
+    linear *= 1 + share
     if not keeps_results(model, x, options):
         return linear + attention
     tokens = model.cfg.tokens_per_frame(*x.shape[3:]) * len(x) * x.shape[2]
@@ -374,8 +380,7 @@ class FlopCount:
         self.done += (1 + beside) * linear + attention
         if not torch.is_grad_enabled():
             return
-        if model.checkpointing:
-            self.done += recomputed_flop(model, args[0], **known) + share * linear
+        self.done += recomputed_flop(model, args[0], share, **known)
         # Two products of a layer's backward, or one where the input needs grad and the weights
         # don't (SiD; a base under adapters); attention's recomputes the scores: 2.5 forwards.
         products = 1 if args[0].requires_grad else 2
