@@ -193,56 +193,47 @@ def flop_share(model: WanDiT) -> float:
 
 
 def maker(network: Callable, cfg, world: fsdp.World, start: tuple[DiTConfig, dict]) -> Make:
-    """What makes the networks of a run: network(cfg, world, ...) itself, with lora an `OverBase`.
+    """What makes the networks of a run: network(cfg, world, ...) itself, or with lora `over_base`.
 
     network: train.network. start: sizes and tensors of `weights`.
     """
     if not cfg.lora:
         return partial(network, cfg, world)
     base, _ = network(cfg, world, "base", cfg.weights, *start)
-    return OverBase(cfg, world, base)
+    return partial(over_base, cfg, world, base)
 
 
-class OverBase:
-    """Makes networks over one base, which is there already: called as train.network is.
+def over_base(
+    cfg, world: fsdp.World, base: WanDiT, who: str, path: str, sizes: DiTConfig, tensors: dict
+) -> tuple[WanDiT, dict[str, Tensor]]:
+    """A network over a base that is there already, and the adapters that it starts with.
 
-    The teacher is the base itself. The generator goes on from lora_weights, the critic starts as
-    the base is.
+    who: the "teacher" is the base itself; the "generator" goes on from lora_weights, the "critic"
+    starts as the base is. path, tensors: the base has them.
     """
+    if who == "teacher":
+        return base, {}
+    model = world.shard(adapted(cfg, sizes))
 
-    def __init__(self, cfg, world: fsdp.World, base: WanDiT):
-        self.cfg = cfg
-        self.world = world
-        self.base = base
+    # The parameters of the base take the places of those without memory.
+    for name, parameter in base.named_parameters():
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, parameter)
 
-    def __call__(
-        self, who: str, path: str, sizes: DiTConfig, tensors: dict
-    ) -> tuple[WanDiT, dict[str, Tensor]]:
-        """The network, and the adapters that it starts with. path, tensors: the base has them."""
-        if who == "teacher":
-            return self.base, {}
-        cfg = self.cfg
-        model = self.world.shard(adapted(cfg, sizes))
+    # Adapters get memory of their own.
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            layer.lora_A.to_empty(device=world.device)
+            layer.lora_B.to_empty(device=world.device)
+    initial = random_adapters(model, cfg.seed, who)
+    if who == "generator" and cfg.lora_weights:
+        initial |= read_adapters(cfg, sizes)
+    for name, parameter in adapters(model).items():
+        fsdp.copy_part(parameter.detach(), initial[name])
 
-        # The parameters of the base take the places of those without memory.
-        for name, parameter in self.base.named_parameters():
-            owner, _, own = name.rpartition(".")
-            setattr(model.get_submodule(owner), own, parameter)
-
-        # Adapters get memory of their own.
-        for layer in model.modules():
-            if isinstance(layer, LoraLinear):
-                layer.lora_A.to_empty(device=self.world.device)
-                layer.lora_B.to_empty(device=self.world.device)
-        initial = random_adapters(model, cfg.seed, who)
-        if who == "generator" and cfg.lora_weights:
-            initial |= read_adapters(cfg, sizes)
-        for name, parameter in adapters(model).items():
-            fsdp.copy_part(parameter.detach(), initial[name])
-
-        model.checkpointing = cfg.checkpointing
-        arrange(model, cfg.keep_attention, cfg.split_attention)
-        return model, initial
+    model.checkpointing = cfg.checkpointing
+    arrange(model, cfg.keep_attention, cfg.split_attention)
+    return model, initial
 
 
 def random_adapters(model: WanDiT, seed: int, who: str) -> dict[str, Tensor]:
