@@ -68,7 +68,7 @@ from wan5b.extras.shards import check_texts, write_shard
 from wan5b.flow import FEW_STEPS, few_step_sigmas, shift_sigma, solve
 from wan5b.kvcache import KVCache
 from wan5b.t5 import NEGATIVE_PROMPT
-from wan5b.util import rng
+from wan5b.util import raise_interrupted, rng
 from wan5b.vae22 import VAEConfig
 
 # As torchrun sets them.
@@ -326,6 +326,7 @@ def make_latents(args: argparse.Namespace) -> None:
                     latents.append(vae.encode(pixels).to("cpu", dtype))
                     captions.append(caption)
             except ValueError as error:
+                raise_interrupted(error)
                 skipped.append(f"{path}: {error}")
         return {"latent": torch.cat(latents)}, captions
 

@@ -29,6 +29,7 @@ from wan5b.extras.budget import Meter, afford, expected, free, peak
 from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import at_least, one_of, path, read, within
+from wan5b.extras.disk import check_run
 from wan5b.extras.formats import open_dit
 from wan5b.extras.merging import merge_rollouts
 from wan5b.extras.offload import HostStorage
@@ -140,6 +141,7 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     check_fit(cfg, data, start[0], scores[0], world.rank)
     budget = expected(cfg, world, start[0], scores[0] if distilling else None)
     afford(cfg, world, budget, free(world))
+    check_run(cfg, start[0], scores[0] if distilling else None)
 
     def optimizer(model: WanDiT, initial: dict, ema: bool) -> AdamW:
         storage = HostStorage(world.device, cfg.offload and world.device.type == "cuda")

@@ -357,7 +357,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     made, path = checkpoint(tmp_path, 1)
     inner = torch.save
     monkeypatch.setattr(torch, "save", lambda x, _, **options: inner(x, FullDisk(), **options))
-    said = "step-0000002: OSError: .*No space left on device; [0-9.]+ GB are free there"
+    said = r"step-0000002: the disk is full \(No space left on device\): .* GB are free; make room"
     with pytest.raises(OSError, match=said):
         checkpoints.save(made.world, tmp_path, {"generator": made}, {"step": 2})
     assert checkpoints.complete(tmp_path) == [path]

@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,34 @@ with replacing(sys.argv[1]) as partial:
     partial.write_text("half")
     print(partial.name, end="", flush=True)
     os._exit(0)
+"""
+
+
+def test_safetensors_own_file_goes_too(tmp_path):
+    """A kill while it is filled, under a name by chance, does not leave it for good."""
+    path = tmp_path / "a.safetensors"
+    code = KILLED_IN_SAFETENSORS
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=Path(__file__).parent.parent
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert [file for file in tmp_path.rglob("*") if file.name.startswith(".tmp")]
+    write_tensors(path, {"x": torch.zeros(2)})
+    assert [*tmp_path.iterdir()] == [path]
+
+
+KILLED_IN_SAFETENSORS = """
+import os, signal, sys, threading, torch
+from pathlib import Path
+from wan5b.util import write_tensors
+
+def watch():
+    while not any(file.name.startswith(".tmp") for file in Path(sys.argv[1]).parent.rglob("*")):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=watch).start()
+write_tensors(sys.argv[1], {"x": torch.zeros(2**27)})
 """
 
 

@@ -43,7 +43,6 @@ until then it is a .partial beside, which a killed run leaves behind.
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +55,7 @@ from wan5b import weights
 from wan5b.extras import adapters, exports, formats, layouts, peers, recipes
 from wan5b.extras.adapters import said_by
 from wan5b.extras.cli import script
+from wan5b.extras.disk import check_room
 from wan5b.extras.exports import Model, Release
 from wan5b.extras.formats import Loras
 from wan5b.extras.layouts import Kind
@@ -232,16 +232,6 @@ def write_adapter(file: Path, args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------- main
 
 
-def check_room(target: Path, models: list[Model]) -> None:
-    """OSError if the target's disk has no room for the models."""
-    folder = next(parent for parent in target.absolute().parents if parent.exists())
-    needed = sum(model.nbytes for model in models) / GB
-    free = shutil.disk_usage(folder).free / GB
-    if needed > free:
-        way_out = "make room or choose another disk"
-        raise OSError(f"{target} needs {needed:.1f} GB where {free:.1f} GB are free; {way_out}")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     source, target = args.source, args.target
@@ -270,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         metadata["loras"] = [[Path(path).name, strength] for path, strength in loras]
     release = open_release(source, dit, metadata) if is_whole(source) else None
     models = [release.dit, release.vae, release.t5] if release else [dit]
-    check_room(target, models)
+    check_room(target, sum(model.nbytes for model in models))
 
     # A file or a folder that is whole or not there.
     single = args.layout == "comfy" and not release

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan5b.util import finite, first_line, rng
+from wan5b.util import finite, first_line, raise_interrupted, rng
 
 HEADER = "wan5b"  # the only key of a shard's metadata: the order of several would be left to chance
 
@@ -33,6 +33,7 @@ def open_shard(path: Path) -> tuple[safe_open, dict]:
 
         _check_shard(file, header)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise_interrupted(error)
         cause = f"damaged or not of prepare.py ({type(error).__name__}: {first_line(error)})"
         raise ValueError(f"{path} is {cause}; delete it, make it again") from error
     return file, header

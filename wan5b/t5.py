@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan5b.util import raise_interrupted
+
 EPS = 1e-6
 MAX_DISTANCE = 128  # relative positions beyond it share the last bucket of their sign
 # the one that Wan2.2 was released with
@@ -171,6 +173,7 @@ class Tokenizer:
             # of no bytes at all the library would make an empty model
             self.model = sentencepiece.SentencePieceProcessor(model_proto=proto or b"?")
         except (OSError, RuntimeError, UnicodeDecodeError) as error:
+            raise_interrupted(error)
             if isinstance(source, bytes):
                 raise ValueError(f"these {len(source)} bytes are no SentencePiece model") from error
             wrong = "no such file, or no SentencePiece model (LFS pointer? git lfs pull)"

@@ -1,10 +1,12 @@
 """The ground floor: random numbers by keys, whole files or none, one-line errors."""
 
+import errno
 import json
 import os
 import pickle
 import platform
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -34,37 +36,39 @@ def rng(device: str | torch.device, *keys: int | str) -> torch.Generator:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, needed: float = 0) -> Iterator[Path]:
     """Write a file so that `path` is always the old one or the whole new one, even after a crash.
 
     Makes the folder and yields the name to write to, beside `path`, which no other process uses.
     When the block ends, that file is put on the disk and renamed; when the block fails, it is
-    removed and `path` stays as it was.
+    removed and `path` stays as it was. needed, errors: as of `writing`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _own_partial(path)
-    try:
-        yield partial
+    with writing(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = _own_partial(path)
+        try:
+            yield partial
 
-        # The content first, then the name: the disk may reorder what is not waited for.
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:  # a full disk, say
-        raise OSError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+            # The content first, then the name: the disk may reorder what is not waited for.
+            sync(partial)
+            os.replace(partial, path)
+            sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _own_partial(path: Path) -> Path:
     """A name beside `path` for this process alone; what killed ones left is removed."""
     host = platform.node()
-    owned = re.compile(re.escape(path.name) + rf"(\.{re.escape(host)}-(\d+))?\.partial")
+    owned = re.compile(re.escape(path.name) + rf"(\.{re.escape(host)}-(\d+))?\.partial(\.folder)?")
     for file in path.parent.iterdir():
         match = owned.fullmatch(file.name)
         if match and not (match[2] and _is_alive(int(match[2]))):
-            file.unlink(missing_ok=True)
+            if match[3]:
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)
     return path.with_name(f"{path.name}.{host}-{os.getpid()}.partial")
 
 
@@ -89,9 +93,18 @@ def write_tensors(
     path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """A safetensors file, with metadata in its header, written as by `replacing`."""
+    path = Path(path)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+    with replacing(path, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        # save_file fills a file of a name by chance, and then renames it. What a kill leaves of
+        # that is found again by the folder's name.
+        folder = partial.with_name(f"{partial.name}.folder")
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / path.name, metadata)
+            os.replace(folder / path.name, partial)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         partial.chmod(0o644)  # save_file lets nobody else read it
 
 
@@ -128,11 +141,12 @@ def reading(path: Path, otherwise: str) -> Iterator[None]:
             raise ValueError(f"{path} is {what}")
     try:
         yield
-    except pickle.UnpicklingError as error:
-        refused = "is damaged or needs code execution, which is refused"
-        way_out = "save a plain state dict with torch.save where it was made"
-        raise ValueError(f"{path} {refused}; {way_out}") from error
     except Exception as error:  # the libraries raise anything for a damaged file
+        raise_interrupted(error)
+        if isinstance(error, pickle.UnpicklingError):
+            refused = "is damaged or needs code execution, which is refused"
+            way_out = "save a plain state dict with torch.save where it was made"
+            raise ValueError(f"{path} {refused}; {way_out}") from error
         cause = f"{otherwise} ({type(error).__name__}: {first_line(error)})"
         raise ValueError(
             f"{path} is truncated, corrupt or {cause}; download it again or resave"
@@ -160,6 +174,85 @@ def finite(tensor: Tensor) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- errors
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MAKE_ROOM = "make room there, or choose another disk"
+# What Ctrl-C and SIGTERM have raised in a script (extras/signals.py).
+INTERRUPTED: list[BaseException] = []
+
+
+def origin(error: BaseException) -> BaseException:
+    """What a library has replaced by an error of its own: Ctrl-C, SIGTERM, or what the system
+    said. Else the error itself.
+    """
+    found = error
+    while found is not None:
+        if isinstance(found, KeyboardInterrupt | SystemExit):
+            return found
+        if isinstance(found, OSError) and found.errno:
+            return found
+        of_rust = re.search(r"\(os error (\d+)\)", str(found))
+        if isinstance(found, SafetensorError) and of_rust:
+            number = int(of_rust[1])
+            return OSError(number, os.strerror(number))
+        found = found.__context__
+    return error
+
+
+def raise_interrupted(error: BaseException) -> None:
+    """Raise Ctrl-C or SIGTERM again if that has led to an error, which is then no fault of a file.
+
+    Both may come in the midst of a library, and some forget them: torch.asarray, which safetensors
+    calls, takes the interrupted look at a storage for one of unknown shape.
+    """
+    first = origin(error)
+    if isinstance(first, KeyboardInterrupt | SystemExit):
+        raise first
+    if INTERRUPTED:
+        raise INTERRUPTED[-1]
+
+
+@contextmanager
+def writing(path: str | Path, needed: float = 0) -> Iterator[None]:
+    """Whatever is in the way of what is written, a full disk above all, as an OSError of one line.
+
+    What the block has begun, it should have removed when it fails: of a full disk is said what is
+    free then. needed: bytes, if known.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        first = origin(error)
+        if not isinstance(first, OSError):
+            raise_interrupted(error)
+        if isinstance(error, RuntimeError) and not isinstance(first, OSError):
+            raise  # of a library
+        raise OSError(not_written(path, first, needed)) from error
+
+
+def not_written(path: str | Path, error: BaseException, needed: float = 0) -> str:
+    """What `writing` says of an error; of a full disk also what is free, and the way out."""
+    cause = getattr(error, "strerror", None) or first_line(error)
+    if getattr(error, "errno", None) not in FULL:
+        return f"cannot write {path}: {cause}"
+    room = f"{in_words(free_at(path))} are free"
+    if needed:
+        room = f"at least {in_words(needed)} are needed, {room}"
+    return f"cannot write {path}: the disk is full ({cause}): {room}; {MAKE_ROOM}"
+
+
+def free_at(path: str | Path) -> int:
+    """Bytes that are free on the disk where a file or folder is, or is to be."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(filter(os.path.exists, [path, *path.parents]))).free
+
+
+def in_words(size: float) -> str:
+    """Bytes as "12.3 GB", "0.4 MB" or "0.5 kB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
@@ -19,8 +19,18 @@ from torch import Tensor
 from wan5b.extras import untrusted
 from wan5b.fsdp import World, local
 from wan5b.optim import AdamW
-from wan5b.util import finite, first_line, read_json, sync, write_json
+from wan5b.util import (
+    finite,
+    first_line,
+    origin,
+    raise_interrupted,
+    read_json,
+    sync,
+    write_json,
+    writing,
+)
 
+UNFINISHED = "step-*.partial"  # folders, which the next save removes
 INDEX = ".metadata"  # what torch.distributed.checkpoint writes into its folder
 # What the index is made of, beside dtypes and paths.
 PARTS = {
@@ -36,7 +46,55 @@ PARTS = {
 # torch warns of a checkpoint without a process group: a single process saves like that on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
+# ---------------------------------------------------------------------------------------- failures
+
+
+@contextmanager
+def first_cause() -> Iterator[None]:
+    """What was raised first, of all that goes wrong in the block.
+
+    On its way to another process an error loses it, and is what torch has made of it: of a full
+    disk, that its writer stands at an unexpected place.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise_interrupted(error)
+        first = origin(error)
+        if first is error:
+            raise
+        raise first from error
+
+
+def failure(error: BaseException) -> Exception:
+    """Of a CheckpointException, what a process failed at. Raises Ctrl-C again, if that is it."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    raise_interrupted(error)
+    return error
+
+
 # ------------------------------------------------------------------------------------------ writing
+
+
+class Writer(dcp.FileSystemWriter):
+    """torch's writer. Whatever fails in a process is told to all of them, as it was raised.
+
+    end: called in one process when all of the checkpoint is written.
+    """
+
+    def __init__(self, path: Path, end: Callable[[], None]):
+        super().__init__(path)
+        self.end = end
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
+        with first_cause():
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: dcp.Metadata, results: list) -> None:
+        with first_cause():
+            super().finish(metadata, results)
+            self.end()
 
 
 def save(
@@ -45,40 +103,50 @@ def save(
     """Write the checkpoint folder/step-N: all optimizers, and facts, whose "step" is N.
 
     It is written beside and then renamed, so it is whole or not there. The `keep` newest ones stay.
-    Any number of processes can read it back. For every process to call.
+    Any number of processes can read it back. For every process to call. OSError as by `writing`, in
+    all processes; then nothing of it is left.
     """
     path = folder / f"step-{facts['step']:07d}"
     partial = path.with_suffix(".partial")
     state = {who: optimizer.state() for who, optimizer in optimizers.items()}
     steps = {who: optimizer.steps for who, optimizer in optimizers.items()}
+    needed = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values())
 
-    # What a run left unfinished goes, before anyone writes.
-    if world.rank == 0:
-        for unfinished in folder.glob("step-*.partial"):
-            shutil.rmtree(unfinished)
-    world.barrier()
-
-    # All write their shards; in the files a tensor's name is that of its keys: who.group.weight.
-    try:
-        dcp.save(state, checkpoint_id=partial, no_dist=world.mesh is None)
-    except dcp.CheckpointException as error:
-        cause = cause_of(error)
-        if folder.is_dir():
-            cause += f"; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free there"
-        raise OSError(f"cannot write the checkpoint {path}: {cause}") from error
-
-    # The new one counts from its renaming on, when all of it is on the disk; then older ones go.
-    if world.rank == 0:
+    def end() -> None:
+        """The new one counts from its renaming on, when all of it is on the disk."""
         write_json(partial / "facts.json", facts | {"optimizer_steps": steps})
         for file in partial.iterdir():
             sync(file)
         sync(partial)
         os.replace(partial, path)
         sync(folder)
+
+    # What a run left unfinished goes, before anyone writes.
+    if world.rank == 0:
+        for unfinished in folder.glob(UNFINISHED):
+            shutil.rmtree(unfinished)
+    world.barrier()
+
+    # All write their shards; in the files a tensor's name is that of its keys: who.group.weight.
+    with writing(path, needed):
+        try:
+            dcp.save(state, storage_writer=Writer(partial, end), no_dist=world.mesh is None)
+        except dcp.CheckpointException as error:
+            if world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            world.barrier()  # so that all see what is free then
+            raise failure(error) from error
+
+    # Then older ones go.
+    if world.rank == 0:
         for old in complete(folder)[:-keep]:
             shutil.rmtree(old.rename(old.with_suffix(".partial")))
     world.barrier()
     return path
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def complete(folder: Path) -> list[Path]:
@@ -88,7 +156,7 @@ def complete(folder: Path) -> list[Path]:
         named = re.fullmatch("step-[0-9]+", path.name)
         if named and not path.is_symlink() and (path / "facts.json").is_file():
             found.append(path)
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -98,23 +166,6 @@ def is_checkpoint(path: Path) -> bool:
     """Whether this is a checkpoint folder of train.py, perhaps a link to one, or a copy."""
     named = re.match("step-[0-9]+", os.path.basename(os.path.realpath(path)))
     return named is not None and (path / INDEX).is_file()
-
-
-def cause_of(error: BaseException) -> str:
-    """What went wrong, on one line; of a CheckpointException, what a process failed at.
-
-    Raises Ctrl-C again, if that is behind it.
-    """
-    if isinstance(error, dcp.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    first = error
-    while first.__context__ and isinstance(first, Exception):
-        first = first.__context__
-    if not isinstance(first, Exception):
-        raise first  # torch wraps it like an error
-    if isinstance(first, OSError):
-        error = first  # of a full disk torch says that its writer stands at an unexpected place
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class IndexUnpickler(pickle._Unpickler):
@@ -139,6 +190,10 @@ class Reader(dcp.FileSystemReader):
         with Path(self.path, INDEX).open("rb") as file:
             return IndexUnpickler(file).load()
 
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner):
+        with first_cause():
+            return super().read_data(plan, planner)
+
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
@@ -146,7 +201,8 @@ def opening(path: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, dcp.CheckpointException) as error:  # torch raises anything for damaged files
-        cause = cause_of(error)
+        first = origin(failure(error))
+        cause = f"{type(first).__name__}: {first_line(first)}"
         earlier = [other.name for other in complete(path.parent) if other.name < path.name]
         way_out = "there is none before it"
         if earlier:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from wan5b.extras import signals
-from wan5b.util import first_line
+from wan5b.util import FULL, first_line, not_written, raise_interrupted
 
 # Where networks may run; the first is the default.
 DEVICES = ["cpu"]
@@ -37,12 +37,15 @@ def script(main: Callable[[], Any]) -> None:
     """
     signals.while_running()
     try:
-        sys.exit(main())
+        sys.exit(_interruptible(main))
     except InterruptedError:  # of training that SIGTERM stops, where no checkpoint is to be saved
         sys.exit(143)
     except (OSError, ValueError, FloatingPointError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in FULL and error.filename:
+            text = not_written(error.filename, error)
         # What files and libraries say may hold what terminals take for commands.
-        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
+        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -54,6 +57,18 @@ def script(main: Callable[[], Any]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _interruptible(main: Callable[[], Any]) -> Any:
+    """What main returns. Errors that Ctrl-C or SIGTERM has led to are theirs, but for those of
+    files, which a script on its way out cannot write.
+    """
+    try:
+        return main()
+    except Exception as error:
+        if not isinstance(error, OSError):
+            raise_interrupted(error)
+        raise
 
 
 def is_out_of_memory(error: Exception) -> bool:

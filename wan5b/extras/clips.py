@@ -5,9 +5,10 @@ repeats it.
 import json
 import os
 import platform
+import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Iterable, Set
-from contextlib import closing
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan5b.extras.cards import carried, decode_frames, place_of
+from wan5b.extras.disk import check_room
 from wan5b.extras.files import sheet_indices, write_sheet
 from wan5b.extras.media import FPS
 from wan5b.extras.mp4 import VideoWriter
 from wan5b.extras.resume import STATE, Progress
-from wan5b.util import write_json, write_tensors
+from wan5b.util import FULL, not_written, origin, write_json, write_tensors
 
+LEAST = 2**16  # bytes that a clip takes, its record among them, however short it is
 NAME_BYTES = 255  # of a file's name, at most, where files usually lie
 REPORTS = (".report.json", ".report.png")  # what --report leaves beside a clip, by suffix
 
@@ -63,7 +66,7 @@ def claim(
     clips: list[Clip], read: list[str], asked: list[str], *, overwrite: bool, resume: bool
 ) -> None:
     """Make the folder. ValueError if it can't be written to, if a file is in the way, or if a name
-    is too long for what will lie beside it, half a clip later.
+    is too long for what will lie beside it, half a clip later; OSError if the disk is full.
 
     That is an mp4, a record, a state or what else is asked for, by suffix. read: the files that the
     run reads, which it never replaces. resume: the clip is there, as far as it goes.
@@ -83,6 +86,7 @@ def claim(
         if file.exists() and any(Path(path).exists() and file.samefile(path) for path in read):
             raise ValueError(f"{file} is what this run reads; choose another --out")
 
+    check_room(clips[0].path, LEAST * len(clips))
     folder = clips[0].path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +250,7 @@ def write(
 
     ValueError for pixels that are not finite, in front of which the clip ends. FileExistsError if
     another has written the mp4 meanwhile, unless `overwrite`: then all is beside the *.partial.mp4.
+    OSError if the disk is full.
     """
     # What the writer is to know: the frames of the sheet, and the files that go with the mp4.
     keep = sheet_indices(frames) if sheet else set()
@@ -271,16 +276,28 @@ def write(
                     kept.append(chunk)
                 bar.update(len(pictures))
         ended = True
+    except OSError as error:
+        if getattr(origin(error), "errno", None) not in FULL:
+            raise
+        said = not_written(path, error) if error.errno else str(error)  # of a state's file, say
+        if writer.count:
+            said += f"; {writer.where.name} is what is finished"
+        if path.with_suffix(STATE).exists():
+            said += f"; --resume {path.with_suffix(STATE)} goes on"
+        raise OSError(said) from error
     finally:
         clip = writer.where
-        if writer.kept:
-            write_sheet(clip.with_suffix(".png"), writer.kept)
-        if kept:
-            whole = torch.cat(kept, 2).float().cpu()
-            write_tensors(clip.with_suffix(".safetensors"), {"latents": whole})
-        if record and writer.count:
-            record = record | {"frames_written": writer.count}
-            write_json(clip.with_suffix(".json"), record)
+        # What has ended the clip, a full disk say, is told, not what it does to these.
+        of_files = isinstance(sys.exception(), OSError)
+        with suppress(OSError) if of_files else nullcontext():
+            if record and writer.count:
+                record = record | {"frames_written": writer.count}
+                write_json(clip.with_suffix(".json"), record)
+            if writer.kept:
+                write_sheet(clip.with_suffix(".png"), writer.kept)
+            if kept:
+                whole = torch.cat(kept, 2).float().cpu()
+                write_tensors(clip.with_suffix(".safetensors"), {"latents": whole})
         # Not what a full disk has cut short: the state before is better.
         if writer.on_disk == writer.count == progress.pictures:
             progress.stop(clip, ended)

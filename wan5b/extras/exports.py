@@ -25,11 +25,10 @@ from wan5b.extras.tensor_files import (
     new_folder,
     write_shards,
     write_stream,
-    writing,
     written_dtype,
 )
 from wan5b.t5 import T5Config
-from wan5b.util import write_json
+from wan5b.util import write_json, writing
 from wan5b.vae22 import VAEConfig
 from wan5b.weights import about, clean
 

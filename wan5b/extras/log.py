@@ -20,7 +20,7 @@ from typing import TextIO
 from torch import Tensor
 
 from wan5b.extras import checkpoints
-from wan5b.util import first_line, replacing, write_json
+from wan5b.util import first_line, raise_interrupted, replacing, write_json, writing
 
 METRICS = "metrics.jsonl"  # a line a step
 # In the progress line; metrics.jsonl has everything.
@@ -35,7 +35,7 @@ def locked(out: Path) -> Iterator[None]:
     """
     with _locked_file(out) as file:
         try:
-            with _writing(out / "lock"):
+            with writing(out / "lock"):
                 file.truncate(0)
                 os.write(file.fileno(), f"{os.getpid()}\n".encode())
             yield
@@ -96,22 +96,13 @@ def read_metrics(log: Path) -> list[dict[str, float]]:
 
 
 def append(out: Path, metrics: dict[str, float]) -> None:
-    with _writing(out / METRICS), (out / METRICS).open("a") as file:
+    with writing(out / METRICS), (out / METRICS).open("a") as file:
         file.write(json.dumps(metrics) + "\n")
 
 
 def shown(metrics: dict[str, float]) -> dict[str, str]:
     """Those of the metrics that the progress line has, as it shows them."""
     return {name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics}
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Of a full disk Python does not say which file it was."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_finite(
@@ -145,6 +136,7 @@ def curves(folders: list[Path]) -> Path | None:
     try:
         return draw(folders)
     except Exception as error:  # a plotting library may raise anything, and only looks are at stake
+        raise_interrupted(error)
         print(f"note: no curves.png: {first_line(error)}", file=sys.stderr)
         return None
 

@@ -17,7 +17,7 @@ import numpy as np
 from wan5b.extras import videos
 from wan5b.extras.stills import read_still
 from wan5b.extras.videos import Shown
-from wan5b.util import first_line
+from wan5b.util import first_line, raise_interrupted
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -108,6 +108,7 @@ def _reading(what: str, path: str | Path) -> Iterator[None]:
             raise ValueError("it is no file")
         yield
     except Exception as error:
+        raise_interrupted(error)
         reason = first_line(error) or type(error).__name__
         if isinstance(error, OSError | av.FFmpegError) and error.strerror:
             reason = error.strerror

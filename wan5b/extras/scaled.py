@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan5b.util import first_line
+from wan5b.util import first_line, raise_interrupted
 
 BLOCK = 1 << 21  # elements made at a time by each thread: 8 MB in float32
 
@@ -112,6 +112,7 @@ def _check_formats(file: Path, tensors: Mapping[str, Tensor], header: Mapping[st
             if key.endswith(".comfy_quant"):
                 formats[key] = json.loads(tensor.numpy().tobytes()).get("format")
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise_interrupted(error)
         what = "describes its quantisation in a way that is not known here"
         raise ValueError(f"{file} {what}: {first_line(error)}; download it again") from error
 

@@ -5,6 +5,9 @@ Nothing here loads torch, which takes seconds: a script calls `while_loading` be
 
 import signal
 import sys
+from functools import partial
+from threading import Condition
+from types import FrameType
 
 
 def while_loading() -> None:
@@ -16,8 +19,11 @@ def while_running() -> None:
     """Both end a script as errors do, so what is finished is left whole: Ctrl-C is a
     KeyboardInterrupt, SIGTERM exits with 143.
     """
-    _interrupt(_stop)
-    signal.signal(signal.SIGTERM, _stop)
+    from wan5b.util import INTERRUPTED  # with torch, which is there by now
+
+    stop = partial(_stop, INTERRUPTED)
+    _interrupt(stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
 def _interrupt(handler) -> None:
@@ -26,10 +32,33 @@ def _interrupt(handler) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def _stop(number: int, _) -> None:
-    """The handler of both signals."""
-    # It may come in the midst of a library's clean-up, of which Python would print a traceback.
-    sys.unraisablehook = lambda _: None
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
+# Who is interrupted where Python's own locks are taken or given back leaves them locked for good:
+# threads that load a file, say, would wait for each other without an end.
+LOCKS = {
+    Condition.__enter__.__code__,
+    Condition.__exit__.__code__,
+    Condition._acquire_restore.__code__,
+    Condition._release_save.__code__,
+}
+
+
+def _stop(raised: list[BaseException], number: int, frame: FrameType) -> None:
+    """The handler of both signals. raised: what they have raised so far; this comes to it."""
+    if frame.f_code in LOCKS:
+        _soon(raised, number)
+        return
+    sys.unraisablehook = partial(_forgotten, raised, number)
+    raised.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+    raise raised[-1]
+
+
+def _forgotten(raised: list[BaseException], number: int, unraisable) -> None:
+    """It came in the midst of a library's clean-up: Python would print a traceback, and go on."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
+        _soon(raised, number)
+
+
+def _soon(raised: list[BaseException], number: int) -> None:
+    """The signal once more, in 10 ms."""
+    signal.signal(signal.SIGALRM, lambda _, frame: _stop(raised, number, frame))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)

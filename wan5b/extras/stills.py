@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from wan5b.extras import colour
-from wan5b.util import first_line
+from wan5b.util import first_line, raise_interrupted
 
 # Pillow's formats that are not read: EPS runs a program, WMF needs Windows, MPEG is no image, and
 # the others are only recognized.
@@ -66,6 +66,7 @@ def _drop_damaged_exif(image: Image.Image, path: str | Path) -> None:
         if ExifTags.IFD.Interop in exif.get_ifd(ExifTags.IFD.Exif):
             exif.get_ifd(ExifTags.IFD.Interop)
     except Exception as error:  # a foreign reader
+        raise_interrupted(error)
         print(f"note: the EXIF of {path} is left out: {first_line(error)}", file=sys.stderr)
         image.info.pop("exif", None)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan5b.extras.scaled import Made
-from wan5b.util import finite, first_line, sync, write_json
+from wan5b.util import finite, sync, write_json, writing
 from wan5b.weights import about, put
 
 GB = 10**9
@@ -91,27 +91,16 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} exists; choose another name")
     if partial.exists():
         raise ValueError(f"{partial} exists, of a run at work or one that was killed; delete it")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for inside in [*partial.rglob("*"), partial]:
-            sync(inside)
-        partial.rename(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A full disk, or whatever else is in the way, as one line that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save ends with a RuntimeError of its own, raised while the disk's is handled.
-        first = error.__context__ if isinstance(error.__context__, OSError) else error
-        cause = getattr(first, "strerror", None) or first_line(first)
-        raise OSError(f"cannot write {path}: {cause}") from error
+    with writing(path):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for inside in [*partial.rglob("*"), partial]:
+                sync(inside)
+            partial.rename(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_stream(path: Path, entries: Mapping[str, Entry], header: Mapping[str, str]) -> None:
@@ -136,7 +125,7 @@ def write_stream(path: Path, entries: Mapping[str, Entry], header: Mapping[str, 
     text += b" " * (-len(text) % 8)
 
     # Then the bytes of one tensor after the other.
-    with writing(path), path.open("xb") as file:
+    with writing(path, end), path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in tqdm(order, path.name, disable=None):  # none where nobody looks
             with about(entries[name].label(name)):
