@@ -27,7 +27,7 @@ from training import DIT, ENVIRONMENT, config, finish, make_run, names
 import sample
 import train
 from wan5b import fsdp, util
-from wan5b.extras import checkpoints, cli, clips, disk, files, log, mp4, remux, streams
+from wan5b.extras import checkpoints, cli, clips, disk, files, log, mp4, remux, tensor_files
 from wan5b.extras.shards import write_shard
 from wan5b.optim import AdamW
 
@@ -118,14 +118,14 @@ def test_a_converted_folder(tmp_path, monkeypatch, part):
 def test_a_converted_file(tmp_path, monkeypatch):
     """It is named, and not what it is called until it is whole."""
     made = tmp_path / "made.safetensors"
-    entries = {"x": streams.Entry(torch.zeros(10_000), torch.float32)}
+    entries = {"x": tensor_files.Entry(torch.zeros(10_000), torch.float32)}
     with monkeypatch.context() as patch:
         on_full_disk(patch, "made")
         with (
             pytest.raises(OSError, match=f"^cannot write {made}: {FULL}{FREE}$"),
             util.replacing(made) as partial,
         ):
-            streams.write_stream(partial, entries, {})
+            tensor_files.write_stream(partial, entries, {})
     assert not os.listdir(tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_a_pickle(tmp_path, monkeypatch):
     """torch.save ends with an error of its own, of an unexpected place."""
     from wan5b.extras.exports import Model, write_pickle
 
-    entries = {"x": streams.Entry(torch.zeros(100_000), torch.float32)}
+    entries = {"x": tensor_files.Entry(torch.zeros(100_000), torch.float32)}
     on_full_disk(monkeypatch, "x.pth")
     with pytest.raises(OSError, match=f"^cannot write {tmp_path}/x.pth: {FULL}{FREE}$"):
         write_pickle(tmp_path / "x.pth", Model("vae", None, entries))
