@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +33,7 @@ from wan5b.optim import AdamW
 
 ROOT = Path(__file__).parent.parent
 FULL = r"the disk is full \(No space left on device\): "
+NEEDS = r"at least [0-9.]+ [kMG]B are needed, "
 FREE = r"[0-9.]+ [kMG]B are free; make room there, or choose another disk"
 
 
@@ -109,7 +110,7 @@ def test_a_converted_folder(tmp_path, monkeypatch, part):
     command = [str(GOLDEN / "formats/original"), str(made), "--layout", "diffusers"]
     with monkeypatch.context() as patch:
         on_full_disk(patch, part)
-        with pytest.raises(OSError, match=f"^cannot write {made}: {FULL}{FREE}$"):
+        with pytest.raises(OSError, match=f"^cannot write {made}: {FULL}({NEEDS})?{FREE}$"):
             convert.main(command)
     assert not os.listdir(tmp_path)
     convert.main(command)
@@ -122,7 +123,7 @@ def test_a_converted_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         on_full_disk(patch, "made")
         with (
-            pytest.raises(OSError, match=f"^cannot write {made}: {FULL}{FREE}$"),
+            pytest.raises(OSError, match=f"^cannot write {made}: {FULL}{NEEDS}{FREE}$"),
             util.replacing(made) as partial,
         ):
             tensor_files.write_stream(partial, entries, {})
@@ -142,7 +143,7 @@ def test_a_pickle(tmp_path, monkeypatch):
 def test_other_errors_are_told_as_they_are(tmp_path):
     with pytest.raises(OSError, match=f"^cannot write {tmp_path}: Permission denied$"):
         with util.writing(tmp_path):
-            raise PermissionError(errno.EACCES, "Permission denied", "x")
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
     with pytest.raises(RuntimeError, match="^a fault$"), util.writing(tmp_path):
         raise RuntimeError("a fault")
 
@@ -376,6 +377,51 @@ def test_a_full_disk_of_one_process_is_told_by_all(tmp_path):
         assert told["last"] == [None, ["step-0000005"]]
         assert told["load"][0] == "KeyboardInterrupt: "
         assert told["loaded"][0] is None
+
+
+# --------------------------------------------------------------------------------- of what is told
+
+
+def test_a_file_that_is_read_is_named_itself(tmp_path):
+    missing = tmp_path / "source.safetensors"
+    with pytest.raises(FileNotFoundError) as caught, tensor_files.new_folder(tmp_path / "target"):
+        missing.open("rb")
+    assert caught.value.filename == str(missing)
+
+
+def test_what_an_inner_block_needs_is_told(tmp_path):
+    def convert() -> None:
+        with tensor_files.new_folder(tmp_path / "target") as folder:
+            with util.writing(folder / "dit.safetensors", 5e12):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="at least 5000.0 GB are needed") as caught:
+        convert()
+    assert str(caught.value).startswith(f"cannot write {tmp_path / 'target'}: the disk is full")
+
+
+def test_an_error_that_was_there_before_is_no_cause(tmp_path):
+    def tell() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            with util.writing(tmp_path / "file"):
+                raise RuntimeError("of a library")  # noqa: B904
+
+    with pytest.raises(RuntimeError, match="of a library"):
+        tell()
+
+
+def test_the_longest_name_is_one_of_which_all_files_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 2**22)
+    length = 255
+    while True:
+        path = tmp_path / ("x" * length + ".mp4")
+        with suppress(ValueError, OSError):
+            clips.claim([clips.Clip([""], 0, path)], [], [], overwrite=False, resume=False)
+            break
+        length -= 1
+    util.write_tensors(path.with_suffix(clips.STATE), {"x": torch.zeros(2)})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pickle
 import platform
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -181,12 +182,14 @@ MAKE_ROOM = "make room there, or choose another disk"
 INTERRUPTED: list[BaseException] = []
 
 
-def origin(error: BaseException) -> BaseException:
+def origin(error: BaseException, before: BaseException | None = None) -> BaseException:
     """What a library has replaced by an error of its own: Ctrl-C, SIGTERM, or what the system
     said. Else the error itself.
+
+    before: what was being handled already when the library was called.
     """
     found = error
-    while found is not None:
+    while found is not None and found is not before:
         if isinstance(found, KeyboardInterrupt | SystemExit):
             return found
         if isinstance(found, OSError) and found.errno:
@@ -217,17 +220,30 @@ def writing(path: str | Path, needed: float = 0) -> Iterator[None]:
     """Whatever is in the way of what is written, a full disk above all, as an OSError of one line.
 
     What the block has begun, it should have removed when it fails: of a full disk is said what is
-    free then. needed: bytes, if known.
+    free then. needed: bytes, if known; or what a block inside of this one has named. What names a
+    file that lies elsewhere, one that is read, is raised as it is.
     """
+    before = sys.exception()
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        first = origin(error)
+        first = origin(error, before)
         if not isinstance(first, OSError):
             raise_interrupted(error)
         if isinstance(error, RuntimeError) and not isinstance(first, OSError):
             raise  # of a library
-        raise OSError(not_written(path, first, needed)) from error
+        if first.errno not in FULL and first.filename and not beside(path, first.filename):
+            raise first from error
+        needed = needed or getattr(error, "needed", 0)
+        raised = OSError(not_written(path, first, needed))
+        raised.needed = needed
+        raise raised from error
+
+
+def beside(path: str | Path, file: str | Path) -> bool:
+    """Whether a file is this one, one of those by its name, in it, or a folder that it is in."""
+    path, file = os.path.abspath(path), os.path.abspath(os.fsdecode(file))
+    return file.startswith(path) or path.startswith(os.path.join(file, ""))
 
 
 def not_written(path: str | Path, error: BaseException, needed: float = 0) -> str:

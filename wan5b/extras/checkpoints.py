@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,11 +57,12 @@ def first_cause() -> Iterator[None]:
     On its way to another process an error loses it, and is what torch has made of it: of a full
     disk, that its writer stands at an unexpected place.
     """
+    before = sys.exception()
     try:
         yield
     except Exception as error:
         raise_interrupted(error)
-        first = origin(error)
+        first = origin(error, before)
         if first is error:
             raise
         raise first from error

@@ -72,7 +72,7 @@ def claim(
     run reads, which it never replaces. resume: the clip is there, as far as it goes.
     """
     for clip in clips:
-        name = clip.path.with_suffix(f"{STATE}.{platform.node()}-{2**22}.partial").name
+        name = clip.path.with_suffix(f"{STATE}.{platform.node()}-{2**22}.partial.folder").name
         spare = NAME_BYTES - len(os.fsencode(name))
         if spare < 0:
             wrong = f"{clip.path.name} is a name {-spare} bytes too long for the files beside it"
