@@ -203,8 +203,8 @@ def pending(
     """
     folder = Path(out)
 
-    def known_by(part: list, holds: Callable) -> str:
-        known = repr([held, *((item, holds(item)) for item in part)])
+    def known_by(part: list, short: Callable) -> str:
+        known = repr([held, *((item, short(item)) for item in part)])
         return blake2b(known.encode(), digest_size=8).hexdigest()
 
     shards = {}
@@ -220,11 +220,12 @@ def pending(
         apart = difference(header["facts"], facts)
         shard = shards.get(path)
         made_from = header["made_from"]
-        if not apart and not (shard and shard.made_from == made_from):
-            if shard and earlier and known_by(shard.inputs, earlier) == made_from:
-                unknown.append(path.name)
-            else:
-                apart = "what videos, stores or weights hold, inputs, --per-shard"
+        is_same = shard and made_from == shard.made_from
+        was_same = shard and earlier and made_from == known_by(shard.inputs, earlier)
+        if was_same and not (apart or is_same):
+            unknown.append(path.name)
+        elif not (apart or is_same):
+            apart = "what videos, stores or weights hold, inputs, --per-shard"
         if apart:
             raise ValueError(f"{path} is of another run: {apart}; delete it or change --out")
     if unknown and RANK == 0:

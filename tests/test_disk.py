@@ -389,6 +389,22 @@ def test_a_file_that_is_read_is_named_itself(tmp_path):
     assert caught.value.filename == str(missing)
 
 
+@pytest.mark.parametrize("name", ["target-old", "target.safetensors", "targe"])
+def test_a_source_whose_name_begins_alike_is_named_itself(tmp_path, name):
+    missing = tmp_path / name / "x"
+    with pytest.raises(FileNotFoundError) as caught, util.writing(tmp_path / "target"):
+        missing.open("rb")
+    assert caught.value.filename == str(missing)
+
+
+def test_what_safetensors_says_beside_the_system(tmp_path):
+    """It has errors that are not the disk's: one line all the same."""
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match=f"^cannot write {path}: header too large$"):
+        with util.writing(path):
+            raise SafetensorError("header too large")
+
+
 def test_what_an_inner_block_needs_is_told(tmp_path):
     def convert() -> None:
         with tensor_files.new_folder(tmp_path / "target") as folder:

@@ -230,20 +230,24 @@ def writing(path: str | Path, needed: float = 0) -> Iterator[None]:
         first = origin(error, before)
         if not isinstance(first, OSError):
             raise_interrupted(error)
-        if isinstance(error, RuntimeError) and not isinstance(first, OSError):
-            raise  # of a library
-        if first.errno not in FULL and first.filename and not beside(path, first.filename):
-            raise first from error
+            if isinstance(error, RuntimeError):
+                raise  # of a library
+        elif first.errno not in FULL and first.filename and not is_of(path, first.filename):
+            raise first from error.__cause__
         needed = needed or getattr(error, "needed", 0)
         raised = OSError(not_written(path, first, needed))
         raised.needed = needed
         raise raised from error
 
 
-def beside(path: str | Path, file: str | Path) -> bool:
-    """Whether a file is this one, one of those by its name, in it, or a folder that it is in."""
-    path, file = os.path.abspath(path), os.path.abspath(os.fsdecode(file))
-    return file.startswith(path) or path.startswith(os.path.join(file, ""))
+def is_of(path: str | Path, file: str | Path) -> bool:
+    """Whether a file belongs to what is written: it is this, its .partial, in it, or around it."""
+    whole = os.path.abspath(path)
+    file = os.path.abspath(os.fsdecode(file))
+    is_partial = file.startswith(f"{whole}.") and ".partial" in file.removeprefix(whole)
+    is_inside = file.startswith(f"{whole}/")
+    is_around = whole.startswith(os.path.join(file, ""))
+    return file == whole or is_partial or is_inside or is_around
 
 
 def not_written(path: str | Path, error: BaseException, needed: float = 0) -> str:

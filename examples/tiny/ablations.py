@@ -364,10 +364,9 @@ def note_demos(runs: list[Path]) -> None:
             # Of dmd-data the demo gives it beside the config.
             changed = changed_settings(cfg, read_metadata(weights), ALIKE | {"rollout"})
             if changed:
-                text = f"note: {weights} was made with another {', '.join(changed)}"
-                print(
-                    f"{text}; so is what starts from it, until there is a new demo", file=sys.stderr
-                )
+                text = f"note: {weights} was made with another {', '.join(changed)}; so is what "
+                text += "starts from it, until there is a new demo"
+                print(text, file=sys.stderr)
 
 
 def options(doc: str) -> argparse.ArgumentParser:

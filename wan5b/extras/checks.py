@@ -251,7 +251,8 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     if saved.is_dir():
         check_checkpoint(saved)
     known = read_metadata(saved)
-    changed = changed_settings(cfg, known, FREE if cfg.decay else FREE | {"steps"})  # its length
+    free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
+    changed = changed_settings(cfg, known, free)
     if changed:
         raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")
 

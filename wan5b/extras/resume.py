@@ -397,9 +397,8 @@ def note_changes(settings: str | None, known_by: str, sampler: dict) -> None:
     before = recorded.get("sampler")
     if isinstance(before, dict):
         now = json.loads(json.dumps(sampler))
-        names = sorted(
-            (before.keys() | now.keys()) - {"chunks", "cuts"}
-        )  # which follow from --frames
+        follow = {"chunks", "cuts"}  # from --frames
+        names = sorted((before.keys() | now.keys()) - follow)
         others += [name for name in names if before.get(name) != now.get(name)]
     if others:
         text = f"{settings} was made with other {', '.join(others)}: this clip will differ"
