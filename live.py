@@ -41,6 +41,7 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --compile            fuse small operations and record CUDA graphs: minutes at the start, then faster
 --fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
 --fp8-vae            convolutions of the VAE's decoder likewise
+--fp8-attention      self-attention and its memory likewise
 --vae-device NAME    where the VAE works, if not on --device: on a second GPU it decodes a chunk
                      while the next one is made: faster, but a new prompt is seen a chunk later
 --low-memory         the text encoder stays on the CPU: a new prompt takes seconds longer
@@ -61,7 +62,7 @@ import torch
 from torch import Tensor
 
 from wan5b import fuse
-from wan5b.extras import graphs, options, random_weights
+from wan5b.extras import fp8_attention, graphs, options, random_weights
 from wan5b.extras.cards import place_of_vae
 from wan5b.extras.cli import DEVICES, Gathered, script
 from wan5b.extras.codec import split_vae
@@ -69,6 +70,7 @@ from wan5b.extras.endless import Contexts, Endless, Job, plan
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.fp8_attention import Fp8Cache
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.options import Parser
 from wan5b.extras.plan import note
@@ -89,7 +91,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     for name in ("release", "weights", "recipe", "negative"):
         add(f"--{name}")
-    for name in ("random-weights", "recache", "anew", "compile", "fp8", "fp8-vae", "low-memory"):
+    for name in ("random-weights", "recache", "anew", "compile", "low-memory"):
+        add(f"--{name}", action="store_true")
+    for name in ("fp8", "fp8-vae", "fp8-attention"):
         add(f"--{name}", action="store_true")
     for name in ("chunk", "window", "sink", "steps", "interpolate", "port"):
         add(f"--{name}", type=int)
@@ -178,6 +182,8 @@ def bind(args: argparse.Namespace) -> Server:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     job = plan(args)
+    if args.fp8_attention:
+        fp8_attention.check(job.sampler["causal"], job.cfg.head_dim, job.dtype, args.device)
     server = bind(args)
 
     # The networks, all of which stay.
@@ -200,7 +206,7 @@ def main(args: argparse.Namespace) -> None:
         graphs.record(model)
 
     # Videos. All share one cache, and with it its CUDA graphs.
-    new_cache = functools.cache(KVCache)
+    new_cache = functools.cache(Fp8Cache if args.fp8_attention else KVCache)
     changes = {"interpolate": args.interpolate or 1, "anew": args.anew}
     make = Endless(job, model, (encoder, decoder), contexts, new_cache, **changes)
     print("warming up ...", flush=True)

@@ -76,6 +76,7 @@
 --compile            fuse small operations: a minute at the start, 1.3x faster after
 --fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
 --fp8-vae            convolutions of the VAE's decoder likewise
+--fp8-attention      self-attention and its memory likewise (chunk by chunk only)
 --vae-device NAME    where the VAE works, if not on --device: on a second GPU it decodes a chunk
                      while the next one is made
 --low-memory         for 24 GB: text on the CPU, decoding when the DiT is gone
@@ -95,12 +96,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan5b import fuse
-from wan5b.extras import graphs, options, random_weights
+from wan5b.extras import fp8_attention, graphs, options, random_weights
 from wan5b.extras.cards import place_of_vae
 from wan5b.extras.cli import script
 from wan5b.extras.clips import Clip, contexts, make_record, rows_of, write
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.fp8 import quantize_blocks
+from wan5b.extras.fp8_attention import Fp8Cache
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
@@ -120,6 +122,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     job = plan(args)
+    if args.fp8_attention:
+        fp8_attention.check(job.sampler["causal"], job.cfg.head_dim, job.dtype, args.device)
 
     # Text first: the encoder is gone before the DiT comes.
     texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts)]
@@ -158,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
         graphs.record(model)
 
     # The clips. All share one cache, and with it its CUDA graphs.
-    new_cache = functools.cache(KVCache)
+    new_cache = functools.cache(Fp8Cache if args.fp8_attention else KVCache)
     size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
     rows = rows_of(texts, context.to(args.device, job.dtype), job.sampler["guidance"])
 

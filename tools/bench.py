@@ -41,6 +41,7 @@ from wan5b.extras.budget import GIB, forward_flop
 from wan5b.extras.cards import carry, decode, place_of
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.fp8 import Fp8Linear, quantize_blocks
+from wan5b.extras.fp8_attention import Fp8Cache
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.flow import FEW_STEPS, few_step_sigmas
@@ -49,6 +50,7 @@ from wan5b.vae22 import VAE22, Stream
 
 # float8 last: it replaces the weights
 VARIANTS = ("eager", "compiled", "compiled fp8", "compiled fp8 vae")
+VARIANTS += ("compiled fp8 vae attention",)
 SIGMAS = few_step_sigmas()
 DECODED = 6  # latent frames on which the VAE's error is measured
 HEADER = f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'p50':>8}{'p99':>8}{'GiB':>8}"
@@ -103,10 +105,12 @@ class Clip(NamedTuple):
     def pixel_frames(self) -> int:
         return 4 * self.noise.shape[2] - 3
 
-    def new_cache(self, cfg: DiTConfig, dtype: torch.dtype = torch.bfloat16) -> KVCache:
+    def new_cache(
+        self, cfg: DiTConfig, dtype: torch.dtype = torch.bfloat16, kind: type[KVCache] = KVCache
+    ) -> KVCache:
         _, _, frames, height, width = self.noise.shape
         sizes = (1, self.window or frames, cfg.tokens_per_frame(height, width))
-        return KVCache(cfg, *sizes, self.window, self.sink, self.noise.device, dtype)
+        return kind(cfg, *sizes, self.window, self.sink, self.noise.device, dtype)
 
     def flop(self, cfg: DiTConfig, vae: VAE22) -> dict[str, Flop]:
         """Of its parts, and of the teacher's: one bidirectional forward over all frames."""
@@ -221,6 +225,10 @@ def running_as(variant: str, model: WanDiT, vae: VAE22) -> Iterator[None]:
         graphs.forget(model)
 
 
+def cache_of(variant: str) -> type[KVCache]:
+    return Fp8Cache if "attention" in variant else KVCache
+
+
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -244,13 +252,13 @@ def row(name: str, marks: list[float], bound: float, frames: int, peak: int) -> 
     )
 
 
-def long_video(sampler: Sampler, clip: Clip, frames: int, chunk: int) -> str:
+def long_video(sampler: Sampler, clip: Clip, frames: int, chunk: int, kind: type[KVCache]) -> str:
     """A video of so many pixel frames, of the clip's size, over a window of 21 with a sink of 3."""
     chunks = chunks_of(frames, chunk)
     _, channels, _, height, width = clip.noise.shape
     noise = torch.randn(1, channels, sum(chunks), height, width, device="cuda")
     video = clip._replace(noise=noise, chunks=chunks, window=21, sink=3)
-    marks = sampler.play(video, video.new_cache(sampler.model.cfg))
+    marks = sampler.play(video, video.new_cache(sampler.model.cfg, kind=kind))
 
     part = 120 // 4 // chunk  # chunks of 5 seconds
     first = rate_of(marks, chunks, slice(part))
@@ -332,7 +340,7 @@ class Bench:
     def measure(self, variant: str) -> list[str]:
         """Lines of the table; most are printed at once, too."""
         # The first clips compile, and record graphs, which belong to this cache.
-        cache = self.clip.new_cache(self.sampler.model.cfg)
+        cache = self.clip.new_cache(self.sampler.model.cfg, kind=cache_of(variant))
         start = time.perf_counter()
         self.sampler.play(self.clip, cache)
         warmup = time.perf_counter() - start
@@ -431,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
         with running_as(variant, sampler.model, sampler.vae):
             lines += bench.measure(variant)
             if args.long and variant == variants[-1]:
-                lines.append(long_video(sampler, clip, args.long, args.chunk))
+                lines.append(long_video(sampler, clip, args.long, args.chunk, cache_of(variant)))
 
     names = [torch.cuda.get_device_name(card) for card in sampler.cards]
     print(f"\n{' and '.join(names)}, torch {torch.__version__}, {vars(args)}")

@@ -75,8 +75,7 @@ class CachedAttention:
         for span, q_own, k_own, v_own in zip(
             self.spans, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True
         ):
-            keys, values = self.cache.extend(layer, k_own, v_own, span)
-            out.append(attention(q_own, keys, values))
+            out.append(self.cache.attend(layer, q_own, k_own, v_own, span))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
@@ -118,12 +117,16 @@ class KVCache:
         self.sink_rope = sink_rope
 
         rows = frames * tokens_per_frame
-        shape = (cfg.num_layers, 2, batch, rows, cfg.num_heads, cfg.head_dim)
-        self.memory = torch.empty(shape, device=device, dtype=dtype)
+        self.made_for = (cfg.num_layers, batch, tokens_per_frame)
+        self._make_memory(cfg.num_layers, batch, rows, cfg.num_heads, cfg.head_dim, device, dtype)
         # The keys and values of the text in force, which all layers' cross-attentions read.
         shape = (cfg.num_layers, 2, batch, cfg.text_len, cfg.num_heads, cfg.head_dim)
         self.text = torch.empty(shape, device=device, dtype=dtype)
         self.reset()
+
+    def _make_memory(self, layers, batch, rows, heads, head_dim, device, dtype) -> None:
+        shape = (layers, 2, batch, rows, heads, head_dim)
+        self.memory = torch.empty(shape, device=device, dtype=dtype)
 
     def reset(self) -> None:
         """Forget everything; also needed when the weights have changed."""
@@ -150,9 +153,9 @@ class KVCache:
 
     def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
         """Whether the cache was made for this network, batch and latent size."""
-        made_for = (self.memory.shape[0], self.memory.shape[2], self.tokens_per_frame)
         given = (layers, batch, tokens_per_frame)
-        assert made_for == given, f"cache of layers, batch, tokens {made_for}, forward of {given}"
+        wrong = f"cache of layers, batch, tokens {self.made_for}, forward of {given}"
+        assert self.made_for == given, wrong
 
     # ------------------------------------------------------------------------------------- modes
 
@@ -218,6 +221,11 @@ class KVCache:
             self.sink_keys = None
 
     # ------------------------------------------------------------------------------------ memory
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+        """Attention of a chunk, q, k, v [B, S, N, K], over all that it sees."""
+        keys, values = self.extend(layer, k, v, span)
+        return attention(q, keys, values)
 
     def extend(self, layer: int, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """All keys and values that a chunk sees, its own k, v [B, S, N, K] included: [B, S', N, K]

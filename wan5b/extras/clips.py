@@ -124,6 +124,7 @@ REPLACED = {
 # came before --fp8-vae (--at, --sink-rope, ...) are not here: versions without them drew other
 # noise, so this one would make another clip of their records.
 ADDED = {
+    "fp8_attention": False,
     "fp8_vae": False,
     "vae_device": None,
 }

@@ -35,7 +35,7 @@ def parse(argv: list[str] | None, usage: str) -> argparse.Namespace:
         add(f"--{name}")
     for name in ("random-weights", "shots", "recache", "sheet", "latents", "report", "overwrite"):
         add(f"--{name}", action="store_true")
-    for name in ("compile", "fp8", "fp8-vae", "low-memory"):
+    for name in ("compile", "fp8", "fp8-vae", "fp8-attention", "low-memory"):
         add(f"--{name}", action="store_true")
     for name in ("frames", "chunk", "window", "sink", "prefix", "steps", "interpolate"):
         add(f"--{name}", type=int)

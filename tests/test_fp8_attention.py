@@ -1,0 +1,142 @@
+"""Attention over a memory in float8. On a CPU its kernels are those of fp8_attention_reference.py;
+on a GPU Triton's are held against these.
+"""
+
+import fp8_attention_reference
+import pytest
+import torch
+from common import gpu, randn, rel
+
+from wan5b import extras
+from wan5b.attention import attention, rope_table, rotate
+from wan5b.dit import DiTConfig
+from wan5b.extras.fp8 import FP8
+from wan5b.extras.fp8_attention import Fp8Cache, check, position, round_to_fp8
+from wan5b.extras.options import parse
+from wan5b.kvcache import KVCache
+
+HEADS = 2
+CFG = DiTConfig(HEADS * 128, 112, HEADS, 2, 8, 8, text_dim=24, text_len=12, freq_dim=32)
+TOKENS = 10  # a frame; no multiple of a group
+ROOM = {"cfg": CFG, "batch": 1, "tokens_per_frame": TOKENS, "dtype": torch.bfloat16}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(extras, "fp8_attention_kernels", fp8_attention_reference, raising=False)
+
+
+def drawn(frames: int, seed: int, batch: int = 1) -> list[torch.Tensor]:
+    """q, k, v of so many frames, bfloat16 values that float8 holds."""
+    shape = (batch, frames * TOKENS, HEADS, 128)
+    return [round_to_fp8(randn(*shape, seed=3 * seed + i)).bfloat16() for i in range(3)]
+
+
+def test_positions_are_a_permutation_of_each_group():
+    rows = torch.arange(48)
+    assert sorted(position(rows).tolist()) == rows.tolist()
+    assert (position(rows) // 16).equal(rows // 16)
+    assert position(torch.tensor([1, 2, 8, 15])).tolist() == [1, 4, 2, 15]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"frames": 8}, (3, 1, 2, 2)),
+        ({"frames": 5, "window": 5, "sink": 1}, (2, 2, 2, 1, 2, 2)),  # the ring wraps
+        ({"frames": 7, "window": 5, "sink": 1}, (2, 2, 2, 1)),  # the sink lies apart
+    ],
+    ids=["all", "window", "roomy"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_chunk_sees_what_it_sees_in_bfloat16(on_cpu, options, steps, batch):
+    """With values that float8 holds: equal, but for the rounding of the result."""
+    made = ROOM | {"batch": batch} | options
+    ours = Fp8Cache(**made)
+    plain = KVCache(**made)
+    for i, frames in enumerate(steps):
+        for level in range(2):  # of which the second replaces the first
+            q, k, v = drawn(frames, 2 * i + level, batch)
+            expected = plain.append(frames)(1, q, k, v)
+            assert rel(ours.append(frames)(1, q, k, v), expected) < 5e-3
+        ours.commit(frames)
+        plain.commit(frames)
+
+
+@torch.no_grad()
+def test_a_sink_that_turns_is_rounded_once(on_cpu):
+    cache = Fp8Cache(**ROOM, frames=3, window=3, sink=1, sink_rope="relative")
+    for i in range(6):
+        cache.append(1)(0, *drawn(1, i))
+        cache.commit(1)
+    made = drawn(1, 0)[1].float()
+    turned = rotate(made, rope_table(128, 3, 1, 1, 1, made.device))
+    assert cache.turned == 3
+    assert cache.keys[0, :, :TOKENS].float().equal(round_to_fp8(turned).float())
+
+
+@torch.no_grad()
+def test_it_takes_half_the_memory_and_forgets(on_cpu):
+    made = ROOM | {"frames": 8}
+    cache = Fp8Cache(**made)
+    assert 2 * (cache.keys.nbytes + cache.values.nbytes) == KVCache(**made).memory.nbytes
+    cache.append(8)(0, *(x * torch.nan for x in drawn(8, 0)))
+    cache.reset()
+    q, k, v = drawn(1, 1)
+    assert rel(cache.append(1)(0, q, k, v), attention(q, k, v)) < 5e-3
+
+
+def test_values_too_large_become_the_largest():
+    assert round_to_fp8(torch.tensor([1e9, -500.0])).float().tolist() == [448, -448]
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"causal": False}, "is for clips made chunk by chunk"),
+        ({"device": "cpu"}, "needs a Hopper GPU"),
+        ({"dtype": torch.float32}, "needs bfloat16"),
+        ({"head_dim": 64}, "needs heads of 128 channels, not 64"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_in_float8_is_refused(change, wrong, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    fits = {"causal": True, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
+    check(**fits)
+    with pytest.raises(ValueError, match=f"float8 attention {wrong}.*leave out --fp8-attention"):
+        check(**(fits | change))
+
+
+def test_where_it_is_asked_for():
+    assert parse(["--fp8-attention"], "").fp8_attention
+
+
+# ------------------------------------------------------------------------------------------ the GPU
+
+
+@gpu
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("frames", [1, 3, 13, 64])
+def test_the_kernels_are_the_reference(frames, batch):
+    from wan5b.extras import fp8_attention_kernels as kernels
+
+    q, k, v = (x.cuda() for x in drawn(frames, 0, batch))
+    rows = frames * TOKENS + 30
+    rows += -rows % 16
+    first = 14
+    results = []
+    for module, device in ((fp8_attention_reference, "cpu"), (kernels, "cuda")):
+        keys = torch.zeros(batch, rows, HEADS, 128, dtype=FP8, device=device)
+        values = torch.zeros(batch, HEADS, 128, rows, dtype=FP8, device=device)
+        q8 = torch.empty(q.shape, dtype=FP8, device=device)
+        own = [x.to(device) for x in (q, k, v)]
+        module.round_into(q8, keys, values, first, *own)
+        length = first + frames * TOKENS
+        y = module.attend(q8, keys, values, length)
+        results.append([x.float().cpu() for x in (q8, keys, values, y)])
+    *exact, expected = results[0]
+    *rounded, y = results[1]
+    assert all(a.equal(b) for a, b in zip(exact, rounded, strict=True))
+    assert rel(y, expected) < 3e-2  # the weights of the softmax are rounded, too
