@@ -28,7 +28,7 @@ def to_fp8(x):
     return tl.minimum(tl.maximum(x, -LARGEST), LARGEST).to(tl.float8e4nv)
 
 
-@triton.jit(do_not_specialize=["first", "S", "rows", "q8_b"])
+@triton.jit(do_not_specialize=["first", "S", "groups", "q8_rows"])
 def round_kernel(
     q_ptr,
     k_ptr,
@@ -38,35 +38,41 @@ def round_kernel(
     values_ptr,
     first,
     S,
-    rows,
-    q8_b,
+    groups,
+    q8_rows,
     in_b,
     in_s,
     N: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = first // 16 * 16 + tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # in the memory
+    rows = groups * 16  # so that the compiler knows where 16 bytes are in line
     channel = tl.arange(0, K)
-    mask = (row < S)[:, None]
-    place = b * in_b + row[:, None].to(tl.int64) * in_s + head * K + channel[None, :]
+    in_q = b * in_b + head * K + channel[None, :]
 
-    q = to_fp8(tl.load(q_ptr + place, mask=mask, other=0.0))
-    k = to_fp8(tl.load(k_ptr + place, mask=mask, other=0.0))
-    v = to_fp8(tl.load(v_ptr + place, mask=mask, other=0.0))
-
-    to_q = b * q8_b + row[:, None] * (N * K) + head * K + channel[None, :]
+    row = (at - first)[:, None]
+    mask = (row >= 0) & (row < S)
+    q = to_fp8(tl.load(q_ptr + in_q + row.to(tl.int64) * in_s, mask=mask, other=0.0))
+    to_q = (b * q8_rows + row) * (N * K) + head * K + channel[None, :]
     tl.store(q8_ptr + to_q, q, mask=mask)
-    at = first + row
+    k = to_fp8(tl.load(k_ptr + in_q + row.to(tl.int64) * in_s, mask=mask, other=0.0))
     to_k = (b * rows + at[:, None]) * (N * K) + head * K + channel[None, :]
     tl.store(keys_ptr + to_k, k, mask=mask)
 
-    n = at % 16  # 8 b + 2 c + a -> 4 c + 2 b + a
-    at = at - n + n % 8 // 2 * 4 + n // 8 * 2 + n % 2
+    # The row whose values lie there: at 4 c + 2 b + a those of 8 b + 2 c + a.
+    n = at % 16
+    row = at - n + n // 4 * 2 + n // 2 % 2 * 8 + n % 2 - first
+    mask = (row >= 0) & (row < S)
+    place = in_q + row[:, None].to(tl.int64) * in_s
+    v = to_fp8(tl.load(v_ptr + place, mask=mask[:, None], other=0.0))
     to_v = ((b * N + head) * K + channel[:, None]) * rows + at[None, :]
-    tl.store(values_ptr + to_v, v.T, mask=(row < S)[None, :])
+    if WHOLE:  # groups are written or not: in one piece
+        mask = at // 16 * 16 < first + S
+    tl.store(values_ptr + to_v, v.T, mask=mask[None, :])
 
 
 def round_into(q8: Tensor, keys: Tensor, values: Tensor, first: int, q, k, v) -> None:
@@ -78,10 +84,13 @@ def round_into(q8: Tensor, keys: Tensor, values: Tensor, first: int, q, k, v) ->
     B, S, N, K = k.shape
     assert q.stride() == k.stride() == v.stride()
     assert k.stride()[2:] == (K, 1)
-    grid = (triton.cdiv(S, ROWS), N, B)
-    sizes = (first, S, keys.shape[1], q8.stride(0), k.stride(0), k.stride(1), N, K, ROWS)
+    assert q8.stride()[1:] == keys.stride()[1:] == (N * K, K, 1)
+    grid = (triton.cdiv(first % 16 + S, ROWS), N, B)
+    q8_rows = q8.stride(0) // (N * K)
+    sizes = (first, S, keys.shape[1] // 16, q8_rows, k.stride(0), k.stride(1), N, K, ROWS)
+    whole = first % 16 == 0 and S % 16 == 0
     with torch.cuda.device(q.device):
-        round_kernel[grid](q, k, v, q8, keys, values, *sizes, num_warps=4)
+        round_kernel[grid](q, k, v, q8, keys, values, *sizes, whole, num_warps=4)
 
 
 # --------------------------------------------------------------------------------------- attention
