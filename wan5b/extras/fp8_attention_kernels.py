@@ -1,5 +1,6 @@
-"""The two Triton kernels of attention in float8 (fp8_attention.py). Only Hopper runs them, so
-nothing may import this file where there is no such GPU.
+"""The two kernels of attention in float8 (fp8_attention.py), in Triton and Gluon, which is Triton
+with layouts and barriers written out. Only Hopper runs them, so nothing may import this file where
+there is no such GPU.
 
 What a tensor core's product leaves in a thread's registers is not in the order in which the next
 product takes its left operand, if that is float8: of 16 columns a thread of four has two and two,
@@ -11,14 +12,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-# Queries and keys of a tile. Three programs of so many run on a multiprocessor at a time, so that
-# the products of one overlap the exponentials of another.
-QUERIES, KEYS = 64, 128
-WARPS, STAGES = 4, 2
 ROWS = 64  # that a program of `round_kernel` works on
 LARGEST = tl.constexpr(448.0)
+
+# Queries of a warpgroup (what its products take), keys of a tile, tiles in shared memory.
+QUERIES, KEYS, STAGES = 64, 128, 2
+bring = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # Triton 3.9 calls it so
+CONSUMERS = gl.constexpr(3)  # warpgroups that multiply: as many as the registers are enough for
 LOG2_E = 1.4426950408889634
 
 
@@ -82,8 +92,9 @@ def round_into(q8: Tensor, keys: Tensor, values: Tensor, first: int, q, k, v) ->
     b); q, k, v [B, S, N, K] bfloat16, of the same strides. R is a multiple of 16.
     """
     B, S, N, K = k.shape
-    assert q.stride() == k.stride() == v.stride()
+    assert q.stride()[1:] == k.stride()[1:] == v.stride()[1:]
     assert k.stride()[2:] == (K, 1)
+    assert B == 1 or q.stride(0) == k.stride(0) == v.stride(0)
     assert q8.stride()[1:] == keys.stride()[1:] == (N * K, K, 1)
     grid = (triton.cdiv(first % 16 + S, ROWS), N, B)
     q8_rows = q8.stride(0) // (N * K)
@@ -96,47 +107,149 @@ def round_into(q8: Tensor, keys: Tensor, values: Tensor, first: int, q, k, v) ->
 # --------------------------------------------------------------------------------------- attention
 
 
-@triton.jit
-def tile(
-    q,
-    k_tiles,
-    v_tiles,
-    k_row,
-    v_row,
-    head,
-    start,
-    length,
-    largest,
-    total,
-    sums,
-    scale,
-    MASKED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    K: tl.constexpr,
-):
-    """A tile of keys more: the largest score so far, the weights' sum and the weighted values."""
-    k = k_tiles.load([k_row + start, head * K])
-    scores = tl.dot(q, k.T)
-    if MASKED:
-        seen = start + tl.arange(0, BN) < length
-        scores = tl.where(seen[None, :], scores, -float("inf"))
-
-    larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+@gluon.jit
+def weigh(scores, largest, total, scale):
+    """A tile more of the softmax: its weights, and what fades the sums of the tiles before."""
+    larger = gl.maximum(largest, gl.max(scores, 1) * scale)
     # Up to 256 in place of 1: what is 2^-17 of the largest weight is still told from 0.
-    weights = tl.exp2(scores * scale - (larger - 8.0)[:, None])
-    fade = tl.exp2(largest - larger)
-    total = total * fade + tl.sum(weights, 1)
+    weights = gl.exp2(scores * scale - (larger - 8.0)[:, None])
+    fade = gl.exp2(largest - larger)
+    total = total * fade + gl.sum(weights, 1)
+    return weights, fade, larger, total
 
-    weights = weights.to(tl.float8e4nv)
+
+@gluon.jit
+def as_left_operand(weights, layout: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
+    """In float8, each in the thread it is in (`position`)."""
     weights = weights.reshape(BM, BN // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(BM, BN)
-    v = v_tiles.load([v_row, start])
-    # Added here, in float32: the tensor core's own sums of float8 products have some 13 bits.
-    sums = sums * fade[:, None] + tl.dot(weights, v.T)
-    return larger, total, sums
+    weights = gl.convert_layout(weights, layout, assert_trivial=True)
+    # Four at once: one by one they are packed and unpacked, in a third more instructions a tile.
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }
+        """,
+        "=r,r,r,r,r",
+        [weights],
+        dtype=gl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
 
 
-@triton.jit(do_not_specialize=["S", "length", "rows"])
+@gluon.jit
+def scores_of(q, k, there, read, i, zeros):
+    """Of the i-th tile of keys: [BM, BN]."""
+    stage = i % k.shape[0]
+    mbarrier.wait(there.index(stage), (i // k.shape[0]) & 1)
+    keys = k.index(stage).permute((1, 0))
+    running = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(running,))
+    mbarrier.arrive(read.index(stage), count=1)
+    return scores
+
+
+@gluon.jit
+def weighted(weights, v, there, read, i, zeros):
+    """Sums of the i-th tile of values: [BM, K]."""
+    stage = i % v.shape[0]
+    mbarrier.wait(there.index(stage), (i // v.shape[0]) & 1)
+    values = v.index(stage).permute((1, 0))
+    running = warpgroup_mma(weights, values, zeros, use_acc=False, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=(running,))
+    mbarrier.arrive(read.index(stage), count=1)
+    return sums
+
+
+@gluon.jit
+def consume(who: gl.constexpr, memory, there, read, out_ptr, scale, S, length, N: gl.constexpr):
+    """A group's queries over all keys."""
+    q, k, v = memory
+    q_there, k_there, v_there = there
+    k_read, v_read = read
+    BN: gl.constexpr = k.shape[1]
+    BM: gl.constexpr = q.shape[1]
+    K: gl.constexpr = q.shape[2]
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32])
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 32])
+    left: gl.constexpr = gl.DotOperandLayout(0, sums_layout, k_width=4)
+    of_scores: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    of_sums: gl.constexpr = gl.SliceLayout(1, sums_layout)
+    q = q.index(who)
+    no_scores = gl.zeros((BM, BN), gl.float32, scores_layout)
+    no_sums = gl.zeros((BM, K), gl.float32, sums_layout)
+    largest = gl.full((BM,), -float("inf"), gl.float32, of_scores)
+    total = gl.zeros((BM,), gl.float32, of_scores)
+    sums = no_sums
+    tiles = gl.cdiv(length, BN)
+
+    # The last tile comes first, so that no other needs a mask.
+    mbarrier.wait(q_there, 0)
+    scores = scores_of(q, k, k_there, k_read, 0, no_scores)
+    column = (tiles - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, scores_layout))
+    scores = gl.where((column < length)[None, :], scores, -float("inf"))
+
+    for i in range(1, tiles):
+        weights, fade, largest, total = weigh(scores, largest, total, scale)
+        weights = as_left_operand(weights, left, BM, BN)
+        part = weighted(weights, v, v_there, v_read, i - 1, no_sums)
+        # Added here, in float32: the tensor core's own sums of float8 products have some 13 bits.
+        sums = sums * gl.convert_layout(fade, of_sums)[:, None] + part
+        scores = scores_of(q, k, k_there, k_read, i, no_scores)
+
+    weights, fade, largest, total = weigh(scores, largest, total, scale)
+    weights = as_left_operand(weights, left, BM, BN)
+    part = weighted(weights, v, v_there, v_read, tiles - 1, no_sums)
+    sums = sums * gl.convert_layout(fade, of_sums)[:, None] + part
+
+    out = sums / gl.convert_layout(total, of_sums)[:, None]
+    row = (gl.program_id(0) * CONSUMERS + who) * BM + gl.arange(0, BM, of_sums)
+    channel = gl.program_id(1) * K + gl.arange(0, K, gl.SliceLayout(0, sums_layout))
+    place = (gl.program_id(2) * S + row).to(gl.int64)[:, None] * (N * K) + channel[None, :]
+    gl.store(out_ptr + place, out.to(gl.bfloat16), mask=(row < S)[:, None])
+
+
+@gluon.jit
+def produce(q_tiles, k_tiles, v_tiles, memory, there, read, rows, S, length, N: gl.constexpr):
+    """Bring what the others consume, each tile when its place is free."""
+    head = gl.program_id(1)
+    b = gl.program_id(2)
+    q, k, v = memory
+    q_there, k_there, v_there = there
+    k_read, v_read = read
+    STAGES: gl.constexpr = k.shape[0]
+    BN: gl.constexpr = k.shape[1]
+    BM: gl.constexpr = q.shape[1]
+    K: gl.constexpr = q.shape[2]
+
+    mbarrier.expect(q_there, CONSUMERS * q_tiles.block_type.nbytes)
+    for who in gl.static_range(CONSUMERS):
+        row = b * S + (gl.program_id(0) * CONSUMERS + who) * BM
+        bring(q_tiles, [row, head * K], q_there, q.index(who))
+
+    tiles = gl.cdiv(length, BN)
+    for i in range(tiles):
+        start = (i + tiles - 1) % tiles * BN
+        stage = i % STAGES
+        before = (i // STAGES & 1) ^ 1
+        mbarrier.wait(k_read.index(stage), before)
+        full = k_there.index(stage)
+        mbarrier.expect(full, k_tiles.block_type.nbytes)
+        place = [b * rows + start, head * K]
+        bring(k_tiles, place, full, k.index(stage))
+
+        mbarrier.wait(v_read.index(stage), before)
+        full = v_there.index(stage)
+        mbarrier.expect(full, v_tiles.block_type.nbytes)
+        place = [(b * N + head) * K, start]
+        bring(v_tiles, place, full, v.index(stage))
+
+
+@gluon.jit(do_not_specialize=["S", "length", "rows"])
 def attend_kernel(
     q_tiles,
     k_tiles,
@@ -146,37 +259,53 @@ def attend_kernel(
     length,
     rows,
     scale,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    STAGES: tl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    first = tl.program_id(0) * BM
-    head = tl.program_id(1)
-    b = tl.program_id(2)
-    k_row = b * rows
-    v_row = (b * N + head) * K
+    """Three groups of BM queries of a head over all its keys, BN at a time.
 
-    q = q_tiles.load([b * S + first, head * K])
-    largest = tl.full((BM,), -float("inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    sums = tl.zeros((BM, K), tl.float32)
-    whole = length // BN * BN
-    for start in tl.range(0, whole, BN, num_stages=STAGES):
-        largest, total, sums = tile(
-            q, k_tiles, v_tiles, k_row, v_row, head, start, length, largest, total, sums, scale,
-            False, BM, BN, K,
-        )  # fmt: skip
-    if whole < length:
-        largest, total, sums = tile(
-            q, k_tiles, v_tiles, k_row, v_row, head, whole, length, largest, total, sums, scale,
-            True, BM, BN, K,
-        )  # fmt: skip
+    Each group is a warpgroup's; a warp beside them brings the tiles into shared memory. While one
+    group multiplies the others take exponentials, and the tiles serve all three: a program of one
+    group alone is held up by what it reads.
+    """
+    q = gl.allocate_shared_memory(gl.float8e4nv, [CONSUMERS, BM, K], q_tiles.layout)
+    k = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, K], k_tiles.layout)
+    v = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, K, BN], v_tiles.layout)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_there = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    k_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    mbarrier.init(q_there, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_there.index(stage), count=1)
+        mbarrier.init(v_there.index(stage), count=1)
+        mbarrier.init(k_read.index(stage), count=CONSUMERS)
+        mbarrier.init(v_read.index(stage), count=CONSUMERS)
 
-    row = first + tl.arange(0, BM)
-    place = (b * S + row[:, None]).to(tl.int64) * (N * K) + head * K + tl.arange(0, K)[None, :]
-    tl.store(out_ptr + place, (sums / total[:, None]).to(tl.bfloat16), mask=(row < S)[:, None])
+    memory = (q, k, v)
+    there = (q_there, k_there, v_there)
+    read = (k_read, v_read)
+    gl.warp_specialize(
+        [
+            (consume, (0, memory, there, read, out_ptr, scale, S, length, N)),
+            (consume, (1, memory, there, read, out_ptr, scale, S, length, N)),
+            (consume, (2, memory, there, read, out_ptr, scale, S, length, N)),
+            (produce, (q_tiles, k_tiles, v_tiles, memory, there, read, rows, S, length, N)),
+        ],
+        [4, 4, 1],  # warps of all but the first
+        [160, 160, 24],  # their registers a thread
+    )
+
+
+def tiles_of(x: Tensor, shape: list[int], stride: int, tile: list[int]) -> TensorDescriptor:
+    """x as rows, to be read tile by tile; what lies behind them is read as zeros."""
+    layout = gl.NVMMASharedLayout.get_default_for(tile, gl.float8e4nv)
+    return TensorDescriptor(x, shape, [stride, 1], tile, layout)
 
 
 def attend(q8: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
@@ -186,19 +315,15 @@ def attend(q8: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
     lays them; parts of a larger memory of the same strides. All R rows must be finite.
     """
     B, S, N, K = q8.shape
+    assert q8.is_contiguous()
     rows = values.stride(2)  # of the memory
     out = torch.empty(B, S, N, K, dtype=torch.bfloat16, device=q8.device)
-    q_tiles = TensorDescriptor.from_tensor(q8.view(B * S, N * K), [QUERIES, K])
-    # What lies behind the last row is read as zeros.
-    k_shape = [(B - 1) * rows + keys.shape[1], N * K]
-    v_shape = [B * N * K, values.shape[3]]
-    k_tiles = TensorDescriptor(keys, k_shape, [N * K, 1], [KEYS, K])
-    v_tiles = TensorDescriptor(values, v_shape, [rows, 1], [K, KEYS])
+    q_tiles = tiles_of(q8, [B * S, N * K], N * K, [QUERIES, K])
+    k_tiles = tiles_of(keys, [(B - 1) * rows + keys.shape[1], N * K], N * K, [KEYS, K])
+    v_tiles = tiles_of(values, [B * N * K, values.shape[3]], rows, [K, KEYS])
     scale = K**-0.5 * LOG2_E
-    grid = (triton.cdiv(S, QUERIES), N, B)
+    grid = (triton.cdiv(S, CONSUMERS.value * QUERIES), N, B)
     sizes = (S, length, rows, scale, N, K, QUERIES, KEYS, STAGES)
     with torch.cuda.device(q8.device):
-        attend_kernel[grid](
-            q_tiles, k_tiles, v_tiles, out, *sizes, num_warps=WARPS, num_stages=STAGES
-        )
+        attend_kernel[grid](q_tiles, k_tiles, v_tiles, out, *sizes, num_warps=4)
     return out
