@@ -24,7 +24,7 @@ from tqdm import tqdm
 from wan5b import fsdp, fuse
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import adapters, checkpoints, gan, log, phases
+from wan5b.extras import adapters, checkpoints, gan, graphs, log, phases
 from wan5b.extras.budget import Meter, afford, expected, free, peak
 from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
 from wan5b.extras.cli import DEVICES, script
@@ -187,8 +187,15 @@ def network(
     model = world.shard(model.requires_grad_(trained)).to_empty(device=world.device)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
+    if who == "generator" and cfg.stage in DISTILLATIONS and replayable(cfg, world):
+        graphs.record(model)
     arrange(model, cfg.keep_attention, cfg.split_attention)
     return model, tensors
+
+
+def replayable(cfg: Config, world: fsdp.World) -> bool:
+    """Whether a rollout's forwards go as CUDA graphs: its weights have to stay where they are."""
+    return cfg.compile and world.device.type == "cuda" and world.mesh is None
 
 
 # --------------------------------------------------------------------------------------------- loop
