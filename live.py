@@ -70,7 +70,6 @@ from wan5b.extras.endless import Contexts, Endless, Job, plan
 from wan5b.extras.files import note_cut
 from wan5b.extras.formats import load_dit, load_t5, load_tokenizer, load_vae
 from wan5b.extras.fp8 import quantize_blocks
-from wan5b.extras.fp8_attention import Fp8Cache
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.options import Parser
 from wan5b.extras.plan import note
@@ -78,7 +77,6 @@ from wan5b.extras.sampling import MODES
 from wan5b.extras.server import Server
 from wan5b.extras.studio import Studio
 from wan5b.extras.texts import encode_prompts
-from wan5b.kvcache import KVCache
 from wan5b.t5 import NEGATIVE_PROMPT
 
 
@@ -182,8 +180,7 @@ def bind(args: argparse.Namespace) -> Server:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     job = plan(args)
-    if args.fp8_attention:
-        fp8_attention.check(job.sampler["causal"], job.cfg.head_dim, job.dtype, args.device)
+    kind = fp8_attention.kind_of_cache(args, job)
     server = bind(args)
 
     # The networks, all of which stay.
@@ -206,7 +203,7 @@ def main(args: argparse.Namespace) -> None:
         graphs.record(model)
 
     # Videos. All share one cache, and with it its CUDA graphs.
-    new_cache = functools.cache(Fp8Cache if args.fp8_attention else KVCache)
+    new_cache = functools.cache(kind)
     changes = {"interpolate": args.interpolate or 1, "anew": args.anew}
     make = Endless(job, model, (encoder, decoder), contexts, new_cache, **changes)
     print("warming up ...", flush=True)

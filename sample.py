@@ -102,7 +102,6 @@ from wan5b.extras.cli import script
 from wan5b.extras.clips import Clip, contexts, make_record, rows_of, write
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.fp8 import quantize_blocks
-from wan5b.extras.fp8_attention import Fp8Cache
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
@@ -110,7 +109,6 @@ from wan5b.extras.report_plot import leave_beside
 from wan5b.extras.resume import Progress, begin, fingerprint, note_changes
 from wan5b.extras.sampling import draw_noise, generate
 from wan5b.extras.texts import embed
-from wan5b.kvcache import KVCache
 from wan5b.t5 import NEGATIVE_PROMPT
 
 
@@ -122,8 +120,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     job = plan(args)
-    if args.fp8_attention:
-        fp8_attention.check(job.sampler["causal"], job.cfg.head_dim, job.dtype, args.device)
+    kind = fp8_attention.kind_of_cache(args, job)
 
     # Text first: the encoder is gone before the DiT comes.
     texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts)]
@@ -162,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
         graphs.record(model)
 
     # The clips. All share one cache, and with it its CUDA graphs.
-    new_cache = functools.cache(Fp8Cache if args.fp8_attention else KVCache)
+    new_cache = functools.cache(kind)
     size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
     rows = rows_of(texts, context.to(args.device, job.dtype), job.sampler["guidance"])
 

@@ -187,15 +187,9 @@ def network(
     model = world.shard(model.requires_grad_(trained)).to_empty(device=world.device)
     fill(model, tensors, fsdp.copy_part, path)
     model.checkpointing = cfg.checkpointing
-    if who == "generator" and cfg.stage in DISTILLATIONS and replayable(cfg, world):
-        graphs.record(model)
+    graphs.record_rollouts(cfg, world, who, model)
     arrange(model, cfg.keep_attention, cfg.split_attention)
     return model, tensors
-
-
-def replayable(cfg: Config, world: fsdp.World) -> bool:
-    """Whether a rollout's forwards go as CUDA graphs: its weights have to stay where they are."""
-    return cfg.compile and world.device.type == "cuda" and world.mesh is None
 
 
 # --------------------------------------------------------------------------------------------- loop

@@ -553,6 +553,13 @@ def test_graphs_repeat_the_forwards(options):
             graphs.forget(net)
         assert sum(graph is not None for graph in recorder.of_cache[cache].values()) > 2
 
+        # Their memory goes with them; what is recorded later has its own.
+        del cache
+        assert not recorder.of_cache
+        net.compute = recorder
+        assert rel(run(new_cache(net, frames, **options), 2), plain) < 1e-5
+        graphs.forget(net)
+
 
 @torch.no_grad()
 def test_the_place_of_a_forward_is_that_of_a_turn_of_the_ring_before(model):

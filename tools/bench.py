@@ -53,7 +53,7 @@ VARIANTS = ("eager", "compiled", "compiled fp8", "compiled fp8 vae")
 VARIANTS += ("compiled fp8 vae attention",)
 SIGMAS = few_step_sigmas()
 DECODED = 6  # latent frames on which the VAE's error is measured
-HEADER = f"{'':24}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'p50':>8}{'p99':>8}{'GiB':>8}"
+HEADER = f"{'':32}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'p50':>8}{'p99':>8}{'GiB':>8}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -247,7 +247,7 @@ def row(name: str, marks: list[float], bound: float, frames: int, peak: int) -> 
     steps = durations(marks)
     whole = marks[-1]
     return (
-        f"{name:24}{whole:8.2f}{bound / whole:9.0%}{frames / whole:7.1f}{marks[0]:8.2f}"
+        f"{name:32}{whole:8.2f}{bound / whole:9.0%}{frames / whole:7.1f}{marks[0]:8.2f}"
         f"{share(steps, 0.5):8.3f}{share(steps, 0.99):8.3f}{peak / GIB:8.1f}"
     )
 
@@ -374,14 +374,14 @@ class Bench:
         noise = self.clip.noise
         forward = seconds(lambda: self.sampler.model(noise, 0.5, self.sampler.context), 3, 1)
         share = self.bounds["teacher"] / forward
-        lines.append(f"{variant + ' teacher':24}{forward:8.2f}{share:9.0%}")
+        lines.append(f"{variant + ' teacher':32}{forward:8.2f}{share:9.0%}")
         return lines
 
     def on_end(self, variant: str, cache: KVCache) -> str:
         """Clips one behind the other, so that neither GPU waits for the first or the last chunk."""
         marks = self.sampler.play(self.clip, cache, times=4)
         frames = 4 * self.clip.pixel_frames
-        return f"{variant + ' 4 on end':24}{marks[-1]:8.2f}{'':9}{frames / marks[-1]:7.1f}"
+        return f"{variant + ' 4 on end':32}{marks[-1]:8.2f}{'':9}{frames / marks[-1]:7.1f}"
 
     def errors(self, variant: str, cache: KVCache) -> list[str]:
         """Of the latents, against float32 and against the compiled ones."""

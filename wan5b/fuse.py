@@ -48,12 +48,11 @@ def fused(piece: Callable) -> Callable:
     return call
 
 
-@cache
 def _read_rows_once() -> None:
     """Have GPU kernels hold a row of up to 4,096 numbers in registers while they reduce it.
 
-    By itself the compiler does so up to 1,024, and reads the rows of our norms twice. Not those that
-    RoPE turns, which are read in two orders: that is slower.
+    By itself the compiler does so up to 1,024, and reads the rows of our norms twice. Not for rows
+    that RoPE turns, which are read in two orders: for these it is slower.
     """
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
@@ -62,12 +61,12 @@ def _read_rows_once() -> None:
     class Choices(InductorChoices):
         @staticmethod
         def should_use_persistent_reduction(features, cooperative_reduction: bool) -> bool:
-            along_rows = features.get_reduction_hint() == ReductionHint.INNER
+            row = features.get_reduction_hint() == ReductionHint.INNER
             fits = V.graph.sizevars.statically_known_leq(features.reduction_numel, 4096)
             nodes = [node.node for node in features.scheduler_nodes()]
-            targets = {origin.target for node in nodes for origin in node.get_origins()}
-            if along_rows and fits and torch.ops.prims.rev.default not in targets:
-                return True
-            return InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            done = {origin.target for node in nodes for origin in node.get_origins()}
+            once = row and fits and torch.ops.prims.rev.default not in done
+            by_itself = InductorChoices.should_use_persistent_reduction
+            return once or by_itself(features, cooperative_reduction)
 
     V.set_choices_handler(Choices())

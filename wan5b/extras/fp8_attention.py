@@ -6,6 +6,8 @@ and e4m3 has the same three bits from 2^-6 to 448. Values are not normed, but as
 end. What is larger becomes 448.
 """
 
+from argparse import Namespace
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,14 @@ def check(causal: bool, head_dim: int, dtype: torch.dtype, device: str | torch.d
         wrong = f"needs heads of {HEAD_DIM} channels, not {head_dim}"
     if wrong:
         raise ValueError(f"float8 attention {wrong}: leave out --fp8-attention")
+
+
+def kind_of_cache(args: Namespace, job) -> type[KVCache]:
+    """By a sampling script's options. job: what it plans. ValueError as by `check`."""
+    if not args.fp8_attention:
+        return KVCache
+    check(job.sampler["causal"], job.cfg.head_dim, job.dtype, args.device)
+    return Fp8Cache
 
 
 class Fp8Cache(KVCache):

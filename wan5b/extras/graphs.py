@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from wan5b.dit import WanDiT
+from wan5b.fsdp import World
 from wan5b.kvcache import CachedAttention
+from wan5b.stages import DISTILLATIONS
 
 
 class Recorded(NamedTuple):
@@ -35,7 +37,6 @@ class Graphs:
         self.of_cache = (
             WeakKeyDictionary()
         )  # cache -> key -> Recorded, or None after a first forward
-        self.pool = None
         self.stream = None  # in which they are recorded: blocks of a pool belong to one
 
     def __call__(self, x, sigma, rope, frames, attend, context, text=None) -> Tensor:
@@ -61,21 +62,33 @@ class Graphs:
 
     def _record(self, inputs, frames, attend, text) -> Recorded:
         graph = torch.cuda.CUDAGraph()
+        # A pool is gone with the last of its graphs: a new one begins then.
+        others = (one for known in self.of_cache.values() for one in known.values() if one)
+        pool = next((other.graph.pool() for other in others), None)
         own = tuple(x.clone() for x in inputs)
         # On the network's GPU, which need not be the current one. Thread-local: other threads may
         # copy meanwhile.
         place = own[0].device
         self.stream = self.stream or torch.cuda.Stream(place)
-        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        how = {"pool": pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.device(place), torch.cuda.graph(graph, **how):
             out = self.compute(*own, frames, attend, None, text)
-        self.pool = graph.pool()
         return Recorded(graph, own, out)
 
 
 def record(model: WanDiT) -> None:
     """Put CUDA graphs around the model's cached forwards without grad."""
     model.compute = Graphs(model.compute)
+
+
+def record_rollouts(cfg, world: World, who: str, model: WanDiT) -> None:
+    """`record` for the generator of a training run, where its weights stay: in one process.
+
+    cfg: train.py's Config. who: the network's part in it.
+    """
+    rolls_out = who == "generator" and cfg.stage in DISTILLATIONS
+    if rolls_out and cfg.compile and world.device.type == "cuda" and world.mesh is None:
+        record(model)
 
 
 def forget(model: WanDiT) -> None:
