@@ -120,11 +120,11 @@ class AdamW:
 
     def _take(self, name: str, parameter: Tensor) -> None:
         """After a backward: take the gradient over, so that none adds up in the compute dtype."""
-        grad = local(parameter.grad).float()
+        grad = local(parameter.grad)
         if name in self.grads:
-            self.grads[name].add_(grad)
+            self.grads[name].add_(grad)  # in float32, with no copy before
         else:
-            self.grads[name] = grad
+            self.grads[name] = grad.float()
         parameter.grad = None
 
     def master(self, name: str) -> Tensor:
