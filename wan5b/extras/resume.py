@@ -344,7 +344,7 @@ def checksum(text: str, tensors: dict[str, Tensor]) -> str:
 
 def read_about(path: str | Path) -> dict:
     """What a state says of its clip, not checked against its checksum yet. ValueError, naming the
-    file, if it can't be read or is none.
+    file, if it can't be read or is none, or has no checksum.
     """
     path = Path(path)
     if not path.name.endswith(STATE):
@@ -353,7 +353,14 @@ def read_about(path: str | Path) -> dict:
         why = "a clip has one from --state-every seconds (60) on, until it is finished"
         raise ValueError(f"--resume {path}: no such file; {why}")
     with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {})["state"])
+        said = file.metadata() or {}
+        about = json.loads(said["state"])
+    if "checksum" not in said:
+        raise ValueError(
+            f"{path} has no checksum, which states of the first versions had not: whether it is "
+            "whole can't be checked; go on with the version that wrote it, or begin the clip anew"
+        )
+    return about
 
 
 def read_state(path: str | Path) -> State:
