@@ -99,14 +99,14 @@ from wan5b import fuse
 from wan5b.extras import fp8_attention, graphs, options, random_weights
 from wan5b.extras.cards import place_of_vae
 from wan5b.extras.cli import script
-from wan5b.extras.clips import Clip, contexts, make_record, rows_of, write
+from wan5b.extras.clips import Clip, contexts, make_record, note_changes, rows_of, write
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.extras.fp8 import quantize_blocks
 from wan5b.extras.fp8_vae import quantize_decoder
 from wan5b.extras.framing import fit
 from wan5b.extras.plan import plan
 from wan5b.extras.report_plot import leave_beside
-from wan5b.extras.resume import Progress, begin, fingerprint, note_changes
+from wan5b.extras.resume import Progress, begin, fingerprint
 from wan5b.extras.sampling import draw_noise, generate
 from wan5b.extras.texts import embed
 from wan5b.t5 import NEGATIVE_PROMPT
@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
         source = args.weights or args.release
         model = load_dit(source, args.device, job.dtype, **job.options)
     known_by = fingerprint(model)
-    note_changes(args.settings, known_by, job.sampler)
+    note_changes(args.settings, known_by, job.found)
     if args.fp8:
         quantize_blocks(model)
     fuse.enable(args.compile)

@@ -335,6 +335,31 @@ def test_changed_data_do_not_resume(data, tmp_path, command, capsys):
     assert f"step-0000003 was made with other latents than {moved} holds now" in line
 
 
+def test_what_is_not_known_is_not_called_another(data, tmp_path, command, capsys):
+    """A checkpoint from before they noted what data held, and exports that others have written."""
+    out = tmp_path / "out"
+    finish(config(data, "ar", out, steps=2))
+    final = out / "ar.safetensors"
+    kept = final.rename(tmp_path / "kept.safetensors")
+    capsys.readouterr()
+    toml = write_toml(tmp_path / "a.toml", values(data, "ar", out, steps=2))
+    facts = out / "step-0000002/facts.json"
+    said = json.loads(facts.read_text())
+    way_out = "can't be checked; go on with what wrote it, or choose another out"
+    settings, held = "with which settings it was made", "what its data held"
+
+    del said["data"]
+    facts.write_text(json.dumps(said))
+    line = refused(command, toml)
+    assert f"{facts.parent} does not say {held}: an earlier version or another" in line
+    assert line.endswith(way_out)
+    del said["training"]
+    facts.write_text(json.dumps(said))
+    assert f"{facts.parent} does not say {settings}, nor {held}: " in refused(command, toml)
+    save_file(load_file(kept), final)
+    assert f"{final} does not say {settings}, nor {held}: " in refused(command, toml)
+
+
 def test_another_vae_is_noted_where_it_trains(data, tmp_path):
     """Long rollouts learn from its pictures; elsewhere it only shows what is made."""
     for name in ("here", "moved", "other"):

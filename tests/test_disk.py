@@ -22,7 +22,7 @@ import pytest
 import torch
 from common import GOLDEN
 from safetensors import SafetensorError
-from training import DIT, ENVIRONMENT, config, finish, make_run, names
+from training import DIT, ENVIRONMENT, config, finish, make_run, names, values, write_toml
 
 import sample
 import train
@@ -379,6 +379,39 @@ def test_a_full_disk_of_one_process_is_told_by_all(tmp_path):
         assert told["loaded"][0] is None
 
 
+def member(toml: str) -> None:
+    """train.py, of which process 0 alone has no room for its log."""
+    sys.argv = ["train.py", toml]
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "0":
+            patch.setattr(log, "append", unwritten)
+        cli.script(train.run)
+
+
+def unwritten(out: Path, metrics: dict) -> None:
+    with util.writing(out / log.METRICS):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_one_process_writes_alone_ends_the_others_in_a_line(data, tmp_path):
+    toml = write_toml(tmp_path / "a.toml", values(data, "ar", tmp_path / "run"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, "--log-dir", tmp_path, "--redirects", "3", __file__, toml]
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, timeout=200, capture_output=True
+    )
+    assert done.returncode == 1
+    told = []
+    for rank in range(2):
+        (said,) = tmp_path.glob(f"*/attempt_0/{rank}/stderr.log")
+        assert "Traceback" not in said.read_text()
+        told.append(said.read_text().splitlines()[-1])
+    assert re.fullmatch(f"train.py: error: cannot write .*metrics.jsonl: {FULL}{FREE}", told[0])
+    ended = "another process of this run has ended, its own lines say why"
+    assert re.fullmatch(rf"train.py: error: {ended} \(.*Connection closed by peer.*\)", told[1])
+
+
 # --------------------------------------------------------------------------------- of what is told
 
 
@@ -441,4 +474,6 @@ def test_the_longest_name_is_one_of_which_all_files_can_be_written(tmp_path, mon
 
 
 if __name__ == "__main__":
+    if sys.argv[1].endswith(".toml"):
+        member(sys.argv[1])
     worker(Path(sys.argv[1]))

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from release import make_release
 from resuming import runner
 from safetensors.torch import load_file
@@ -190,6 +191,48 @@ def test_a_recipe_that_was_changed_meanwhile(run, tmp_path, state):
     recipe.write_text(RECIPE)
     recipe.rename(tmp_path / "mine.toml")
     assert run.until("--resume", state, "--recipe", tmp_path / "mine.toml", after=1) is not None
+
+
+def test_another_picture(run, tmp_path, state):
+    """Under the same name; the same one under another name goes on."""
+    picture = tmp_path / "a.png"
+    content = picture.read_bytes()
+    first = run.until("--image", picture, "--frames", "73", after=3)
+    before = names(tmp_path)
+    Image.new("RGB", (64, 32), (200, 40, 91)).save(picture)
+    with pytest.raises(ValueError, match="begun with another image; name the files"):
+        run("--resume", state)
+    assert names(tmp_path) == before
+    (tmp_path / "b.png").write_bytes(content)
+    rest = run("--resume", state, "--image", tmp_path / "b.png")
+    assert len(first) + len(rest) == 73
+    assert read_json(tmp_path / "a.json")["inputs"]["image"]
+
+
+def test_another_text_encoder(run, tmp_path, state):
+    """What is left of the clip would be shown other contexts."""
+    run.until(after=3)
+    moved = shutil.copytree(run.release, tmp_path / "moved")
+    file = moved / "models_t5_umt5-xxl-enc-bf16.pth"
+    weights = torch.load(file)
+    weights["token_embedding.weight"][5] += 1
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match="begun with another t5; name the files"):
+        run("--resume", state, "--release", moved)
+    assert run.until("--resume", state, after=1) is not None
+
+
+def test_a_state_that_says_nothing_of_its_files(run, tmp_path, state, capsys):
+    """Of an earlier version: it goes on, and nobody is told that they are known to be the same."""
+    run.until("--image", tmp_path / "a.png", "--frames", "73", after=3)
+    about = read_state(state).about
+    del about["inputs"]
+    write_state(state, about, load_file(state))
+    capsys.readouterr()
+    run("--resume", state)
+    said = "does not say what its image, t5 held: whether they do still can't be checked"
+    assert f"note: {state} {said}" in capsys.readouterr().err
+    assert "inputs" not in read_json(tmp_path / "a.json")
 
 
 def test_another_vae(run, tmp_path, state, monkeypatch):

@@ -251,6 +251,7 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     if saved.is_dir():
         check_checkpoint(saved)
     known = read_metadata(saved)
+    _check_known(saved, known)
     free = FREE if cfg.decay else FREE | {"steps"}  # the decay's length
     changed = changed_settings(cfg, known, free)
     if changed:
@@ -268,6 +269,22 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
     step = known["step"]
     if step > cfg.steps:
         raise ValueError(f"{saved} is beyond steps = {cfg.steps}; raise it or choose another out")
+
+
+def _check_known(saved: Path, known: dict) -> None:
+    """ValueError if a checkpoint or an export does not say what it would be compared by, which is
+    not to be taken for other settings or data.
+
+    known: what it says of itself.
+    """
+    parts = {"training": "with which settings it was made", "data": "what its data held"}
+    unsaid = [text for part, text in parts.items() if part not in known]
+    if unsaid:
+        raise ValueError(
+            f"{saved} does not say {', nor '.join(unsaid)}: an earlier version or another program "
+            "wrote it, and whether it is this run's can't be checked; go on with what wrote it, or "
+            "choose another out"
+        )
 
 
 def newest(cfg, data: dict[str, str]) -> Path | None:

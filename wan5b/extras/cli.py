@@ -1,6 +1,7 @@
 """What scripts share: the devices that they may name, and how they end."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,8 @@ class Gathered(argparse.Action):
 
 
 def script(main: Callable[[], Any]) -> None:
-    """Run a script: a user's mistake is one line on stderr and exit code 2.
+    """Run a script: a user's mistake is one line on stderr and exit code 2. Of a run's processes
+    the others, which it leaves without an answer, say in a line that this is why they end.
 
     Ctrl-C is code 130, SIGTERM 143: both end it as errors do, so what is finished is left whole.
     """
@@ -49,10 +51,14 @@ def script(main: Callable[[], Any]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
         cause = first_line(error) or type(error).__name__
-        wrong = f"out of memory; take a smaller size, fewer frames or a smaller batch ({cause})"
+        if is_out_of_memory(error):
+            wrong = f"out of memory; take a smaller size, fewer frames or a smaller batch ({cause})"
+        elif is_of_lost_process(error):
+            cause = cause.partition(". ")[0]  # advice follows
+            wrong = f"another process of this run has ended, its own lines say why ({cause})"
+        else:
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {wrong}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -69,6 +75,11 @@ def _interruptible(main: Callable[[], Any]) -> Any:
         if not isinstance(error, OSError):
             raise_interrupted(error)
         raise
+
+
+def is_of_lost_process(error: Exception) -> bool:
+    """Whether gloo has lost the connection to another process: it has no type of error for that."""
+    return re.match(r"\[\S*/gloo/transport/\S*\] Connection closed by peer", str(error)) is not None
 
 
 def is_out_of_memory(error: Exception) -> bool:

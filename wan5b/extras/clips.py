@@ -19,12 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan5b.extras.cards import carried, decode_frames, place_of
+from wan5b.extras.digest import digest, digest_of_all
 from wan5b.extras.disk import check_room
 from wan5b.extras.files import sheet_indices, write_sheet
+from wan5b.extras.formats import candidates
 from wan5b.extras.media import FPS
 from wan5b.extras.mp4 import VideoWriter
-from wan5b.extras.resume import STATE, Progress
-from wan5b.util import FULL, not_written, origin, write_json, write_tensors
+from wan5b.extras.resume import STATE, Progress, note_unknown
+from wan5b.util import FULL, not_written, origin, read_json, write_json, write_tensors
 
 LEAST = 2**16  # bytes that a clip takes, its record among them, however short it is
 NAME_BYTES = 255  # of a file's name, at most, where files usually lie
@@ -96,6 +98,25 @@ def claim(
         raise ValueError(f"{wrong}; choose another --out") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write to the folder {folder}; choose another --out")
+
+
+def inputs_of(args: Namespace) -> dict[str, str]:
+    """Digests of the files that clips are made from, as far as a record does not hold what is in
+    them: image or video; vae and t5, the networks of the release. Of the DiT, LoRAs among it, a
+    record has the fingerprint; of prompts the texts; of a recipe what it comes to.
+
+    What is missing has none: whoever opens it says so.
+    """
+    inputs = {}
+    for name in ("image", "video"):
+        path = getattr(args, name)
+        if path and Path(path).is_file():
+            inputs[name] = digest_of_all(path)
+    for kind in () if args.random_weights else ("vae", "t5"):
+        for file in candidates(Path(args.release), kind)[:1]:
+            # An index only names the files of a folder.
+            inputs[kind] = digest(file.parent if file.suffix == ".json" else file)
+    return inputs
 
 
 def make_record(options: dict, clip: Clip, frames: int, found: dict) -> dict:
@@ -198,6 +219,37 @@ def _option(action: Action, value):
     if action.choices and value not in action.choices:
         raise ValueError(f"{action.dest} is {value!r}, not one of {', '.join(action.choices)}")
     return value
+
+
+def note_changes(settings: str | None, known_by: str, found: dict) -> None:
+    """A line for the user if a record that is to be repeated was of other weights, of files that
+    hold something else by now, or was sampled in another way: by a recipe that has been edited
+    since, say.
+
+    settings: the record's path, if any. known_by: the weights' fingerprint now. found: what a
+    record of now has beside its options.
+    """
+    if not settings:
+        return
+    recorded = read_json(Path(settings))
+    found = json.loads(json.dumps(found))
+    others = [] if recorded.get("weights") in (None, known_by) else ["weights"]
+    if "inputs" not in recorded:
+        note_unknown(settings, found["inputs"])
+    for part in ("inputs", "sampler"):
+        before, now = recorded.get(part), found[part]
+        if isinstance(before, dict):
+            follow = {"chunks", "cuts"}  # from --frames
+            names = sorted((before.keys() | now.keys()) - follow)
+            others += [name for name in names if before.get(name) != now.get(name)]
+    # Of a recipe also what is no argument of `generate`.
+    before = recorded.get("recipe")
+    if isinstance(before, dict):
+        names = {"fps", "cut_prefix"} & before.keys()
+        others += sorted(name for name in names if before[name] != found["recipe"][name])
+    if others:
+        text = f"{settings} was made with other {', '.join(others)}: this clip will differ"
+        print(f"note: {text}", file=sys.stderr)
 
 
 def check_finite(flag: Tensor, path: Path) -> None:

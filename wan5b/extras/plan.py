@@ -27,7 +27,7 @@ from wan5b.extras.chunking import (
     spread,
     switches,
 )
-from wan5b.extras.clips import REPORTS, Clip, claim, name_clips
+from wan5b.extras.clips import REPORTS, Clip, claim, inputs_of, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
 from wan5b.extras.fp8 import check_fp8
@@ -135,7 +135,7 @@ def _plan(args: Namespace) -> Job:
     clips_made = f"{len(clips)} x {frames} frames, {size[0]}x{size[1]}"
     print(f"{clips_made}; {describe_chunks(prefix, sampler)}")
     print(f"{found.name} ({found.why}): {describe(recipe, sampler)}")
-    record = for_record(found, weights, size, sampler)
+    record = for_record(found, weights, size, sampler) | {"inputs": inputs_of(args)}
     about_clips = (pixels, size, frames, recipe.fps, sampler, clips, record)
     # With scenes, with latents that are all kept or decoded late, a state would not be small.
     keeps = recipe.causal and not (sampler["cuts"] or args.low_memory or args.latents)

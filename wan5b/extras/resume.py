@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wan5b.extras import remux
 from wan5b.extras.cards import place_of
 from wan5b.extras.past import Commit, Past
-from wan5b.util import finite, first_line, read_json, reading, rng, write_tensors
+from wan5b.util import finite, first_line, reading, rng, write_tensors
 from wan5b.vae22 import Stream
 
 STATE = ".state.safetensors"  # the suffix, in place of the clip's .mp4
@@ -226,12 +226,33 @@ class KeptProgress(Progress):
             raise ValueError(f"{self.path} is not of a clip of this length and size")
         if about["weights"] != self.record["weights"]:
             raise ValueError(f"{self.path}: other weights made the clip so far; name those")
+        self._check_inputs(about.get("inputs"))
         for name in ("size", "sampler"):
             if json.loads(json.dumps(self.record[name])) != about[name]:
                 raise ValueError(
                     f"{self.path}: the clip was begun with another {name}, {about[name]}; name the "
                     "recipe that it was begun with, as it was"
                 )
+
+    def _check_inputs(self, before: dict | None) -> None:
+        """ValueError if a file that the clip was begun with holds something else by now.
+
+        before: as of clips.inputs_of; None: of a version that did not note them. Then neither does
+        the record of the clip that goes on: nobody knows that they are the same.
+        """
+        now = dict(self.record["inputs"])
+        # By the decoder's fingerprint the VAE is known in any layout.
+        now.pop("vae", None)
+        if before is None:
+            self.record = {name: self.record[name] for name in self.record if name != "inputs"}
+            note_unknown(self.path, now)
+            return
+        others = [name for name, value in now.items() if before.get(name) != value]
+        if others:
+            raise ValueError(
+                f"{self.path}: the clip was begun with another {', '.join(others)}; name the files "
+                "that it was begun with, as they were"
+            )
 
 
 def begin(
@@ -323,7 +344,7 @@ def checksum(text: str, tensors: dict[str, Tensor]) -> str:
 
 def read_about(path: str | Path) -> dict:
     """What a state says of its clip, not checked against its checksum yet. ValueError, naming the
-    file, if it can't be read or is none.
+    file, if it can't be read or is none, or has no checksum.
     """
     path = Path(path)
     if not path.name.endswith(STATE):
@@ -332,7 +353,14 @@ def read_about(path: str | Path) -> dict:
         why = "a clip has one from --state-every seconds (60) on, until it is finished"
         raise ValueError(f"--resume {path}: no such file; {why}")
     with reading(path, "no state of a clip"), safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {})["state"])
+        said = file.metadata() or {}
+        about = json.loads(said["state"])
+    if "checksum" not in said:
+        raise ValueError(
+            f"{path} has no checksum, which states of the first versions had not: whether it is "
+            "whole can't be checked; go on with the version that wrote it, or begin the clip anew"
+        )
+    return about
 
 
 def read_state(path: str | Path) -> State:
@@ -353,6 +381,7 @@ def read_state(path: str | Path) -> State:
             about["chunks"] > 0 and isinstance(about["video"], str),
             about["pictures"] > 0 and isinstance(about["begins"], str) and about["begins"],
             all(name in about for name in ("size", "sampler", "weights", "vae")),
+            isinstance(about.get("inputs", {}), dict),
             finite(state.latents) and finite(state.tail),
             all(map(is_level, about.get("levels", []), sizes(about["commits"]))),
             len(about.get("levels", about["commits"])) == len(about["commits"]),
@@ -383,25 +412,11 @@ def decoder_reach(vae) -> int:
     return 1 + sum(layer.kernel_size[0] - 1 for layer in convolutions)
 
 
-def note_changes(settings: str | None, known_by: str, sampler: dict) -> None:
-    """A line for the user if a record that is to be repeated was of other weights, or was sampled
-    in another way: by a recipe that has been edited since, say.
-
-    settings: the record's path, if any. known_by: the weights' fingerprint now. sampler: arguments
-    of `generate`.
-    """
-    if not settings:
-        return
-    recorded = read_json(Path(settings))
-    others = [] if recorded.get("weights") in (None, known_by) else ["weights"]
-    before = recorded.get("sampler")
-    if isinstance(before, dict):
-        now = json.loads(json.dumps(sampler))
-        follow = {"chunks", "cuts"}  # from --frames
-        names = sorted((before.keys() | now.keys()) - follow)
-        others += [name for name in names if before.get(name) != now.get(name)]
-    if others:
-        text = f"{settings} was made with other {', '.join(others)}: this clip will differ"
+def note_unknown(path: str | Path, inputs: dict) -> None:
+    """A line for the user about a record or a state of a version that did not note its inputs."""
+    if inputs:
+        names = ", ".join(inputs)
+        text = f"{path} does not say what its {names} held: whether they do still can't be checked"
         print(f"note: {text}", file=sys.stderr)
 
 
