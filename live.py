@@ -180,7 +180,6 @@ def bind(args: argparse.Namespace) -> Server:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     job = plan(args)
-    kind = fp8_attention.kind_of_cache(args, job)
     server = bind(args)
 
     # The networks, all of which stay.
@@ -203,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
         graphs.record(model)
 
     # Videos. All share one cache, and with it its CUDA graphs.
-    new_cache = functools.cache(kind)
+    new_cache = functools.cache(fp8_attention.kind_of_cache(args))
     changes = {"interpolate": args.interpolate or 1, "anew": args.anew}
     make = Endless(job, model, (encoder, decoder), contexts, new_cache, **changes)
     print("warming up ...", flush=True)

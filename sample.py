@@ -120,7 +120,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     job = plan(args)
-    kind = fp8_attention.kind_of_cache(args, job)
 
     # Text first: the encoder is gone before the DiT comes.
     texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts)]
@@ -159,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
         graphs.record(model)
 
     # The clips. All share one cache, and with it its CUDA graphs.
-    new_cache = functools.cache(kind)
+    new_cache = functools.cache(fp8_attention.kind_of_cache(args))
     size = (job.cfg.in_dim, job.size[0] // 16, job.size[1] // 16)
     rows = rows_of(texts, context.to(args.device, job.dtype), job.sampler["guidance"])
 

@@ -267,6 +267,7 @@ def test_warming_up_tells_how_long_a_chunk_takes():
         (["--seed", "1"], "unrecognized arguments: --seed"),
         (["--fp8"], "--fp8 needs"),
         (["--fp8-vae"], "--fp8-vae needs"),
+        (["--fp8-attention"], "float8 attention needs"),
     ],
 )
 def test_options_that_are_wrong_are_one_line(options, wrong):

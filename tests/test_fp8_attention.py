@@ -2,17 +2,21 @@
 on a GPU Triton's are held against these.
 """
 
+from argparse import Namespace
+
 import fp8_attention_reference
 import pytest
 import torch
 from common import gpu, randn, rel
 
+import live
+import sample
 from wan5b import extras
 from wan5b.attention import attention, rope_table, rotate
 from wan5b.dit import DiTConfig
+from wan5b.extras import fp8_attention
 from wan5b.extras.fp8 import FP8
 from wan5b.extras.fp8_attention import Fp8Cache, check, position, round_to_fp8
-from wan5b.extras.options import parse
 from wan5b.kvcache import KVCache
 
 HEADS = 2
@@ -95,22 +99,49 @@ def test_values_too_large_become_the_largest():
     ("change", "wrong"),
     [
         ({"causal": False}, "is for clips made chunk by chunk"),
-        ({"device": "cpu"}, "needs a Hopper GPU"),
+        ({"device": "cpu"}, "needs a Hopper GPU .* not cpu"),
+        ({"capability": (8, 0)}, "needs a Hopper GPU .* not A100"),
         ({"dtype": torch.float32}, "needs bfloat16"),
         ({"head_dim": 64}, "needs heads of 128 channels, not 64"),
     ],
     ids=str,
 )
 def test_what_cannot_run_in_float8_is_refused(change, wrong, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    fits = {"causal": True, "head_dim": 128, "dtype": torch.bfloat16, "device": "cuda"}
-    check(**fits)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+
+    def checked(device="cuda", capability=(9, 0), asked=True, **model):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        fits = {"causal": True, "head_dim": 128, "dtype": torch.bfloat16}
+        check(Namespace(fp8_attention=asked, device=device), **(fits | model))
+
+    checked()
     with pytest.raises(ValueError, match=f"float8 attention {wrong}.*leave out --fp8-attention"):
-        check(**(fits | change))
+        checked(**change)
+    checked(asked=False, **change)
 
 
-def test_where_it_is_asked_for():
-    assert parse(["--fp8-attention"], "").fp8_attention
+class Started(Exception):
+    """A script has loaded its networks and would begin."""
+
+
+@pytest.mark.parametrize("script", [sample, live], ids=["sample", "live"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_scripts_take_the_cache_that_is_asked_for(script, asked, monkeypatch, tmp_path):
+    """Where a GPU is, which is not looked for here."""
+    monkeypatch.setattr(fp8_attention, "check", lambda *args: None)
+    kinds = []
+
+    def note(kind):
+        kinds.append(kind)
+        raise Started
+
+    monkeypatch.setattr(script.functools, "cache", note)
+    options = ["--random-weights", "--preset", "tiny", "--size", "32x64", "--device", "cpu"]
+    options += ["--port", "0"] if script is live else ["--out", str(tmp_path), "--prompt", "a"]
+    options += ["--fp8-attention"] * asked
+    with pytest.raises(Started):
+        script.main(script.parse(options))
+    assert kinds == [Fp8Cache if asked else KVCache]
 
 
 # ------------------------------------------------------------------------------------------ the GPU

@@ -32,6 +32,7 @@ from wan5b.extras import clips as extras_clips
 from wan5b.extras import (
     files,
     fp8,
+    fp8_attention,
     framing,
     media,
     mp4,
@@ -43,6 +44,7 @@ from wan5b.extras import (
 )
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
+from wan5b.kvcache import KVCache
 from wan5b.util import rng
 from wan5b.vae22 import VAE22, VAEConfig, add_residual_
 from wan5b.weights import save_dit
@@ -509,14 +511,14 @@ def test_window_bounds_the_memory(run, monkeypatch):
     """30 latent frames in a cache of 6 equal a cache of 30 whose window is 6, unlike no window."""
     made = []
 
-    class Spy(sample.KVCache):
+    class Spy(KVCache):
         def __init__(self, cfg, batch, frames, *args):
             super().__init__(cfg, batch, self.capacities.pop(0) or frames, *args)
             made.append(self.capacity)
 
         capacities = [None, 30, None, None]
 
-    monkeypatch.setattr(sample, "KVCache", Spy)
+    monkeypatch.setattr(fp8_attention, "KVCache", Spy)
     monkeypatch.setattr(
         VAE22, "decode_chunk", lambda self, latent, state: torch.zeros(1, 3, 1, *SIZE)
     )  # quicker
@@ -536,8 +538,13 @@ def test_clips_share_a_cache(run, tmp_path, monkeypatch, low_memory):
     """So that its CUDA graphs are of use to all of them; what it held of the clip before does not
     show.
     """
-    made, cache = [], sample.KVCache
-    monkeypatch.setattr(sample, "KVCache", lambda *args: made.append(cache(*args)) or made[-1])
+    made = []
+
+    def spy(*args):
+        made.append(KVCache(*args))
+        return made[-1]
+
+    monkeypatch.setattr(fp8_attention, "KVCache", spy)
     options = ("--frames", 33, "--window", 5, "--sink", 1, *["--low-memory"] * low_memory)
     with pytest.raises(FileNotFoundError):  # of the reader: the clips have longer names than --out
         run(*options, "--seed", 1, 2)
@@ -707,6 +714,11 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--shift 0", "--shift 0.0: must be above 0"),
         ("--shift nan", "--shift nan: must be above 0"),
         ("--fp8", "--fp8 needs bfloat16 on a GPU"),
+        ("--fp8-attention", "float8 attention needs a Hopper GPU (H100, H200), not cpu: leave out"),
+        (
+            "--fp8-attention --mode bidirectional",
+            "float8 attention is for clips made chunk by chunk",
+        ),
         ("--release {dir}/none", "{dir}/none: no such file or folder"),
         ("--weights {dir}/none.pt", "{dir}/none.pt: no such file or folder"),
         ("--out {text}/a", "cannot make the folder {text} (File exists: {text})"),

@@ -154,7 +154,8 @@ class KVCache:
     def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
         """Whether the cache was made for this network, batch and latent size."""
         given = (layers, batch, tokens_per_frame)
-        assert self.made_for == given, f"cache of {self.made_for}, forward of {given}"
+        wrong = f"cache of layers, batch, tokens {self.made_for}, forward of {given}"
+        assert self.made_for == given, wrong
 
     # ------------------------------------------------------------------------------------- modes
 

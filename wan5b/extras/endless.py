@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from wan5b.dit import DiTConfig
+from wan5b.extras import fp8_attention
 from wan5b.extras.cards import carried, decode, place_of
 from wan5b.extras.files import parse_size
 from wan5b.extras.framing import fit
@@ -64,6 +65,7 @@ def plan(args: Namespace) -> Job:
             f"while it is made; {way_out}"
         )
     recipe = found.recipe
+    fp8_attention.check(args, recipe.causal, weights.cfg.head_dim, dtype)
     if not recipe.window:
         recipe = replace(recipe, window=max(WINDOW, recipe.sink + 2 * recipe.chunk))
         text = f"no window in {found.name}, but the video has no end"

@@ -3,15 +3,32 @@
 Weights are rounded once, inputs as they come; each row of either has a scale of its own.
 """
 
+from argparse import Namespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wan5b.extras.cards import place_of_vae
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
 
 
-def check_fp8(dtype: torch.dtype, device: str | torch.device) -> None:
+def check_options(args: Namespace, dtype: torch.dtype) -> None:
+    """ValueError if a sampling script's --fp8 or --fp8-vae can't work: on its device, or in dtype.
+
+    --fp8-attention depends on the DiT, too: see fp8_attention.check.
+    """
+    if args.fp8:
+        check_linear(dtype, args.device)
+    place = place_of_vae(args)
+    if args.fp8_vae and (dtype != torch.bfloat16 or place == "cpu"):
+        needs = "needs bfloat16 on a GPU (Hopper or newer)"
+        raise ValueError(f"--fp8-vae {needs}, not {dtype} on {place}")
+
+
+def check_linear(dtype: torch.dtype, device: str | torch.device) -> None:
     """ValueError if linear layers of this dtype on this device can't be run in float8."""
     device = torch.device(device)
     if device.type != "cuda" or dtype != torch.bfloat16:

@@ -29,12 +29,15 @@ def position(row: Tensor) -> Tensor:
     return row - n + n % 8 // 2 * 4 + n // 8 * 2 + n % 2
 
 
-def check(causal: bool, head_dim: int, dtype: torch.dtype, device: str | torch.device) -> None:
-    """ValueError, in one line, unless this attention can run in float8 there.
+def check(args: Namespace, causal: bool, head_dim: int, dtype: torch.dtype) -> None:
+    """ValueError, in one line, if --fp8-attention was given and can't work.
 
-    causal: clips are made chunk by chunk.
+    args: a sampling script's options. causal: clips are made chunk by chunk. head_dim, dtype: of
+    the DiT.
     """
-    device = torch.device(device)
+    if not args.fp8_attention:
+        return
+    device = torch.device(args.device)
     wrong = ""
     if not causal:
         wrong = "is for clips made chunk by chunk, not at once"
@@ -50,12 +53,9 @@ def check(causal: bool, head_dim: int, dtype: torch.dtype, device: str | torch.d
         raise ValueError(f"float8 attention {wrong}: leave out --fp8-attention")
 
 
-def kind_of_cache(args: Namespace, job) -> type[KVCache]:
-    """By a sampling script's options. job: what it plans. ValueError as by `check`."""
-    if not args.fp8_attention:
-        return KVCache
-    check(job.sampler["causal"], job.cfg.head_dim, job.dtype, args.device)
-    return Fp8Cache
+def kind_of_cache(args: Namespace) -> type[KVCache]:
+    """By a sampling script's options, which have passed `check`."""
+    return Fp8Cache if args.fp8_attention else KVCache
 
 
 class Fp8Cache(KVCache):

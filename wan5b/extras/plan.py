@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from wan5b.dit import PRESETS, DiTConfig
+from wan5b.extras import fp8_attention
 from wan5b.extras.adapters import note_base, said_by
-from wan5b.extras.cards import place_of_vae
 from wan5b.extras.chunking import (
     FRAMES,
     blended,
@@ -30,7 +30,7 @@ from wan5b.extras.chunking import (
 from wan5b.extras.clips import REPORTS, Clip, claim, inputs_of, name_clips
 from wan5b.extras.files import fitting_size, parse_size, read_prompts
 from wan5b.extras.formats import locate, open_dit, read_metadata
-from wan5b.extras.fp8 import check_fp8
+from wan5b.extras.fp8 import check_options
 from wan5b.extras.framing import fit
 from wan5b.extras.lora import parse_lora
 from wan5b.extras.media import FPS, latent_frames
@@ -110,6 +110,7 @@ def _plan(args: Namespace) -> Job:
     weights = look_at_weights(args)
     found = choose(args, weights)
     recipe = found.recipe
+    fp8_attention.check(args, recipe.causal, weights.cfg.head_dim, dtype)
 
     # What clips start with, and their size.
     text_only = f"{found.name} is for text only: leave --image and --video out"
@@ -180,11 +181,7 @@ def check_numbers(args: Namespace) -> torch.dtype:
         check(0 <= seed < 2**32, f"--seed {seed}: must be from 0 to {2**32 - 1}")
 
     dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    if args.fp8:
-        check_fp8(dtype, args.device)
-    place = place_of_vae(args)
-    wrong = f"--fp8-vae needs bfloat16 on a GPU (Hopper or newer), not {dtype} on {place}"
-    check(not args.fp8_vae or (dtype == torch.bfloat16 and place != "cpu"), wrong)
+    check_options(args, dtype)
     return dtype
 
 
