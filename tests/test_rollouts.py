@@ -4,6 +4,7 @@ no clean pass, videos longer than what is scored, sinks.
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import train
 from wan5b import stages
 from wan5b.distill import replay, rollout
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras import rollouts
+from wan5b.extras import graphs, rollouts
 from wan5b.extras.checks import check_unchanged
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.recipes import check_whole, facts, from_metadata
@@ -29,6 +30,8 @@ from wan5b.weights import save_dit
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
 
+CFG = PRESETS["tiny"]
+CUDA = torch.device("cuda")
 AFTER = few_step_sigmas((1000, 500))
 LONG = {"rollout_frames": 15, "window": 6}
 OPTIONS = {
@@ -379,6 +382,50 @@ def test_a_sink_turned_as_it_is_read(frames):
         made = rollout(model, noise, context, few_step_sigmas(), [2] * 8, cache)
         videos.append(torch.cat(list(made), 2))
     assert torch.equal(*videos)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"who": "critic"},
+        {"who": "base"},  # with lora
+        {"stage": "ar"},
+        {"compile": False},
+        {"device": torch.device("cpu")},
+        {"mesh": "of two processes"},
+        {"sink_rope": "relative"},
+    ],
+    ids=str,
+)
+def test_which_networks_of_a_run_are_recorded(change):
+    """CUDA graphs read weights, and the sink's angle, as they were when they were recorded."""
+
+    def recorded(who="generator", device=CUDA, mesh=None, **changes):
+        plain = {"stage": "dmd", "compile": True, "sink_rope": "absolute"}
+        model = WanDiT(CFG)
+        world = SimpleNamespace(device=device, mesh=mesh)
+        graphs.record_rollouts(SimpleNamespace(**(plain | changes)), world, who, model)
+        return isinstance(model.compute, graphs.Graphs)
+
+    assert recorded()
+    assert recorded(stage="sid")
+    assert not recorded(**change)
+
+
+@torch.no_grad()
+def test_a_place_does_not_say_how_far_a_sink_is_turned():
+    """Which is why such a run is not recorded: the same slots are read at another angle."""
+    cache = TurningCache(CFG, 1, 9, 6, window=6, sink=1, sink_rope="relative")
+    seen = {}
+    for _ in range(12):
+        attend = cache.append(3)
+        own = randn(1, 18, CFG.num_heads, CFG.head_dim)
+        keys, _ = cache.extend(0, own, own, attend.spans[0])
+        seen.setdefault(attend.place, []).append(keys[:, :6])
+        cache.commit(3)
+    first, *later = max(seen.values(), key=len)
+    assert later
+    assert all(rel(sink, first) > 0.1 for sink in later)
 
 
 # ------------------------------------------------------------------------------------- what is said

@@ -82,12 +82,17 @@ def record(model: WanDiT) -> None:
 
 
 def record_rollouts(cfg, world: World, who: str, model: WanDiT) -> None:
-    """`record` for the generator of a training run, where its weights stay: in one process.
+    """`record` for the generator of a distillation with compile = true, where its weights stay: in
+    one process, on a GPU.
 
-    cfg: train.py's Config. who: the network's part in it.
+    cfg: train.py's Config. who: the network's part in the run; a "base" under adapters has none.
     """
     rolls_out = who == "generator" and cfg.stage in DISTILLATIONS
-    if rolls_out and cfg.compile and world.device.type == "cuda" and world.mesh is None:
+    stays = world.device.type == "cuda" and world.mesh is None
+    # A sink that a TurningCache turns as it reads it lies elsewhere at each turn of the ring, and
+    # a place does not say where: a graph would turn it as at the first one.
+    turns = cfg.sink_rope == "relative"
+    if rolls_out and cfg.compile and stays and not turns:
         record(model)
 
 
