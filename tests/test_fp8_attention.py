@@ -13,11 +13,14 @@ import live
 import sample
 from wan5b import extras
 from wan5b.attention import attention, rope_table, rotate
-from wan5b.dit import DiTConfig
+from wan5b.dit import DiTConfig, WanDiT
 from wan5b.extras import fp8_attention
 from wan5b.extras.fp8 import FP8
 from wan5b.extras.fp8_attention import Fp8Cache, check, position, round_to_fp8
+from wan5b.extras.sampling import generate
+from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache
+from wan5b.util import rng
 
 HEADS = 2
 CFG = DiTConfig(HEADS * 128, 112, HEADS, 2, 8, 8, text_dim=24, text_len=12, freq_dim=32)
@@ -50,8 +53,10 @@ def test_positions_are_a_permutation_of_each_group():
         ({"frames": 8}, (3, 1, 2, 2)),
         ({"frames": 5, "window": 5, "sink": 1}, (2, 2, 2, 1, 2, 2)),  # the ring wraps
         ({"frames": 7, "window": 5, "sink": 1}, (2, 2, 2, 1)),  # the sink lies apart
+        ({"frames": 7, "window": 5}, (2, 2, 2, 1)),  # what is seen begins inside a group
+        ({"frames": 10, "window": 2}, (2, 2, 2, 2, 2)),  # or, at frame 8, at another one
     ],
-    ids=["all", "window", "roomy"],
+    ids=["all", "window", "roomy", "inside a group", "at a group"],
 )
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_chunk_sees_what_it_sees_in_bfloat16(on_cpu, options, steps, batch):
@@ -80,12 +85,70 @@ def test_a_sink_that_turns_is_rounded_once(on_cpu):
     assert cache.keys[0, :, :TOKENS].float().equal(round_to_fp8(turned).float())
 
 
+class RoundedCache(KVCache):
+    """A KVCache in bfloat16 that holds what float8 would, and all that it does to it."""
+
+    def attend(self, layer, q, k, v, span):
+        q, k, v = (round_to_fp8(x).to(x) for x in (q, k, v))
+        keys, values = self.extend(layer, k, v, span)
+        return attention(q.double(), keys.double(), values.double()).to(q)
+
+    def _turn_sink(self, turn):
+        super()._turn_sink(turn)
+        if self.sink_keys is None:  # nothing has turned yet
+            return
+        rope = rope_table(128, turn, 1, 1, 1, self.memory.device)
+        for (keys, _), made in zip(self.memory, self.sink_keys, strict=True):
+            keys[:, : made.shape[1]] = round_to_fp8(rotate(made.float(), rope))
+
+
+WINDOW = {"window": 9, "sink": 2}
+TURNING = WINDOW | {"sink_rope": "relative"}
+A, B = randn(2, 1, CFG.text_len, CFG.text_dim).bfloat16()  # texts
+IMAGE = randn(1, CFG.in_dim, 1, 4, 10, seed=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("chunks", "context", "options"),
+    [
+        ([3] * 7, A, WINDOW),
+        ([3] * 7, A, TURNING),
+        ([1, *[2] * 6], A, {"window": 5, "sink": 1}),
+        ([3] * 4, A, {"prefix": IMAGE}),
+        ([2, 3, 3, 3], A, {"prefix": IMAGE, "prefix_inside": True}),
+        ([3] * 8, [A] * 3 + [B] * 5, {"window": 12, "sink": 3, "cuts": {2: 8, 5: 8}}),
+        ([3] * 7, [A] * 4 + [B] * 3, WINDOW | {"recache": True}),
+        ([3] * 7, [A] * 4 + [B] * 3, TURNING | {"recache": True}),
+        ([3] * 7, A, WINDOW | {"clean_pass": False}),
+        ([3] * 5, torch.cat([A, B]), WINDOW | {"solver": "euler", "guidance": 4.0}),
+    ],
+    ids=[
+        *("window", "turning sink", "odd chunks", "prefix", "prefix inside", "scenes"),
+        *("recache", "recache, turning sink", "no clean pass", "guidance"),
+    ],
+)
+def test_videos_are_those_of_a_memory_that_is_rounded(on_cpu, chunks, context, options):
+    """Whatever a video does to its memory it does to this one."""
+    made = []
+    model = WanDiT(CFG).init_weights(rng("cpu", 0)).bfloat16()
+    noise = randn(1, CFG.in_dim, sum(chunks), 4, 10)
+    given = (model, noise, context, few_step_sigmas(), chunks)
+    how = {"causal": True, "solver": "renoise"} | options
+    for kind in (Fp8Cache, RoundedCache, KVCache):
+        made.append(torch.cat(list(generate(*given, **how, new_cache=kind)), 2))
+    ours, rounded, plain = made
+    assert rel(ours, rounded) < 1e-4
+    assert rel(ours, plain) > 5e-3
+
+
 @torch.no_grad()
 def test_it_takes_half_the_memory_and_forgets(on_cpu):
     made = ROOM | {"frames": 8}
     cache = Fp8Cache(**made)
     assert 2 * (cache.keys.nbytes + cache.values.nbytes) == KVCache(**made).memory.nbytes
-    cache.append(8)(0, *(x * torch.nan for x in drawn(8, 0)))
+    for memory in (cache.keys, cache.values):
+        memory.copy_(torch.full(memory.shape, torch.nan))
     cache.reset()
     q, k, v = drawn(1, 1)
     assert rel(cache.append(1)(0, q, k, v), attention(q, k, v)) < 5e-3

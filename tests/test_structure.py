@@ -38,10 +38,8 @@ RUN_TIME = {
 OPTIONAL = {"matplotlib", "wandb", "tensorboard"}  # imported inside functions only
 LOCAL = {"wan5b", "train", "sample", "prepare", "live"}
 DISTRIBUTED = {"fsdp.py", "optim.py", "checkpoints.py"}
-KERNELS = (
-    "fp8_kernels",
-    "fp8_attention_kernels",
-)  # these alone need triton, which is not where there is no GPU
+# These alone need triton, which is not where there is no GPU.
+KERNELS = ("fp8_kernels", "fp8_attention_kernels")
 LINES, FILE_LINES = 2600, 450
 
 

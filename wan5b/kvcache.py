@@ -125,6 +125,7 @@ class KVCache:
         self.reset()
 
     def _make_memory(self, layers, batch, rows, heads, head_dim, device, dtype) -> None:
+        """What `attend`, `extend` and `_turn_sink` read and write; `rows` of a sample."""
         shape = (layers, 2, batch, rows, heads, head_dim)
         self.memory = torch.empty(shape, device=device, dtype=dtype)
 

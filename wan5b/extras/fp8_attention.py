@@ -20,11 +20,14 @@ GROUP = 16  # keys that lie in an order of their own: `position`
 
 
 def round_to_fp8(x: Tensor) -> Tensor:
+    """As the kernels round: to the nearest, what is larger than 448 to that. Any shape."""
     return x.float().clamp(-LARGEST, LARGEST).to(FP8)
 
 
 def position(row: Tensor) -> Tensor:
-    """Where a key's values lie: row 8 b + 2 c + a of a group is at 4 c + 2 b + a."""
+    """Where a key's values lie: row 8 b + 2 c + a of a group is at 4 c + 2 b + a (why: see the head
+    of fp8_attention_kernels.py). Integers of any shape, rows of the memory in and out.
+    """
     n = row % GROUP
     return row - n + n % 8 // 2 * 4 + n // 8 * 2 + n % 2
 
@@ -80,6 +83,7 @@ class Fp8Cache(KVCache):
         from wan5b.extras import fp8_attention_kernels as kernels  # needs Triton
 
         assert not torch.is_grad_enabled(), "float8 keys carry no grad"
+        assert span.start >= self.frames, "committed memory is read-only"
         keys = self.keys[layer]
         values = self.values[layer]
         q8 = torch.empty_like(q, dtype=FP8, memory_format=torch.contiguous_format)

@@ -34,9 +34,8 @@ class Graphs:
 
     def __init__(self, compute):
         self.compute = compute
-        self.of_cache = (
-            WeakKeyDictionary()
-        )  # cache -> key -> Recorded, or None after a first forward
+        # cache -> key -> Recorded, or None after a first forward
+        self.of_cache = WeakKeyDictionary()
         self.stream = None  # in which they are recorded: blocks of a pool belong to one
 
     def __call__(self, x, sigma, rope, frames, attend, context, text=None) -> Tensor:
