@@ -27,7 +27,8 @@ LARGEST = tl.constexpr(448.0)
 
 # Queries of a warpgroup (what its products take), keys of a tile, tiles in shared memory.
 QUERIES, KEYS, STAGES = 64, 128, 2
-bring = getattr(tma, "async_load", tma.async_copy_global_to_shared)  # Triton 3.9 calls it so
+# Triton 3.9 knows the new name alone, 3.6 and 3.7 the old one.
+bring = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 CONSUMERS = gl.constexpr(3)  # warpgroups that multiply: as many as the registers are enough for
 LOG2_E = 1.4426950408889634
 
@@ -143,7 +144,7 @@ def as_left_operand(weights, layout: gl.constexpr, BM: gl.constexpr, BN: gl.cons
 
 @gluon.jit
 def scores_of(q, k, there, read, i, zeros):
-    """Of the i-th tile of keys: [BM, BN]."""
+    """Of the i-th tile of keys: [BM, BN]. there, read: the keys' barriers, as in `consume`."""
     stage = i % k.shape[0]
     mbarrier.wait(there.index(stage), (i // k.shape[0]) & 1)
     keys = k.index(stage).permute((1, 0))
@@ -155,7 +156,7 @@ def scores_of(q, k, there, read, i, zeros):
 
 @gluon.jit
 def weighted(weights, v, there, read, i, zeros):
-    """Sums of the i-th tile of values: [BM, K]."""
+    """The i-th tile of values [K, BN], summed with these weights: [BM, K]. Barriers likewise."""
     stage = i % v.shape[0]
     mbarrier.wait(there.index(stage), (i // v.shape[0]) & 1)
     values = v.index(stage).permute((1, 0))
@@ -167,7 +168,12 @@ def weighted(weights, v, there, read, i, zeros):
 
 @gluon.jit
 def consume(who: gl.constexpr, memory, there, read, out_ptr, scale, S, length, N: gl.constexpr):
-    """A group's queries over all keys."""
+    """The queries of one of the groups, `who` of CONSUMERS, over all keys.
+
+    memory: q [CONSUMERS, BM, K], k [STAGES, BN, K], v [STAGES, K, BN], shared. there: their
+    barriers, behind which a tile has come. read: barriers of k and v, behind which every group has
+    read a tile and the next may take its place.
+    """
     q, k, v = memory
     q_there, k_there, v_there = there
     k_read, v_read = read
@@ -215,7 +221,7 @@ def consume(who: gl.constexpr, memory, there, read, out_ptr, scale, S, length, N
 
 @gluon.jit
 def produce(q_tiles, k_tiles, v_tiles, memory, there, read, rows, S, length, N: gl.constexpr):
-    """Bring what the others consume, each tile when its place is free."""
+    """Bring what the others consume, each tile when its place is free: see `consume`."""
     head = gl.program_id(1)
     b = gl.program_id(2)
     q, k, v = memory
@@ -235,7 +241,7 @@ def produce(q_tiles, k_tiles, v_tiles, memory, there, read, rows, S, length, N: 
     for i in range(tiles):
         start = (i + tiles - 1) % tiles * BN
         stage = i % STAGES
-        before = (i // STAGES & 1) ^ 1
+        before = (i // STAGES & 1) ^ 1  # in the first round a wait for this ends at once
         mbarrier.wait(k_read.index(stage), before)
         full = k_there.index(stage)
         mbarrier.expect(full, k_tiles.block_type.nbytes)
@@ -316,6 +322,7 @@ def attend(q8: Tensor, keys: Tensor, values: Tensor, length: int) -> Tensor:
     """
     B, S, N, K = q8.shape
     assert q8.is_contiguous()
+    assert 0 < length <= keys.shape[1], f"{length} of {keys.shape[1]} rows"
     rows = values.stride(2)  # of the memory
     out = torch.empty(B, S, N, K, dtype=torch.bfloat16, device=q8.device)
     q_tiles = tiles_of(q8, [B * S, N * K], N * K, [QUERIES, K])
