@@ -270,6 +270,8 @@ def test_recipes(low_memory, capsys, tmp_path):
     assert lines[1].endswith("2 steps of unipc, shift 5, guidance 3, chunks of 2, window 4, sink 1")
     with pytest.raises(ValueError, match="nearest: 61 or 93"):
         bench.main(["--recipe", "fastwan", "longlive2", "--frames", "81", *options])
+    with pytest.raises(ValueError, match="float8 attention needs a Hopper GPU"):
+        bench.main(["--recipe", str(own), "--frames", "13", "--fp8-attention", *options])
 
 
 def test_shares_and_rows():

@@ -5,6 +5,7 @@
     python tools/bench.py --chunk 8 --window 32 --sink 8 --frames 125
     python tools/bench.py --variants compiled --long 1437  # one minute: window 21, sink 3
     python tools/bench.py --variants "compiled fp8" "compiled fp8 vae"  # the decoder in float8 too
+    python tools/bench.py --variants "compiled fp8 vae attention"       # and self-attention
     python tools/bench.py --vae-device cuda:1              # the decoder on a second GPU
     python tools/bench.py --levels-after 1000 500 --no-clean-pass   # fewer forwards a chunk
     python tools/bench.py --recipe longlive2 turbo         # as bench_recipes.py
@@ -49,8 +50,7 @@ from wan5b.kvcache import KVCache, chunk_sizes
 from wan5b.vae22 import VAE22, Stream
 
 # float8 last: it replaces the weights
-VARIANTS = ("eager", "compiled", "compiled fp8", "compiled fp8 vae")
-VARIANTS += ("compiled fp8 vae attention",)
+VARIANTS = ("eager", "compiled", "compiled fp8", "compiled fp8 vae", "compiled fp8 vae attention")
 SIGMAS = few_step_sigmas()
 DECODED = 6  # latent frames on which the VAE's error is measured
 HEADER = f"{'':32}{'s':>8}{'of bound':>9}{'fps':>7}{'first':>8}{'p50':>8}{'p99':>8}{'GiB':>8}"

@@ -1,7 +1,7 @@
 """Seconds and memory of the recipes in configs/sample, on random weights of the 5B.
 
     python tools/bench_recipes.py --recipe longlive2 fastwan turbo wan22    # each one's own length
-    python tools/bench_recipes.py --recipe longlive2 --compile --fp8 --fp8-vae
+    python tools/bench_recipes.py --recipe longlive2 --compile --fp8 --fp8-vae --fp8-attention
     python tools/bench_recipes.py --recipe longlive2 --low-memory --frames 189
     python tools/bench_recipes.py --recipe fastwan --preset tiny --device cpu --geometry 64x96 \\
         --frames 9
@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from wan5b import fuse
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras import graphs
+from wan5b.extras import fp8_attention, graphs
 from wan5b.extras.budget import GIB
 from wan5b.extras.cards import carried, decode, place_of, place_of_vae
 from wan5b.extras.cli import DEVICES, script
@@ -40,7 +40,6 @@ from wan5b.extras.plan import describe, how_sampled
 from wan5b.extras.random_weights import random_context, random_dit, random_vae
 from wan5b.extras.recipes import Recipe, load
 from wan5b.extras.sampling import generate
-from wan5b.kvcache import KVCache
 from wan5b.vae22 import VAE22
 
 COLUMNS = ("frames", "DiT", "VAE", "both", "fps", "first", "p50", "p99", "GiB")
@@ -58,6 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="fused operations and CUDA graphs")
     add("--fp8", action="store_true", help="linear layers of the DiT in float8")
     add("--fp8-vae", action="store_true", help="the decoder's convolutions in float8")
+    add("--fp8-attention", action="store_true", help="self-attention and its memory in float8")
     add("--repeats", type=int, default=1, help="clips of which the median is taken")
     add("--preset", default="ti2v-5B", choices=["ti2v-5B", "tiny"])
     add("--device", default=DEVICES[0], choices=DEVICES)
@@ -157,9 +157,14 @@ def play(
     return show(vae, latents, clock)
 
 
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """Of the networks."""
+    return torch.float32 if args.device == "cpu" else torch.bfloat16
+
+
 def networks(args: argparse.Namespace) -> tuple[WanDiT, VAE22]:
     """With random weights, as fast as the options make them."""
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    dtype = dtype_of(args)
     vae = random_vae(args.preset, place_of_vae(args)).to(dtype)
     model = random_dit(args.preset, args.device, dtype)
     if args.fp8_vae:
@@ -177,8 +182,10 @@ def measure(args: argparse.Namespace, name: str, recipe: Recipe) -> str:
     height, width = (int(side) // 16 for side in args.geometry.split("x"))
     given = argparse.Namespace(frames=args.frames, image=None)
     sampler = how_sampled(given, recipe, prefix=0)
+    sampler["new_cache"] = fp8_attention.kind_of_cache(args)
     if not args.low_memory:
-        sampler["new_cache"] = functools.cache(KVCache)  # one for all clips, and its CUDA graphs
+        # One for all clips, and its CUDA graphs.
+        sampler["new_cache"] = functools.cache(sampler["new_cache"])
     frames = sum(sampler["chunks"])
     cfg = PRESETS[args.preset]
     shape = (1, cfg.in_dim, frames, height, width)
@@ -247,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     recipes = {name: load(name) for name in args.recipe}
     for recipe in recipes.values():
         how_sampled(argparse.Namespace(frames=args.frames, image=None), recipe, prefix=0)
+        fp8_attention.check(args, recipe.causal, PRESETS[args.preset].head_dim, dtype_of(args))
 
     places = dict.fromkeys((args.device, place_of_vae(args)))
     names = ["CPU" if place == "cpu" else torch.cuda.get_device_name(place) for place in places]
