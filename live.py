@@ -61,8 +61,7 @@ from contextlib import closing
 import torch
 from torch import Tensor
 
-from wan5b import fuse
-from wan5b.extras import fp8_attention, graphs, options, random_weights
+from wan5b.extras import compiler, fp8_attention, graphs, options, random_weights
 from wan5b.extras.cards import place_of_vae
 from wan5b.extras.cli import DEVICES, Gathered, script
 from wan5b.extras.codec import split_vae
@@ -197,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
     encoder, decoder = split_vae(vae, job.dtype)
     if args.fp8_vae:
         quantize_decoder(decoder)
-    fuse.enable(args.compile)
+    compiler.enable(args.compile)
     if args.compile and args.device != "cpu":
         graphs.record(model)
 

@@ -95,8 +95,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan5b import fuse
-from wan5b.extras import fp8_attention, graphs, options, random_weights
+from wan5b.extras import compiler, fp8_attention, graphs, options, random_weights
 from wan5b.extras.cards import place_of_vae
 from wan5b.extras.cli import script
 from wan5b.extras.clips import Clip, contexts, make_record, note_changes, rows_of, write
@@ -153,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
     note_changes(args.settings, known_by, job.found)
     if args.fp8:
         quantize_blocks(model)
-    fuse.enable(args.compile)
+    compiler.enable(args.compile)
     if args.compile and args.device != "cpu":
         graphs.record(model)
 

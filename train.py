@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wan5b import fsdp, fuse
+from wan5b import fsdp
 from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import adapters, checkpoints, gan, graphs, log, phases
+from wan5b.extras import adapters, checkpoints, compiler, gan, graphs, log, phases
 from wan5b.extras.budget import Meter, afford, expected, free, peak
 from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
 from wan5b.extras.cli import DEVICES, script
@@ -217,7 +217,7 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
     leading = world.rank == 0
 
     vae = open_vae(cfg, world)
-    fuse.enable(cfg.compile)
+    compiler.enable(cfg.compile)
     run = build(cfg, world)
     start = checkpoints.load(world, saved, run.optimizers)["step"] if saved else 0
     if leading:

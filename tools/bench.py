@@ -34,10 +34,9 @@ import bench_recipes
 from bench_bounds import PRESET, Flop, ceilings, decoding_flop, seconds, shown
 from bench_recipes import forget_peaks, peaks, share
 
-from wan5b import fuse
 from wan5b.distill import rollout
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import graphs
+from wan5b.extras import compiler, graphs
 from wan5b.extras.budget import GIB, forward_flop
 from wan5b.extras.cards import carry, decode, place_of
 from wan5b.extras.cli import DEVICES, script
@@ -213,7 +212,7 @@ class Sampler:
 def running_as(variant: str, model: WanDiT, vae: VAE22) -> Iterator[None]:
     """Inside, the networks run as the variant says. What it has in float8 stays so."""
     compiled = variant != "eager"
-    fuse.enable(compiled)
+    compiler.enable(compiled)
     if "fp8" in variant and not isinstance(model.blocks[0].ffn[0], Fp8Linear):
         quantize_blocks(model)
     if "vae" in variant:

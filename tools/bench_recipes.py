@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from wan5b import fuse
 from wan5b.dit import PRESETS, WanDiT
-from wan5b.extras import fp8_attention, graphs
+from wan5b.extras import compiler, fp8_attention, graphs
 from wan5b.extras.budget import GIB
 from wan5b.extras.cards import carried, decode, place_of, place_of_vae
 from wan5b.extras.cli import DEVICES, script
@@ -171,7 +170,7 @@ def networks(args: argparse.Namespace) -> tuple[WanDiT, VAE22]:
         quantize_decoder(vae)
     if args.fp8:
         quantize_blocks(model)
-    fuse.enable(args.compile)
+    compiler.enable(args.compile)
     if args.compile and args.device != "cpu":
         graphs.record(model)
     return model, vae

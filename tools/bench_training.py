@@ -48,10 +48,10 @@ from bench_loading import PeakMemory
 from release import write_dit
 
 import train
-from wan5b import fuse, stages
+from wan5b import stages
 from wan5b.distill import critic_loss
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
-from wan5b.extras import checkpoints
+from wan5b.extras import checkpoints, compiler
 from wan5b.extras.adapters import flop_share
 from wan5b.extras.budget import (
     GIB,
@@ -533,7 +533,7 @@ def measure(args: argparse.Namespace, world: World) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    fuse.enable(args.compile)
+    compiler.enable(args.compile)
     with contextlib.closing(World(args.device, args.shard)) as world:
         measure(args, world)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import relative, seconds
 
-from wan5b import fuse
+from wan5b.extras import compiler
 from wan5b.extras.budget import GIB
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.formats import load_vae
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     # What float32 makes of them, first of all: it is not to be compiled.
     given = latents(vae, video)
     expected = {name: decode(vae, latent) for name, latent in given.items()}
-    fuse.enable(args.compile)
+    compiler.enable(args.compile)
     print(HEADER)
     for name, latent in given.items():
         for dtype, network in (("bfloat16", half), ("float8", quantized)):
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             cut = relative(decode(network, latent, 1).float(), frames.float())
             print(f"{name + ' ' + dtype:20}{frame_errors(frames, expected[name])}{cut:9.1e}")
 
-    fuse.enable(False)
+    compiler.enable(False)
     by_stage = {}
     for name, error in layer_errors(vae, quantized, given["clip"]).items():
         by_stage.setdefault(name.split(".upsamples.")[0], []).append(error)
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"convolutions of {stage}: {shown}")
 
     if args.device != "cpu":
-        fuse.enable(args.compile)
+        compiler.enable(args.compile)
         for dtype, network in (("bfloat16", half), ("float8", quantized)):
             print(f"{dtype}: {speed(network, given['noise'])}")
     print(f"{vars(args)}; {time.perf_counter() - start:.0f} s")

@@ -38,7 +38,6 @@ def fused(piece: Callable) -> Callable:
 
     @cache
     def compiled() -> Callable:
-        _read_rows_once()
         return torch.compile(piece, dynamic=False)  # only when needed: it imports the compiler
 
     @wraps(piece)
@@ -46,27 +45,3 @@ def fused(piece: Callable) -> Callable:
         return (compiled() if _enabled else piece)(*args)
 
     return call
-
-
-def _read_rows_once() -> None:
-    """Have GPU kernels hold a row of up to 4,096 numbers in registers while they reduce it.
-
-    By itself the compiler does so up to 1,024, and reads the rows of our norms twice. Not for rows
-    that RoPE turns, which are read in two orders: for these it is slower.
-    """
-    from torch._inductor.choices import InductorChoices
-    from torch._inductor.runtime.hints import ReductionHint
-    from torch._inductor.virtualized import V
-
-    class Choices(InductorChoices):
-        @staticmethod
-        def should_use_persistent_reduction(features, cooperative_reduction: bool) -> bool:
-            row = features.get_reduction_hint() == ReductionHint.INNER
-            fits = V.graph.sizevars.statically_known_leq(features.reduction_numel, 4096)
-            nodes = [node.node for node in features.scheduler_nodes()]
-            done = {origin.target for node in nodes for origin in node.get_origins()}
-            once = row and fits and torch.ops.prims.rev.default not in done
-            by_itself = InductorChoices.should_use_persistent_reduction
-            return once or by_itself(features, cooperative_reduction)
-
-    V.set_choices_handler(Choices())

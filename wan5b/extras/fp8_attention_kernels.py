@@ -28,7 +28,7 @@ LARGEST = tl.constexpr(448.0)
 # Queries of a warpgroup (what its products take), keys of a tile, tiles in shared memory.
 QUERIES, KEYS, STAGES = 64, 128, 2
 # Triton 3.9 knows the new name alone, 3.6 and 3.7 the old one.
-bring = getattr(tma, "async_load", tma.async_copy_global_to_shared)
+load_tile = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 CONSUMERS = gl.constexpr(3)  # warpgroups that multiply: as many as the registers are enough for
 LOG2_E = 1.4426950408889634
 
@@ -143,40 +143,28 @@ def as_left_operand(weights, layout: gl.constexpr, BM: gl.constexpr, BN: gl.cons
 
 
 @gluon.jit
-def scores_of(q, k, there, read, i, zeros):
-    """Of the i-th tile of keys: [BM, BN]. there, read: the keys' barriers, as in `consume`."""
-    stage = i % k.shape[0]
-    mbarrier.wait(there.index(stage), (i // k.shape[0]) & 1)
-    keys = k.index(stage).permute((1, 0))
-    running = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(running,))
-    mbarrier.arrive(read.index(stage), count=1)
-    return scores
+def times_tile(left, tiles, full, empty, i, zeros):
+    """left @ the i-th tile's transpose, shaped like zeros. full, empty: the tiles' barriers."""
+    stage = i % tiles.shape[0]
+    mbarrier.wait(full.index(stage), (i // tiles.shape[0]) & 1)
+    right = tiles.index(stage).permute((1, 0))
+    running = warpgroup_mma(left, right, zeros, use_acc=False, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(running,))
+    mbarrier.arrive(empty.index(stage), count=1)
+    return product
 
 
 @gluon.jit
-def weighted(weights, v, there, read, i, zeros):
-    """The i-th tile of values [K, BN], summed with these weights: [BM, K]. Barriers likewise."""
-    stage = i % v.shape[0]
-    mbarrier.wait(there.index(stage), (i // v.shape[0]) & 1)
-    values = v.index(stage).permute((1, 0))
-    running = warpgroup_mma(weights, values, zeros, use_acc=False, is_async=True)
-    sums = warpgroup_mma_wait(0, deps=(running,))
-    mbarrier.arrive(read.index(stage), count=1)
-    return sums
+def consume(group: gl.constexpr, memory, full, empty, out_ptr, scale, S, length, N: gl.constexpr):
+    """The queries of one of the groups over all keys.
 
-
-@gluon.jit
-def consume(who: gl.constexpr, memory, there, read, out_ptr, scale, S, length, N: gl.constexpr):
-    """The queries of one of the groups, `who` of CONSUMERS, over all keys.
-
-    memory: q [CONSUMERS, BM, K], k [STAGES, BN, K], v [STAGES, K, BN], shared. there: their
-    barriers, behind which a tile has come. read: barriers of k and v, behind which every group has
-    read a tile and the next may take its place.
+    group: of CONSUMERS. memory: q [CONSUMERS, BM, K], k [STAGES, BN, K], v [STAGES, K, BN], shared.
+    full: their barriers, behind which a tile has come. empty: those of k and v, behind which every
+    group has read a tile, so that the next may take its place.
     """
     q, k, v = memory
-    q_there, k_there, v_there = there
-    k_read, v_read = read
+    q_full, k_full, v_full = full
+    k_empty, v_empty = empty
     BN: gl.constexpr = k.shape[1]
     BM: gl.constexpr = q.shape[1]
     K: gl.constexpr = q.shape[2]
@@ -185,7 +173,7 @@ def consume(who: gl.constexpr, memory, there, read, out_ptr, scale, S, length, N
     left: gl.constexpr = gl.DotOperandLayout(0, sums_layout, k_width=4)
     of_scores: gl.constexpr = gl.SliceLayout(1, scores_layout)
     of_sums: gl.constexpr = gl.SliceLayout(1, sums_layout)
-    q = q.index(who)
+    q = q.index(group)
     no_scores = gl.zeros((BM, BN), gl.float32, scores_layout)
     no_sums = gl.zeros((BM, K), gl.float32, sums_layout)
     largest = gl.full((BM,), -float("inf"), gl.float32, of_scores)
@@ -194,65 +182,63 @@ def consume(who: gl.constexpr, memory, there, read, out_ptr, scale, S, length, N
     tiles = gl.cdiv(length, BN)
 
     # The last tile comes first, so that no other needs a mask.
-    mbarrier.wait(q_there, 0)
-    scores = scores_of(q, k, k_there, k_read, 0, no_scores)
+    mbarrier.wait(q_full, 0)
+    scores = times_tile(q, k, k_full, k_empty, 0, no_scores)
     column = (tiles - 1) * BN + gl.arange(0, BN, gl.SliceLayout(0, scores_layout))
     scores = gl.where((column < length)[None, :], scores, -float("inf"))
 
     for i in range(1, tiles):
         weights, fade, largest, total = weigh(scores, largest, total, scale)
         weights = as_left_operand(weights, left, BM, BN)
-        part = weighted(weights, v, v_there, v_read, i - 1, no_sums)
+        part = times_tile(weights, v, v_full, v_empty, i - 1, no_sums)
         # Added here, in float32: the tensor core's own sums of float8 products have some 13 bits.
         sums = sums * gl.convert_layout(fade, of_sums)[:, None] + part
-        scores = scores_of(q, k, k_there, k_read, i, no_scores)
+        scores = times_tile(q, k, k_full, k_empty, i, no_scores)
 
     weights, fade, largest, total = weigh(scores, largest, total, scale)
     weights = as_left_operand(weights, left, BM, BN)
-    part = weighted(weights, v, v_there, v_read, tiles - 1, no_sums)
+    part = times_tile(weights, v, v_full, v_empty, tiles - 1, no_sums)
     sums = sums * gl.convert_layout(fade, of_sums)[:, None] + part
 
     out = sums / gl.convert_layout(total, of_sums)[:, None]
-    row = (gl.program_id(0) * CONSUMERS + who) * BM + gl.arange(0, BM, of_sums)
+    row = (gl.program_id(0) * CONSUMERS + group) * BM + gl.arange(0, BM, of_sums)
     channel = gl.program_id(1) * K + gl.arange(0, K, gl.SliceLayout(0, sums_layout))
     place = (gl.program_id(2) * S + row).to(gl.int64)[:, None] * (N * K) + channel[None, :]
     gl.store(out_ptr + place, out.to(gl.bfloat16), mask=(row < S)[:, None])
 
 
 @gluon.jit
-def produce(q_tiles, k_tiles, v_tiles, memory, there, read, rows, S, length, N: gl.constexpr):
-    """Bring what the others consume, each tile when its place is free: see `consume`."""
+def produce(q_tiles, k_tiles, v_tiles, memory, full, empty, rows, S, length, N: gl.constexpr):
+    """Load what the others consume, each tile when its place is empty: see `consume`."""
     head = gl.program_id(1)
     b = gl.program_id(2)
     q, k, v = memory
-    q_there, k_there, v_there = there
-    k_read, v_read = read
+    q_full, k_full, v_full = full
+    k_empty, v_empty = empty
     STAGES: gl.constexpr = k.shape[0]
     BN: gl.constexpr = k.shape[1]
     BM: gl.constexpr = q.shape[1]
     K: gl.constexpr = q.shape[2]
 
-    mbarrier.expect(q_there, CONSUMERS * q_tiles.block_type.nbytes)
-    for who in gl.static_range(CONSUMERS):
-        row = b * S + (gl.program_id(0) * CONSUMERS + who) * BM
-        bring(q_tiles, [row, head * K], q_there, q.index(who))
+    mbarrier.expect(q_full, CONSUMERS * q_tiles.block_type.nbytes)
+    for group in gl.static_range(CONSUMERS):
+        row = b * S + (gl.program_id(0) * CONSUMERS + group) * BM
+        load_tile(q_tiles, [row, head * K], q_full, q.index(group))
 
     tiles = gl.cdiv(length, BN)
     for i in range(tiles):
         start = (i + tiles - 1) % tiles * BN
         stage = i % STAGES
-        before = (i // STAGES & 1) ^ 1  # in the first round a wait for this ends at once
-        mbarrier.wait(k_read.index(stage), before)
-        full = k_there.index(stage)
-        mbarrier.expect(full, k_tiles.block_type.nbytes)
+        phase = (i // STAGES & 1) ^ 1  # in the first round a wait for this ends at once
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), k_tiles.block_type.nbytes)
         place = [b * rows + start, head * K]
-        bring(k_tiles, place, full, k.index(stage))
+        load_tile(k_tiles, place, k_full.index(stage), k.index(stage))
 
-        mbarrier.wait(v_read.index(stage), before)
-        full = v_there.index(stage)
-        mbarrier.expect(full, v_tiles.block_type.nbytes)
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), v_tiles.block_type.nbytes)
         place = [(b * N + head) * K, start]
-        bring(v_tiles, place, full, v.index(stage))
+        load_tile(v_tiles, place, v_full.index(stage), v.index(stage))
 
 
 @gluon.jit(do_not_specialize=["S", "length", "rows"])
@@ -281,27 +267,27 @@ def attend_kernel(
     k = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BN, K], k_tiles.layout)
     v = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, K, BN], v_tiles.layout)
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    q_there = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    k_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_there = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_read = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    mbarrier.init(q_there, count=1)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    mbarrier.init(q_full, count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_there.index(stage), count=1)
-        mbarrier.init(v_there.index(stage), count=1)
-        mbarrier.init(k_read.index(stage), count=CONSUMERS)
-        mbarrier.init(v_read.index(stage), count=CONSUMERS)
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS)
 
     memory = (q, k, v)
-    there = (q_there, k_there, v_there)
-    read = (k_read, v_read)
+    full = (q_full, k_full, v_full)
+    empty = (k_empty, v_empty)
     gl.warp_specialize(
         [
-            (consume, (0, memory, there, read, out_ptr, scale, S, length, N)),
-            (consume, (1, memory, there, read, out_ptr, scale, S, length, N)),
-            (consume, (2, memory, there, read, out_ptr, scale, S, length, N)),
-            (produce, (q_tiles, k_tiles, v_tiles, memory, there, read, rows, S, length, N)),
+            (consume, (0, memory, full, empty, out_ptr, scale, S, length, N)),
+            (consume, (1, memory, full, empty, out_ptr, scale, S, length, N)),
+            (consume, (2, memory, full, empty, out_ptr, scale, S, length, N)),
+            (produce, (q_tiles, k_tiles, v_tiles, memory, full, empty, rows, S, length, N)),
         ],
         [4, 4, 1],  # warps of all but the first
         [160, 160, 24],  # their registers a thread
