@@ -27,9 +27,10 @@ class Graphs:
     """Stands in the place of `WanDiT.compute` and takes its arguments.
 
     A graph knows by its address all memory that a forward reads and writes besides its inputs: the
-    weights, the places of the cache that `CachedAttention.place` names, the text that the cache
-    keeps. The position in the video is in one of the inputs, the RoPE table, so graphs serve again
-    at every turn of the cache's ring. They go with their cache, and share one pool of memory.
+    weights, the places of the cache that `CachedAttention.place` names, the cache's keys of the
+    text, which a text's first forward writes. The position in the video is in one of the inputs,
+    the RoPE table, so graphs serve again at every turn of the cache's ring. They go with their
+    cache, and share one pool of memory.
     """
 
     def __init__(self, compute):
@@ -39,18 +40,18 @@ class Graphs:
         self.stream = None  # in which they are recorded: blocks of a pool belong to one
 
     def __call__(self, x, sigma, rope, frames, attend, context, text=None) -> Tensor:
-        cached = isinstance(attend, CachedAttention) and context is None
+        cached = isinstance(attend, CachedAttention) and text is not None
         if not cached or not x.is_cuda or torch.is_grad_enabled():
             return self.compute(x, sigma, rope, frames, attend, context, text)
 
+        inputs = (x, sigma, rope) if context is None else (x, sigma, rope, context)
         recorded = self.of_cache.setdefault(attend.cache, {})
-        key = (x.shape, sigma.shape, attend.place)
+        key = (attend.place, *(given.shape for given in inputs))
         if key not in recorded:
             # The first forward of its kind runs as usual: it may compile, which can't be recorded.
             recorded[key] = None
-            return self.compute(x, sigma, rope, frames, attend, None, text)
+            return self.compute(x, sigma, rope, frames, attend, context, text)
 
-        inputs = (x, sigma, rope)
         if recorded[key] is None:
             recorded[key] = self._record(inputs, frames, attend, text)
         graph, own, out = recorded[key]
@@ -71,7 +72,9 @@ class Graphs:
         self.stream = self.stream or torch.cuda.Stream(place)
         how = {"pool": pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         with torch.cuda.device(place), torch.cuda.graph(graph, **how):
-            out = self.compute(*own, frames, attend, None, text)
+            x, sigma, rope, *context = own
+            context = context[0] if context else None
+            out = self.compute(x, sigma, rope, frames, attend, context, text)
         return Recorded(graph, own, out)
 
 
