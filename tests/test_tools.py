@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from common import compiling, randn
@@ -32,11 +34,13 @@ TINY = ["--preset=tiny", "--device=cpu", "--size=32x32", "--frames=3", "--ratio=
 
 
 def table(printed: str) -> dict[str, list[str]]:
-    """The rows of bench_training's table: name -> times, seconds, TFLOP, work, MFU."""
+    """The rows of bench_training's table: name -> times, seconds, slowest, TFLOP, work,
+    MFU.
+    """
     rows = {}
     for line in printed.splitlines():
         figures = line[26:].split()
-        if len(figures) == 5 and figures[-1].endswith("%"):
+        if len(figures) == 6 and figures[-1].endswith("%"):
             rows[line[:26].strip()] = figures
     return rows
 
@@ -85,6 +89,17 @@ def test_training(stage, capsys, monkeypatch):
         assert times == generator | critic | {"generator + 1 critic": 1}
     else:
         assert times == {"optimizer, generator": 2, "phase": 2}
+
+
+def test_the_first_time_is_not_counted(capsys):
+    run = SimpleNamespace(generator=None, critic=None, teacher=None, device=torch.device("cpu"))
+    clock = bench_training.Clock(run)
+    clock.rows["phase"] = [np.array([seconds, 1e12, 0]) for seconds in (9.0, 1.0, 2.0, 6.0)]
+    clock.rows["once"] = [np.array([5.0, 0, 0])]
+    bench_training.print_parts(clock, 1, ceiling=1e12)
+    rows = table(capsys.readouterr().out)
+    assert rows["phase"][:3] == ["4", "3.000", "6.000"]  # times, mean, slowest
+    assert rows["once"][:3] == ["1", "5.000", "5.000"]
 
 
 @pytest.mark.parametrize("options", [["--gan", "--relativistic", "--slopes"], ["--dfd"]])

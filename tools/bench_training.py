@@ -331,9 +331,12 @@ class Clock:
         self.rows[name].append(ended - self.phase_began)
         return norm
 
+    def counted(self) -> dict[str, np.ndarray]:
+        """Of every part [times, 3], without its first time if there are more."""
+        return {name: np.array(rows[1:] or rows) for name, rows in self.rows.items()}
+
     def means(self) -> dict[str, np.ndarray]:
-        """Of every part, without its first time if there are more."""
-        return {name: np.mean(rows[1:] or rows, 0) for name, rows in self.rows.items()}
+        return {name: rows.mean(0) for name, rows in self.counted().items()}
 
 
 def iterate(run: Run, clock: Clock, iterations: int) -> list[str]:
@@ -406,17 +409,20 @@ def print_parts(clock: Clock, ratio: int, ceiling: float) -> None:
     """The table of an iteration's parts. ceiling: FLOP/s of a matrix product."""
     means = clock.means()
     times = {name: len(rows) for name, rows in clock.rows.items()}
+    slowest = {name: f"{rows[:, 0].max():.3f}" for name, rows in clock.counted().items()}
     if "critic phase" in means:
         whole = f"generator + {ratio} critic"
         means[whole] = means["generator phase"] + ratio * means["critic phase"]
         times[whole] = 1
+        slowest[whole] = "-"
 
-    print(f"{'':26}{'times':>6}{'seconds':>9}{'TFLOP':>11}{'work':>8}{'MFU':>8}")
+    columns = f"{'times':>6}{'seconds':>9}{'slowest':>9}{'TFLOP':>11}{'work':>8}{'MFU':>8}"
+    print(f"{'':26}{columns}")
     for name, (seconds, flop, repeated) in means.items():
         work = flop / seconds / ceiling
         mfu = (flop - repeated) / seconds / ceiling
-        row = f"{name:26}{times[name]:6}{seconds:9.3f}{flop / 1e12:11.4g}{work:8.1%}{mfu:8.1%}"
-        print(row)
+        measured = f"{times[name]:6}{seconds:9.3f}{slowest[name]:>9}{flop / 1e12:11.4g}"
+        print(f"{name:26}{measured}{work:8.1%}{mfu:8.1%}")
 
 
 def print_distillation(clock: Clock, own: int, devices: int, ceiling: float) -> None:
