@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,8 @@ def worker(path: str) -> None:
         world.stopping = False
         if world.rank == 1:
             keys = keys | of_rank_1
+        elif of_rank_1:
+            time.sleep(0.2)  # the last to come to the lock
         try:
             train.main(train.Config(**keys), world)
         except (FloatingPointError, ValueError) as error:

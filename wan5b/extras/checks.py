@@ -137,9 +137,10 @@ def check_alike(cfg, data: dict[str, str], world: World) -> None:
     """Whether all processes are of one run: each machine has its own config file, data and disks,
     and shards of different runs would train together without a word.
 
-    data: `held_by`. For every process to call, when process 0 has the lock of the run's folder: so
-    what they look for there afterwards, they find alike.
+    data: `held_by`. For every process to call, process 0 with the lock of the run's folder: so what
+    they look for there afterwards, they find alike.
     """
+    world.barrier()  # until process 0 has the lock
     lock = Path(cfg.out, log.LOCK)
     values = {}
     for option in fields(cfg):
