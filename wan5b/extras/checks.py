@@ -140,27 +140,30 @@ def check_alike(cfg, data: dict[str, str], world: World) -> None:
     data: `held_by`. For every process to call, process 0 with the lock of the run's folder: so what
     they look for there afterwards, they find alike.
     """
-    world.barrier()  # until process 0 has the lock
-    lock = Path(cfg.out, log.LOCK)
     values = {}
     for option in fields(cfg):
         if not option.metadata.get("path"):  # files may lie elsewhere on another machine
             values[option.name] = getattr(cfg, option.name)
-    first, *others = world.gather((values, data, lock.read_text() if lock.exists() else ""))
-    for rank, (has, reads, sees) in enumerate(others, 1):
-        for key, value in first[0].items():
-            if has[key] != value:
+    first, *others = world.gather((values, data))
+    for rank, (has, reads) in enumerate(others, 1):
+        for key in values:
+            if has[key] != first[0][key]:
                 raise ValueError(
                     f"process {rank} has another {key} than process 0 ({has[key]!r}, not "
-                    f"{value!r}): start all processes with the same config"
+                    f"{first[0][key]!r}): start all processes with the same config"
                 )
-        for key in READS + ("vae",):
+        for key in (*READS, "vae"):
             if reads.get(key) != first[1].get(key):
                 raise ValueError(
                     f"process {rank} has other {key} than process 0, or none: every machine needs "
                     "the same files"
                 )
-        if sees != first[2]:
+
+    # By now process 0 has the lock, since it took part in the above.
+    lock = Path(cfg.out, log.LOCK)
+    first, *others = world.gather(lock.read_text() if lock.exists() else "")
+    for rank, sees in enumerate(others, 1):
+        if sees != first:
             raise ValueError(
                 f"process {rank} does not see process 0's folder out ({cfg.out}): all write into "
                 "it, so choose one that all machines share"
