@@ -26,7 +26,14 @@ from wan5b.data import Data
 from wan5b.dit import PRESETS, DiTConfig, WanDiT
 from wan5b.extras import adapters, checkpoints, compiler, gan, graphs, log, phases
 from wan5b.extras.budget import Meter, afford, expected, free, peak
-from wan5b.extras.checks import check_config, check_finished, check_fit, held_by, newest
+from wan5b.extras.checks import (
+    check_alike,
+    check_config,
+    check_finished,
+    check_fit,
+    held_by,
+    newest,
+)
 from wan5b.extras.cli import DEVICES, script
 from wan5b.extras.config import at_least, one_of, path, read, within
 from wan5b.extras.disk import check_run
@@ -199,8 +206,9 @@ def main(cfg: Config, world: fsdp.World) -> None:
     check_config(cfg, world)
     out = Path(cfg.out)
     with log.locked(out) if world.rank == 0 else contextlib.nullcontext():
-        # Whether this run is finished, or has been begun.
         data = held_by(cfg)
+        check_alike(cfg, data, world)
+        # Whether this run is finished, or has been begun.
         final = out / f"{cfg.stage}.safetensors"
         if final.exists():
             check_finished(cfg, data, final)

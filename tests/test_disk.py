@@ -412,6 +412,27 @@ def test_what_one_process_writes_alone_ends_the_others_in_a_line(data, tmp_path)
     assert re.fullmatch(rf"train.py: error: {ended} \(.*Connection closed by peer.*\)", told[1])
 
 
+@pytest.mark.parametrize(
+    "lost", ["Read error [::1]:7: Connection reset by peer", "writev [::1]:7: Broken pipe"]
+)
+def test_a_killed_process_ends_the_others_in_a_line(capsys, monkeypatch, lost):
+    """As gloo says it, if what was sent to that process was still unread."""
+    cause = f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {lost}"
+    advice = "This is typically caused by a remote worker hanging. GLHF!"
+
+    def main():
+        raise RuntimeError(f"{cause}. {advice}")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit, match="2"):
+        cli.script(main)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    ended = "another process of this run has ended, its own lines say why"
+    assert capsys.readouterr().err == f"train.py: error: {ended} ({cause})\n"
+
+
 # --------------------------------------------------------------------------------- of what is told
 
 

@@ -5,6 +5,7 @@ is lost.
 import errno
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_a_full_disk_leaves_the_old_tensors(tmp_path):
 
 
 def test_a_folder_is_for_one_process(tmp_path):
-    """The second is refused with the first's number; the lock goes with its process."""
+    """The second is refused with the first's number and machine; the lock goes with its process."""
     code = "import sys; from pathlib import Path; from wan5b.extras import log\n"
     code += "with log.locked(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
     holder = subprocess.Popen(
@@ -157,12 +158,13 @@ def test_a_folder_is_for_one_process(tmp_path):
         cwd=ROOT,
     )
     assert holder.stdout.readline() == "in\n"
-    with pytest.raises(ValueError, match=rf"in use by process {holder.pid}"):
+    named = f"{holder.pid} on {platform.node()}"
+    with pytest.raises(ValueError, match=f"in use by process {named}"):
         log.locked(tmp_path / "run").__enter__()
 
     # The refused one has left the lock as it was: the next one is refused alike.
-    assert (tmp_path / "run/lock").read_text() == f"{holder.pid}\n"
-    with pytest.raises(ValueError, match=rf"in use by process {holder.pid}"):
+    assert (tmp_path / "run/lock").read_text() == f"{named}\n"
+    with pytest.raises(ValueError, match=f"in use by process {named}"):
         log.locked(tmp_path / "run").__enter__()
     holder.kill()
     holder.communicate()

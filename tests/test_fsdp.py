@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,12 +79,12 @@ def test_world_refuses(monkeypatch):
 # ------------------------------------------------------------------------- in torchrun's processes
 
 
-def job(kind: str, keys: dict) -> dict:
+def job(kind: str, keys: dict, of_rank_1: dict | None = None) -> dict:
     """kind: "train"; "nan", which breaks the loss on rank 1; "sigterm", which reaches rank 1 alone.
 
-    keys: of train.Config.
+    keys: of train.Config. of_rank_1: keys that are others there.
     """
-    return {"kind": kind, "config": keys}
+    return {"kind": kind, "config": keys, "of_rank_1": of_rank_1 or {}}
 
 
 def torchrun(processes: int, folder: Path, jobs: list[dict]) -> list[list]:
@@ -135,7 +136,7 @@ def worker(path: str) -> None:
     stages.micro_batches = rollouts.micro_batches
     stages.roll_out = rollouts.roll_out
 
-    def do(kind, keys, world):
+    def do(kind, keys, of_rank_1, world):
         def disturbed(run, step):
             metrics = inner(run, step)
             if world.rank == 1 and step == 2 and kind == "nan":
@@ -147,15 +148,19 @@ def worker(path: str) -> None:
         train.iteration = disturbed
         rollouts.notes = []
         world.stopping = False
+        if world.rank == 1:
+            keys = keys | of_rank_1
+        elif of_rank_1:
+            time.sleep(0.2)  # the last to come to the lock
         try:
             train.main(train.Config(**keys), world)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:
             return {"error": str(error)}
         return {"returned": True, "exits": rollouts.notes}
 
     first = jobs[0]["config"]
     with contextlib.closing(fsdp.World(first["device"], first.get("shard", 0))) as world:
-        results = [do(each["kind"], each["config"], world) for each in jobs]
+        results = [do(*each.values(), world) for each in jobs]
         Path(f"{path}.{world.rank}").write_text(json.dumps(results))
 
 
@@ -339,6 +344,30 @@ def test_sigterm_of_one_process_stops_both(two, place):
     assert {row[1] for row in first[0][-1]["exits"]} == {0}
     assert {row[1] for row in second[0][-1]["exits"]} == {1, 2, 3}
     assert equal(place, folder / "sigterm/dmd.safetensors", folder / "dmd/dmd.safetensors")
+
+
+def test_processes_of_different_runs_do_not_train_together(data, tmp_path):
+    """As of machines with configs, files or disks of their own. What only lies elsewhere is no
+    other.
+    """
+    keys = values(data, "ar", tmp_path / "run", micro_batch=1, steps=1)
+    moved = str(shutil.copy(data / "generator.safetensors", tmp_path / "moved.safetensors"))
+    apart = {
+        "has another lr than process 0 (0.1, not 0.0001): start all": {"lr": 0.1},
+        "has another steps than process 0 (2, not 1): start all": {"steps": 2},
+        "has other weights than process 0, or": {"weights": str(data / "teacher.safetensors")},
+        "has other latents than process 0, or none:": {"latents": str(tmp_path / "nothing")},
+        "does not see process 0's folder out (": {"out": str(tmp_path / "local")},
+    }
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/lock").write_text("17 on the machine of process 0 in an earlier run")
+    jobs = [job("train", keys, changes) for changes in apart.values()]
+    jobs.append(job("train", keys, {"weights": moved}))
+    for *refused, trained in torchrun(2, tmp_path, jobs):
+        for text, result in zip(apart, refused, strict=True):
+            assert result["error"].startswith(f"process 1 {text}")
+        assert trained["returned"]
+    assert names(tmp_path / "run") == ["step-0000001"]
 
 
 @pytest.mark.slow

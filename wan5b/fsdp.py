@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,6 +116,13 @@ class World:
         Asked through host memory, so only the host waits for the other processes, not the device.
         """
         return self.mean({"stopping": torch.tensor(float(self.stopping))})["stopping"] > 0
+
+    def gather(self, value: Any) -> list:
+        """What each process gives, by its rank; for every process to call."""
+        values = [value] * self.size
+        if self.mesh is not None:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait until every process is here."""

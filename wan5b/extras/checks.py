@@ -13,7 +13,7 @@ from pathlib import Path
 
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
-from wan5b.extras import adapters
+from wan5b.extras import adapters, log
 from wan5b.extras.checkpoints import complete
 from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import check_checkpoint, locate, read_metadata
@@ -131,6 +131,43 @@ def _check_rollouts(cfg) -> None:
             "rollout = 'data' is the plain method's baseline: leave levels_after, clean_pass and "
             "rollout_frames out"
         )
+
+
+def check_alike(cfg, data: dict[str, str], world: World) -> None:
+    """Whether all processes are of one run: each machine has its own config file, data and disks,
+    and shards of different runs would train together without a word.
+
+    data: `held_by`. For every process to call, process 0 with the lock of the run's folder: so what
+    they look for there afterwards, they find alike.
+    """
+    values = {}
+    for option in fields(cfg):
+        if not option.metadata.get("path"):  # files may lie elsewhere on another machine
+            values[option.name] = getattr(cfg, option.name)
+    first, *others = world.gather((values, data))
+    for rank, (has, reads) in enumerate(others, 1):
+        for key in values:
+            if has[key] != first[0][key]:
+                raise ValueError(
+                    f"process {rank} has another {key} than process 0 ({has[key]!r}, not "
+                    f"{first[0][key]!r}): start all processes with the same config"
+                )
+        for key in (*READS, "vae"):
+            if reads.get(key) != first[1].get(key):
+                raise ValueError(
+                    f"process {rank} has other {key} than process 0, or none: every machine needs "
+                    "the same files"
+                )
+
+    # By now process 0 has the lock, since it took part in the above.
+    lock = Path(cfg.out, log.LOCK)
+    first, *others = world.gather(lock.read_text() if lock.exists() else "")
+    for rank, sees in enumerate(others, 1):
+        if sees != first:
+            raise ValueError(
+                f"process {rank} does not see process 0's folder out ({cfg.out}): all write into "
+                "it, so choose one that all machines share"
+            )
 
 
 def note_ignored(cfg, rank: int) -> None:

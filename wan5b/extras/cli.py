@@ -77,9 +77,13 @@ def _interruptible(main: Callable[[], Any]) -> Any:
         raise
 
 
+# What gloo says of a process that has ended, and of one that was killed with something unread.
+LOST = r"Connection closed by peer|.*: (Connection reset by peer|Broken pipe)"
+
+
 def is_of_lost_process(error: Exception) -> bool:
     """Whether gloo has lost the connection to another process: it has no type of error for that."""
-    return re.match(r"\[\S*/gloo/transport/\S*\] Connection closed by peer", str(error)) is not None
+    return re.match(rf"\[\S*/gloo/transport/\S*\] ({LOST})", str(error)) is not None
 
 
 def is_out_of_memory(error: Exception) -> bool:

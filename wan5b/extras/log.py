@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from wan5b.extras import checkpoints
 from wan5b.util import first_line, raise_interrupted, replacing, write_json, writing
 
 METRICS = "metrics.jsonl"  # a line a step
+LOCK = "lock"  # names the process that has the folder
 # In the progress line; metrics.jsonl has everything.
 SHOWN = ("loss", "norm", "critic_loss", "critic_norm", "seconds", "tokens_per_second", "mfu", "gib")
 
@@ -35,20 +37,20 @@ def locked(out: Path) -> Iterator[None]:
     """
     with _locked_file(out) as file:
         try:
-            with writing(out / "lock"):
+            with writing(out / LOCK):
                 file.truncate(0)
-                os.write(file.fileno(), f"{os.getpid()}\n".encode())
+                os.write(file.fileno(), f"{os.getpid()} on {platform.node()}\n".encode())
             yield
         finally:
             # A run that was refused before it began leaves no folder.
-            if os.listdir(out) == ["lock"]:
-                (out / "lock").unlink()
+            if os.listdir(out) == [LOCK]:
+                (out / LOCK).unlink()
                 out.rmdir()
 
 
 def _locked_file(out: Path) -> TextIO:
     """The lock of a run's folder, locked. It is only looked at if another process has it."""
-    path = out / "lock"
+    path = out / LOCK
     while True:
         out.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
