@@ -210,11 +210,11 @@ def main(cfg: Config, world: fsdp.World) -> None:
         check_alike(cfg, data, world)
         # Whether this run is finished, or has been begun.
         final = out / f"{cfg.stage}.safetensors"
-        if final.exists():
+        if world.exchange(final.exists())[0]:
             check_finished(cfg, data, final)
             print(f"{final} is there: this run is finished")
             return
-        run = train(cfg, world, data, newest(cfg, data))
+        run = train(cfg, world, data, newest(cfg, data, world))
         if run is not None:
             export(run, final, data)
 

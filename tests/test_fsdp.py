@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from training import (
 
 import train
 from wan5b import fsdp, stages
-from wan5b.extras import budget, checkpoints
+from wan5b.extras import budget, checkpoints, checks
 from wan5b.extras.checks import check_config
 
 STEPS = {"ar": 2, "dmd": 4}  # the other stages below
@@ -130,6 +131,7 @@ class Rollouts:
 def worker(path: str) -> None:
     """Do all jobs of a file; leave the results beside it."""
     budget.matmul_rate = lambda device, dtype: 1.0
+    checks.SHOWN_WITHIN = 1
     jobs = json.loads(Path(path).read_text())
     inner = train.iteration
     rollouts = Rollouts()
@@ -368,6 +370,27 @@ def test_processes_of_different_runs_do_not_train_together(data, tmp_path):
             assert result["error"].startswith(f"process 1 {text}")
         assert trained["returned"]
     assert names(tmp_path / "run") == ["step-0000001"]
+
+
+def test_files_that_show_late_are_waited_for(tmp_path):
+    """As on a network file system, where another machine has written them."""
+    lock = tmp_path / "lock"
+    lock.write_text("of an earlier run")
+    late = threading.Timer(0.5, lock.write_text, ["of this one"])
+    late.start()
+    assert checks._comes_to_hold(lock, "of this one")
+    late.join()
+
+
+def test_all_go_on_from_the_checkpoint_of_process_0(trained, data, monkeypatch):
+    """Another machine may not see the newest one yet, or still see one that is gone."""
+    cfg = config(data, "dmd", trained / "dmd", steps=2, ema=0.5)
+    world = fsdp.World("cpu")
+    for first in ("step-0000002", ""):
+        monkeypatch.setattr(world, "exchange", lambda value, first=first: [first, value])
+        monkeypatch.setattr(checks, "complete", lambda out, first=first: [] if first else [out])
+        path = checks.newest(cfg, checks.held_by(cfg), world)
+        assert path == (trained / "dmd" / first if first else None)
 
 
 @pytest.mark.slow

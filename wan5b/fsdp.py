@@ -117,7 +117,7 @@ class World:
         """
         return self.mean({"stopping": torch.tensor(float(self.stopping))})["stopping"] > 0
 
-    def gather(self, value: Any) -> list:
+    def exchange(self, value: Any) -> list:
         """What each process gives, by its rank; for every process to call."""
         values = [value] * self.size
         if self.mesh is not None:

@@ -7,6 +7,7 @@ Each check is a ValueError that names the values and the way out.
 import json
 import math
 import sys
+import time
 from collections.abc import Set
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from wan5b.kvcache import chunk_sizes
 from wan5b.stages import DISTILLATIONS, STAGES
 from wan5b.weights import about
 
+SHOWN_WITHIN = 60  # seconds, of a file that another machine has written
 # What each stage learns from; the others from latents.
 LEARNS_FROM = {"ode": "trajectories", "dmd": "teacher", "sid": "teacher"}
 # What has an effect in some stages only.
@@ -144,7 +146,7 @@ def check_alike(cfg, data: dict[str, str], world: World) -> None:
     for option in fields(cfg):
         if not option.metadata.get("path"):  # files may lie elsewhere on another machine
             values[option.name] = getattr(cfg, option.name)
-    first, *others = world.gather((values, data))
+    first, *others = world.exchange((values, data))
     for rank, (has, reads) in enumerate(others, 1):
         for key in values:
             if has[key] != first[0][key]:
@@ -161,13 +163,23 @@ def check_alike(cfg, data: dict[str, str], world: World) -> None:
 
     # By now process 0 has the lock, since it took part in the above.
     lock = Path(cfg.out, log.LOCK)
-    first, *others = world.gather(lock.read_text() if lock.exists() else "")
-    for rank, sees in enumerate(others, 1):
-        if sees != first:
+    text = world.exchange(lock.read_text() if world.rank == 0 else "")[0]
+    for rank, sees in enumerate(world.exchange(_comes_to_hold(lock, text))):
+        if not sees:
             raise ValueError(
                 f"process {rank} does not see process 0's folder out ({cfg.out}): all write into "
                 "it, so choose one that all machines share"
             )
+
+
+def _comes_to_hold(path: Path, text: str) -> bool:
+    """Whether a file holds a text: now, or as soon as a network file system shows it."""
+    end = time.monotonic() + SHOWN_WITHIN
+    while not (path.exists() and path.read_text() == text):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def note_ignored(cfg, rank: int) -> None:
@@ -324,15 +336,18 @@ def _check_known(saved: Path, known: dict) -> None:
         )
 
 
-def newest(cfg, data: dict[str, str]) -> Path | None:
-    """The checkpoint that a run goes on from, if there is one, which must be its own."""
+def newest(cfg, data: dict[str, str], world: World) -> Path | None:
+    """The checkpoint that a run goes on from, if there is one, which must be its own. For every
+    process to call: all take process 0's, as other machines may see new files late.
+    """
     if cfg.lora:
         _check_adapter(cfg, data)
     saved = complete(Path(cfg.out))
-    if not saved:
+    name = world.exchange(saved[-1].name if saved else "")[0]
+    if not name:
         return None
-    check_unchanged(cfg, data, saved[-1])
-    return saved[-1]
+    check_unchanged(cfg, data, Path(cfg.out, name))
+    return Path(cfg.out, name)
 
 
 def _check_adapter(cfg, data: dict[str, str]) -> None:

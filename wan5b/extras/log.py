@@ -40,6 +40,7 @@ def locked(out: Path) -> Iterator[None]:
             with writing(out / LOCK):
                 file.truncate(0)
                 os.write(file.fileno(), f"{os.getpid()} on {platform.node()}\n".encode())
+                os.fsync(file.fileno())  # so that other machines see it
             yield
         finally:
             # A run that was refused before it began leaves no folder.
