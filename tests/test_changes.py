@@ -42,6 +42,7 @@ def test_prompts_change_with_the_chunk_that_begins_then_or_later(seconds, prefix
             r"--at 0.31: no chunk is left for the prompt before it; the next",
         ),
         ([0.5, 0.3], r"--at 0.3: no chunk is left"),
+        ([1.8, 0.3], r"--at 0.3: no .*, which begins with the last one; let the times rise, or"),
         ([0], r"--at 0: no chunk is left .* begin at 0.38, 0.88, 1.38 seconds"),
         ([9], r"--at 9: the last chunk begins at 1.88 seconds; give an earlier time, or more"),
     ],

@@ -538,7 +538,7 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
         assert not (tmp_path / "out").exists()
 
     ode = ["trajectories", "--text", embeddings, *SMALL]
-    sides = "nearest valid: 32 or 64 by 64 or 96"
+    sides = "nearest valid: 32 or 64 by 64"
     for size, frames, match in (
         ("30x64", 9, f"size 30x64 is not HEIGHTxWIDTH in multiples of 32; {sides}"),
         ("axb", 9, "size axb is not HEIGHTxWIDTH"),
@@ -588,6 +588,7 @@ def test_errors_of_video_lists(release, tmp_path):
         assert not out.exists()
 
     refused("clips names 0 videos", clips)
+    refused("nowhere: neither a folder that is there nor a .jsonl file", tmp_path / "nowhere")
     (clips / "a.mp4").touch()
     refused("cannot read .*a.txt", clips)
     listing = tmp_path / "list.jsonl"

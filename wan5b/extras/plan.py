@@ -167,7 +167,7 @@ def check_numbers(args: Namespace) -> torch.dtype:
     for name in ("prefix", "chunk", "window", "steps", "shift", "interpolate"):
         value = getattr(args, name)
         fits = value is None or 0 < value < math.inf  # NaN is not
-        check(fits, f"--{name} {value}: must be above 0")
+        check(fits, f"--{name} {value}: must be above 0, and finite")
     check(args.shift is None or args.shift >= 1e-6, f"--shift {args.shift}: must be at least 1e-6")
     fits = args.guidance is None or math.isfinite(args.guidance)
     check(fits, f"--guidance {args.guidance}: must be a finite number")
