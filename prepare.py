@@ -343,8 +343,8 @@ def list_videos(where: Path) -> list[tuple[str, str]]:
         paths = [path for path in sorted(where.glob("[!.]*")) if path.suffix != ".txt"]
         return [(str(path), " ".join(read_prompts(caption_file(path)))) for path in paths]
 
-    if where.suffix != ".jsonl":
-        raise ValueError(f"--videos {where}: neither a folder that is there nor a .jsonl file")
+    if not where.is_file():
+        raise ValueError(f"--videos {where}: no such file or folder; name a folder or a .jsonl file")
     videos = []
     lines = read_prompts(where)
     try:

@@ -101,7 +101,8 @@ def test_help_names_every_key(capsys):
             train.parse([option])
         assert not end.value.code
         said = capsys.readouterr().out
-        assert said.startswith("Train one stage") and "\n    micro_batch = 1\n" in said
+        assert said.startswith("Train one stage")
+        assert "\n    micro_batch = 1\n" in said
         for key in train.Config.__dataclass_fields__:
             assert f"\n    {key} = " in said
 

@@ -562,7 +562,7 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("nowhere is no folder", "trajectories", "--text", nowhere)
     refused("cannot read .*nowhere", "text", "--prompts", nowhere)
     refused("nowhere.safetensors: no such file", *ode, "--weights", weights)
-    refused("cannot read .*nowhere", "latents", "--videos", nowhere, *SMALL)
+    refused("nowhere: no such file or folder", "latents", "--videos", nowhere, *SMALL)
     with pytest.raises(ValueError, match="spiece.model: no such file"):
         run("text", "--prompts", prompts, "--release", tmp_path, "--out", tmp_path / "out")
 
@@ -588,7 +588,7 @@ def test_errors_of_video_lists(release, tmp_path):
         assert not out.exists()
 
     refused("clips names 0 videos", clips)
-    refused("nowhere: neither a folder that is there nor a .jsonl file", tmp_path / "nowhere")
+    refused("nowhere: no such file or folder; name a folder or a .jsonl file", tmp_path / "nowhere")
     (clips / "a.mp4").touch()
     refused("cannot read .*a.txt", clips)
     listing = tmp_path / "list.jsonl"

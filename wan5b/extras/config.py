@@ -93,9 +93,10 @@ def described(kind: type) -> str:
     lines = ["Keys, with what they are unless the file or the command line says it:"]
     for option in fields(kind):
         default = list(option.default) if isinstance(option.default, tuple) else option.default
-        shown = str(default).lower() if isinstance(default, bool) else json.dumps(default, ensure_ascii=False)
-        known = " ".join(map(str, option.metadata.get("known", ())))
-        lines.append(f"    {option.name} = {shown}" + (f"  # {known}" if known else ""))
+        line = f"    {option.name} = {json.dumps(default, ensure_ascii=False)}"
+        if "known" in option.metadata:
+            line += f"  # {' '.join(map(str, option.metadata['known']))}"
+        lines.append(line)
     return "\n".join(lines)
 
 
