@@ -344,7 +344,9 @@ def list_videos(where: Path) -> list[tuple[str, str]]:
         return [(str(path), " ".join(read_prompts(caption_file(path)))) for path in paths]
 
     if not where.is_file():
-        raise ValueError(f"--videos {where}: no such file or folder; name a folder or a .jsonl file")
+        raise ValueError(
+            f"--videos {where}: no such file or folder; name a folder or a .jsonl file"
+        )
     videos = []
     lines = read_prompts(where)
     try:
