@@ -108,6 +108,15 @@ def test_what_contradicts_itself(tmp_path, options, wrong):
         planned(tmp_path, "--frames", 57, *options.split())
 
 
+def test_a_prompt_that_the_clip_never_reaches_is_named(tmp_path, capsys):
+    options = ["--frames", 57, "--prompt", "a", "b", "--at", "1.3"]  # the last two of five chunks
+    planned(tmp_path, *options, "--interpolate", 2)
+    assert "note" not in capsys.readouterr().err
+    planned(tmp_path, *options, "--interpolate", 4)
+    says = "note: --interpolate 4: the clip ends 50% of the way to its prompt"
+    assert says in capsys.readouterr().err
+
+
 def test_what_does_nothing_is_named(tmp_path, capsys):
     planned(tmp_path, "--frames", 57, "--prompt", "a", "--recache", "--interpolate", 3)
     assert "note: --interpolate, --recache has no effect here" in capsys.readouterr().err

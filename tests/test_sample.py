@@ -715,6 +715,7 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--chunk 0", "--chunk 0: must be above 0"),
         ("--steps 0", "--steps 0: must be above 0"),
         ("--shift 0", "--shift 0.0: must be above 0"),
+        ("--shift inf", "--shift inf: must be above 0, and finite"),
         ("--shift nan", "--shift nan: must be above 0"),
         ("--fp8", "--fp8 needs bfloat16 on a GPU"),
         ("--fp8-attention", "float8 attention needs a Hopper GPU (H100, H200), not cpu: leave out"),

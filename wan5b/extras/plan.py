@@ -437,6 +437,10 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
             texts = scene_texts(clip.prompts, len(chunks), recipe)
         blends = blended(texts, args.interpolate or 1)
         filled.append(clip._replace(texts=texts, blends=blends))
+    if len(chunks) - 1 in filled[0].blends:
+        share = filled[0].blends[len(chunks) - 1][1]
+        way = f"the clip ends {share:.0%} of the way to its prompt"
+        note(f"--interpolate {args.interpolate}: {way}")
     return filled
 
 
