@@ -343,9 +343,14 @@ def list_videos(where: Path) -> list[tuple[str, str]]:
         paths = [path for path in sorted(where.glob("[!.]*")) if path.suffix != ".txt"]
         return [(str(path), " ".join(read_prompts(caption_file(path)))) for path in paths]
 
+    if not where.is_file():
+        raise ValueError(
+            f"--videos {where}: no such file or folder; name a folder or a .jsonl file"
+        )
     videos = []
+    lines = read_prompts(where)
     try:
-        for line in map(json.loads, read_prompts(where)):
+        for line in map(json.loads, lines):
             caption = line["caption"].strip()
             caption.encode()  # half an emoji can't be stored
             if not line["video"].strip("./ "):  # the folder of the list itself, or above

@@ -35,7 +35,7 @@ from wan5b.extras.checks import (
     newest,
 )
 from wan5b.extras.cli import DEVICES, script
-from wan5b.extras.config import at_least, one_of, path, read, within
+from wan5b.extras.config import at_least, described, one_of, path, read, within
 from wan5b.extras.disk import check_run
 from wan5b.extras.formats import open_dit
 from wan5b.extras.merging import merge_rollouts
@@ -131,6 +131,9 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
 
 def parse(arguments: list[str]) -> Config:
     """A TOML file and key=value overrides -> Config. ValueError for what is wrong with them."""
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\n{described(Config)}")
+        sys.exit()
     return read(Config, arguments)
 
 

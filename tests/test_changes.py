@@ -42,6 +42,7 @@ def test_prompts_change_with_the_chunk_that_begins_then_or_later(seconds, prefix
             r"--at 0.31: no chunk is left for the prompt before it; the next",
         ),
         ([0.5, 0.3], r"--at 0.3: no chunk is left"),
+        ([1.8, 0.3], r"--at 0.3: no .*, which begins with the last one; let the times rise, or"),
         ([0], r"--at 0: no chunk is left .* begin at 0.38, 0.88, 1.38 seconds"),
         ([9], r"--at 9: the last chunk begins at 1.88 seconds; give an earlier time, or more"),
     ],
@@ -105,6 +106,15 @@ def test_the_command_line(tmp_path):
 def test_what_contradicts_itself(tmp_path, options, wrong):
     with pytest.raises(ValueError, match=wrong):
         planned(tmp_path, "--frames", 57, *options.split())
+
+
+def test_a_prompt_that_the_clip_never_reaches_is_named(tmp_path, capsys):
+    options = ["--frames", 57, "--prompt", "a", "b", "--at", "1.3"]  # the last two of five chunks
+    planned(tmp_path, *options, "--interpolate", 2)
+    assert "note" not in capsys.readouterr().err
+    planned(tmp_path, *options, "--interpolate", 4)
+    says = "note: --interpolate 4: the clip ends 50% of the way to its prompt"
+    assert says in capsys.readouterr().err
 
 
 def test_what_does_nothing_is_named(tmp_path, capsys):

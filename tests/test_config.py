@@ -95,6 +95,18 @@ def test_bad_configs(data, tmp_path, command, stage, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_help_names_every_key(capsys):
+    for option in ("-h", "--help"):
+        with pytest.raises(SystemExit) as end:
+            train.parse([option])
+        assert not end.value.code
+        said = capsys.readouterr().out
+        assert said.startswith("Train one stage")
+        assert "\n    micro_batch = 1\n" in said
+        for key in train.Config.__dataclass_fields__:
+            assert f"\n    {key} = " in said
+
+
 def test_bad_command_lines(data, tmp_path, command):
     good = write_toml(tmp_path / "good.toml", values(data, "ar", tmp_path / "out"))
     assert "usage: train.py CONFIG.toml" in refused(command)
@@ -102,6 +114,7 @@ def test_bad_command_lines(data, tmp_path, command):
     assert str(tmp_path) in refused(command, tmp_path)
     assert "key=value, got 'steps'" in refused(command, good, "steps")
     assert "steps must be int" in refused(command, good, "steps=1.5")
+    assert "compile=yes is no TOML (" in refused(command, good, "steps=3", "compile=yes")
     assert "unknown keys ['a.b']" in refused(command, good, "a.b=1")
     assert "unknown keys ['latent']" in refused(command, good, "latent=data/latents")
     assert "unknown keys ['kept_blocks']" in refused(command, good, "kept_blocks=0")

@@ -83,7 +83,13 @@ def test_comfy_text_encoder_with_its_tokenizer(tmp_path):
 def test_what_is_there_under_another_name_is_still_named(tmp_path):
     with pytest.raises(ValueError, match="spiece.model"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(ValueError, match="holds no weights .* download them"):
+        load_dit(tmp_path)
+    # The folder of a run holds what is to be named.
+    (tmp_path / "step-0000004").mkdir()
+    (tmp_path / "dmd.safetensors").touch()
+    says = "holds no weights .*; of a run name its export or a checkpoint: dmd.safetensors, step-00"
+    with pytest.raises(ValueError, match=says):
         load_dit(tmp_path)
 
 

@@ -342,7 +342,7 @@ def pages_of_floats(path):
 
 
 def levels_of_32_bits(path):
-    Image.fromarray(np.full((9, 9), 70000, np.int32)).save(path)
+    Image.fromarray(np.full((9, 9), 200, np.int32)).save(path)  # white in 8 bits, black in 16
 
 
 REFUSED = {
@@ -354,7 +354,7 @@ REFUSED = {
     "hlg.png": (png_with((b"cICP", bytes([9, 18, 0, 1]))), r"HDR \(HLG\), .* convert it to SDR"),
     "preview.dng": (lambda path: picture().save(path, "TIFF", tiffinfo={254: 1}), "raw file"),
     "float.tif": (pages_of_floats, "floats, .* convert it to 8 or 16 bits"),
-    "deep.tif": (levels_of_32_bits, "levels are 70000 to 70000"),
+    "deep.tif": (levels_of_32_bits, "levels have 32 bits, .* convert it to 8 or 16"),
     "program.eps": (lambda path: picture().save(path), "no format that is read"),
     "paper.pdf": (lambda path: picture().save(path), "no format that is read"),
     "huge.png": (huge, "exceeds limit"),

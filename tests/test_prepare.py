@@ -538,7 +538,7 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
         assert not (tmp_path / "out").exists()
 
     ode = ["trajectories", "--text", embeddings, *SMALL]
-    sides = "nearest valid: 32 or 64 by 64 or 96"
+    sides = "nearest valid: 32 or 64 by 64"
     for size, frames, match in (
         ("30x64", 9, f"size 30x64 is not HEIGHTxWIDTH in multiples of 32; {sides}"),
         ("axb", 9, "size axb is not HEIGHTxWIDTH"),
@@ -562,7 +562,7 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("nowhere is no folder", "trajectories", "--text", nowhere)
     refused("cannot read .*nowhere", "text", "--prompts", nowhere)
     refused("nowhere.safetensors: no such file", *ode, "--weights", weights)
-    refused("cannot read .*nowhere", "latents", "--videos", nowhere, *SMALL)
+    refused("nowhere: no such file or folder", "latents", "--videos", nowhere, *SMALL)
     with pytest.raises(ValueError, match="spiece.model: no such file"):
         run("text", "--prompts", prompts, "--release", tmp_path, "--out", tmp_path / "out")
 
@@ -588,6 +588,7 @@ def test_errors_of_video_lists(release, tmp_path):
         assert not out.exists()
 
     refused("clips names 0 videos", clips)
+    refused("nowhere: no such file or folder; name a folder or a .jsonl file", tmp_path / "nowhere")
     (clips / "a.mp4").touch()
     refused("cannot read .*a.txt", clips)
     listing = tmp_path / "list.jsonl"

@@ -682,7 +682,7 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ),
         ("--frames 5 --image {image}", "nearest: 13 or 25"),
         ("--frames 1 --image {image}", "nearest: 13 or 25"),
-        ("--size 70x96", "nearest valid: 64 or 96 by 96 or 128"),
+        ("--size 70x96", "nearest valid: 64 or 96 by 96"),
         ("--size 64", "HEIGHTxWIDTH"),
         ("--image {dir}/none.png", "cannot read the image {dir}/none.png"),
         ("--image {text}", "cannot read the image {text}"),
@@ -707,11 +707,15 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
         ("--window 2", "--window 2: no room"),
         ("--window 3 --sink 1", "--window 3: no room for --sink 1 and a chunk of 3"),
         ("--window 6 --sink -1", "--sink -1: must be 0 or more"),
-        ("--sink 1", "--window None: no room for --sink 1"),
+        (
+            "--sink 1",
+            "no --window: no room for --sink 1 and a chunk of 3 frames; give --window 4 or more",
+        ),
         ("--window 0", "--window 0: must be above 0"),
         ("--chunk 0", "--chunk 0: must be above 0"),
         ("--steps 0", "--steps 0: must be above 0"),
         ("--shift 0", "--shift 0.0: must be above 0"),
+        ("--shift inf", "--shift inf: must be above 0, and finite"),
         ("--shift nan", "--shift nan: must be above 0"),
         ("--fp8", "--fp8 needs bfloat16 on a GPU"),
         ("--fp8-attention", "float8 attention needs a Hopper GPU (H100, H200), not cpu: leave out"),
@@ -800,6 +804,16 @@ def test_a_prompt_that_is_cut_says_so(run, capsys):
     assert "is cut to 512" not in capsys.readouterr().err
 
 
+def test_home_with_settings(tmp_path):
+    """~ of an option beside --settings is the home folder, as without."""
+    settings = vars(sample.parse(["--random-weights", "--prompt", "x"]))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"settings": settings}))
+    assert sample.parse(["--settings", str(path), "--image=~/a.png"]).image == str(
+        Path.home() / "a.png"
+    )
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -852,7 +866,9 @@ def test_every_option_is_explained():
 
 
 def test_a_folder_as_output(run, tmp_path):
-    """An ending slash: sample.mp4 in there, which is not overwritten either."""
+    """An ending slash: sample.mp4 in there, which is not overwritten either. So without, once the
+    folder is there.
+    """
     with pytest.raises(FileNotFoundError):  # what `run` reads afterwards has another name
         run("--frames", 9, "--out", f"{tmp_path}/new/")
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == [
@@ -860,6 +876,8 @@ def test_a_folder_as_output(run, tmp_path):
     ]
     with pytest.raises(ValueError, match="new/sample.mp4 exists"):
         run("--frames", 9, "--out", f"{tmp_path}/new/")
+    with pytest.raises(ValueError, match="new/sample.mp4 exists"):
+        run("--frames", 9, "--out", f"{tmp_path}/new")
 
 
 def test_a_prompt_of_any_bytes_is_recorded(run, tmp_path):

@@ -19,9 +19,10 @@ def memory(
     """
     if window or sink:
         room = (window or 0) - chunk
-        wrong = f"--window {window}: no room for --sink {sink} and a chunk of {chunk} frames"
+        given = f"--window {window}" if window else "no --window"
+        wrong = f"{given}: no room for --sink {sink} and a chunk of {chunk} frames"
         if sink > room:
-            raise ValueError(wrong)
+            raise ValueError(f"{wrong}; give --window {sink + chunk} or more")
     return {"window": window, "sink": sink, "sink_rope": sink_rope}
 
 
@@ -119,11 +120,12 @@ def switches(seconds: list[float], prefix: int, chunks: list[int], fps: int) -> 
         if not later:
             raise ValueError(f"{wrong}; give an earlier time, or more --frames")
         if later[0] <= begins[-1]:
-            near = ", ".join(f"{time:.2f}" for time in times[begins[-1] + 1 :][:3]) or "none"
-            raise ValueError(
-                f"--at {at:g}: no chunk is left for the prompt before it; "
-                f"the next chunks begin at {near} seconds"
-            )
+            near = ", ".join(f"{time:.2f}" for time in times[begins[-1] + 1 :][:3])
+            wrong = f"--at {at:g}: no chunk is left for the prompt before it"
+            if not near:
+                way_out = "let the times rise, or give more --frames"
+                raise ValueError(f"{wrong}, which begins with the last one; {way_out}")
+            raise ValueError(f"{wrong}; the next chunks begin at {near} seconds")
         begins.append(later[0])
     return begins
 

@@ -47,12 +47,14 @@ class Clip(NamedTuple):
 def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Clip]:
     """A clip for each entry of prompts, which holds the prompts of its scenes, and each seed.
 
-    out: the mp4, the suffix of which may be left out, or a FOLDER/, in which it is sample.mp4.
+    out: the mp4, the suffix of which may be left out, or a folder, in which it is sample.mp4: one
+    that is there, or FOLDER/.
     Several clips have the prompt's number and the seed in their names.
     """
-    if out.rpartition("/")[2] in ("", ".", ".."):
+    out = os.path.expanduser(out)  # ~nobody is a name
+    if out.rpartition("/")[2] in ("", ".", "..") or os.path.isdir(out):
         out += "/sample"
-    path = Path(os.path.expanduser(out.removesuffix(".mp4") + ".mp4"))  # ~nobody is a name
+    path = Path(out.removesuffix(".mp4") + ".mp4")
     seeds = list(dict.fromkeys(seeds))  # one given twice makes one clip
     if len(prompts) * len(seeds) == 1:
         return [Clip(prompts[0], seeds[0], path)]
@@ -79,7 +81,8 @@ def claim(
         if spare < 0:
             wrong = f"{clip.path.name} is a name {-spare} bytes too long for the files beside it"
             raise ValueError(f"{wrong}; choose another --out")
-    suffixes = [] if resume else [".mp4", ".json", STATE, *asked]
+    # The state comes first: where there is one, the way out is to go on with it.
+    suffixes = [] if resume else [STATE, ".mp4", ".json", *asked]
     for clip, suffix in product(clips, suffixes):
         file = clip.path.with_suffix(suffix)
         if file.exists() and not overwrite:

@@ -9,6 +9,7 @@ key=value.
     read(Config, ["run.toml", "batch=8"])
 """
 
+import json
 import math
 import os
 import tomllib
@@ -80,11 +81,32 @@ def read(kind: type, arguments: list[str]):
             if kinds.get(key, str) is str:
                 values[key] = value
             else:
-                values |= tomllib.loads(f"{key} = {value}")
+                values |= override_of(key, value)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {' '.join(arguments)}: {error}") from error
 
     return made(kind, values)
+
+
+def described(kind: type) -> str:
+    """The keys of a dataclass, and what they are where nothing else is said."""
+    lines = ["Keys, with what they are unless the file or the command line says it:"]
+    for option in fields(kind):
+        default = list(option.default) if isinstance(option.default, tuple) else option.default
+        line = f"    {option.name} = {json.dumps(default, ensure_ascii=False)}"
+        if "known" in option.metadata:
+            line += f"  # {' '.join(map(str, option.metadata['known']))}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def override_of(key: str, value: str) -> dict:
+    """key=value of a command line, whose value is TOML. ValueError, naming it, if it is not."""
+    try:
+        return tomllib.loads(f"{key} = {value}")
+    except ValueError as error:
+        wrong = f"{key}={value} is no TOML ({error}); write true, 3, 1e-3 or [1, 2], say"
+        raise ValueError(wrong) from error
 
 
 def made(kind: type, values: dict):

@@ -1,5 +1,6 @@
 """What people bring beside pictures: sizes, prompts, captions; and contact sheets for them."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -17,16 +18,17 @@ SIDE = 32  # sides of a video are multiples of it: 16 pixels to a latent's, 2 of
 
 def parse_size(text: str) -> tuple[int, int]:
     """Text like 704x1280 -> (height, width) in pixels. ValueError unless multiples of 32."""
-    sides = []
-    for side in text.lower().split("x"):
-        sides.append(int(side) if side.isdecimal() else 0)
+    wrong = f"size {text} is not HEIGHTxWIDTH in multiples of {SIDE}"
+    if not re.fullmatch("[0-9]+x[0-9]+", text.lower()):
+        raise ValueError(f"{wrong}; give one like 704x1280, without spaces")
 
-    valid = all(side > 0 and side % SIDE == 0 for side in sides)
-    if len(sides) != 2 or not valid:
-        near = " by ".join(nearest(side, SIDE, SIDE) for side in sides)
-        raise ValueError(
-            f"size {text} is not HEIGHTxWIDTH in multiples of 32; nearest valid: {near}"
-        )
+    sides = [int(side) for side in text.lower().split("x")]
+    near = []
+    for side in sides:
+        valid = side > 0 and side % SIDE == 0
+        near.append(str(side) if valid else nearest(side, SIDE, SIDE))
+    if near != [str(side) for side in sides]:
+        raise ValueError(f"{wrong}; nearest valid: {' by '.join(near)}")
     return sides[0], sides[1]
 
 

@@ -119,7 +119,12 @@ def locate(path: Path, kind: Kind) -> Path:
         raise ValueError(f"{folder} holds {len(files)} that it could be ({names}): {way_out}")
     if not files:
         names = ", ".join(name for name in FILES[kind] if "*" in name and "index" not in name)
-        raise ValueError(f"{folder} holds no weights ({names}); download them, or name their file")
+        way_out = "download them, or name their file"
+        steps = sorted(step.name for step in path.glob("step-*"))
+        if steps:
+            exports = sorted(file.name for file in path.glob("*.safetensors"))
+            way_out = f"of a run name its export or a checkpoint: {', '.join(exports + steps[-1:])}"
+        raise ValueError(f"{folder} holds no weights ({names}); {way_out}")
     return files[0]
 
 

@@ -56,15 +56,20 @@ def parse(argv: list[str] | None, usage: str) -> argparse.Namespace:
     add("--vae-device", choices=DEVICES)
     add("--dtype", choices=["bfloat16", "float32"])
 
-    args = parser.parse_args(argv)
-    for name in PATHS:
-        if getattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    args = at_home(parser.parse_args(argv))
     if args.resume:
         return resumed(args, parser, argv)
     if args.settings:
         recorded = read_settings(args.settings, parser, args)
-        args = parser.parse_args(argv, argparse.Namespace(**recorded))
+        args = at_home(parser.parse_args(argv, argparse.Namespace(**recorded)))
+    return args
+
+
+def at_home(args: argparse.Namespace) -> argparse.Namespace:
+    """The options, in whose PATHS ~ is the home folder: shells leave that in --image=~/fox.jpg."""
+    for name in PATHS:
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     return args
 
 

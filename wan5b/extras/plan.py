@@ -167,7 +167,7 @@ def check_numbers(args: Namespace) -> torch.dtype:
     for name in ("prefix", "chunk", "window", "steps", "shift", "interpolate"):
         value = getattr(args, name)
         fits = value is None or 0 < value < math.inf  # NaN is not
-        check(fits, f"--{name} {value}: must be above 0")
+        check(fits, f"--{name} {value}: must be above 0, and finite")
     check(args.shift is None or args.shift >= 1e-6, f"--shift {args.shift}: must be at least 1e-6")
     fits = args.guidance is None or math.isfinite(args.guidance)
     check(fits, f"--guidance {args.guidance}: must be a finite number")
@@ -437,6 +437,10 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
             texts = scene_texts(clip.prompts, len(chunks), recipe)
         blends = blended(texts, args.interpolate or 1)
         filled.append(clip._replace(texts=texts, blends=blends))
+    if len(chunks) - 1 in filled[0].blends:
+        share = filled[0].blends[len(chunks) - 1][1]
+        way = f"the clip ends {share:.0%} of the way to its prompt"
+        note(f"--interpolate {args.interpolate}: {way}")
     return filled
 
 

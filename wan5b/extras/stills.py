@@ -78,6 +78,8 @@ def _gray_ends(image: Image.Image) -> tuple[int, int]:
     bits = image.tag_v2.get(ExifTags.Base.BitsPerSample)
     if bits == (16,) and image.tag_v2.get(ExifTags.Base.SampleFormat) == (2,):
         raise ValueError("its levels are signed, of unknown range; convert it to unsigned ones")
+    if bits == (32,) and image.mode == "I":
+        raise ValueError("its levels have 32 bits, of unknown range; convert it to 8 or 16 bits")
     white = 4095 if bits == (12,) else 65535
     is_negative = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
     return (white, 0) if is_negative else (0, white)

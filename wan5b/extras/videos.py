@@ -81,7 +81,8 @@ def _open(path: str | Path) -> InputContainer:
         return av.open(name, options=OPTIONS, metadata_errors="replace")
     except (av.ArgumentError, av.InvalidDataError, av.EOFError) as error:
         raise ValueError(
-            "it is damaged, or of no format that is read here (jpg, png, mp4, mov, webm, ...)"
+            "it is damaged, or of no format that is read here (mp4, mov, webm, ...; of images, "
+            "which are no videos: jpg, png, ...)"
         ) from error
 
 
