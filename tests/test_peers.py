@@ -86,9 +86,11 @@ def test_what_is_there_under_another_name_is_still_named(tmp_path):
     with pytest.raises(ValueError, match="holds no weights .* download them"):
         load_dit(tmp_path)
     # The folder of a run holds what is to be named.
-    (tmp_path / "step-0000004").mkdir()
+    for name in ("step-0000002", "step-0000004", "step-0000006.partial"):
+        (tmp_path / name).mkdir()
     (tmp_path / "dmd.safetensors").touch()
-    says = "holds no weights .*; of a run name its export or a checkpoint: dmd.safetensors, step-00"
+    says = "holds no weights .*; of a run name its export or a checkpoint: "
+    says += "dmd.safetensors, step-0000004$"
     with pytest.raises(ValueError, match=says):
         load_dit(tmp_path)
 

@@ -106,8 +106,8 @@ def test_overwrite(command):
         (["none.mp4"], "cannot read the video none.mp4: there is no such file here"),
         (
             ["text.mp4"],
-            "cannot read the video text.mp4: it is damaged, or of no format that is read here "
-            "(mp4, mov, webm, ...; of images, which are no videos: jpg, png, ...)",
+            "cannot read the video text.mp4: it is damaged, or of no format that is read here: "
+            "videos are mp4, mov, webm, ..., images jpg, png, ...",
         ),
         (["half.mp4"], "cannot read the video half.mp4: it is "),
         (["moves.mp4", "--chunk", 0], "--chunk 0: must be 1 or more"),

@@ -120,7 +120,7 @@ def locate(path: Path, kind: Kind) -> Path:
     if not files:
         names = ", ".join(name for name in FILES[kind] if "*" in name and "index" not in name)
         way_out = "download them, or name their file"
-        steps = sorted(step.name for step in path.glob("step-*"))
+        steps = sorted(step.name for step in path.glob("step-*[0-9]"))  # no .partial
         if steps:
             exports = sorted(file.name for file in path.glob("*.safetensors"))
             way_out = f"of a run name its export or a checkpoint: {', '.join(exports + steps[-1:])}"

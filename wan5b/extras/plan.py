@@ -437,10 +437,9 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
             texts = scene_texts(clip.prompts, len(chunks), recipe)
         blends = blended(texts, args.interpolate or 1)
         filled.append(clip._replace(texts=texts, blends=blends))
-    if len(chunks) - 1 in filled[0].blends:
-        share = filled[0].blends[len(chunks) - 1][1]
-        way = f"the clip ends {share:.0%} of the way to its prompt"
-        note(f"--interpolate {args.interpolate}: {way}")
+    cut = filled[0].blends.get(len(chunks) - 1)
+    if cut:
+        note(f"--interpolate {args.interpolate}: the clip gets {cut[1]:.0%} of the way to its end")
     return filled
 
 

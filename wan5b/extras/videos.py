@@ -81,8 +81,8 @@ def _open(path: str | Path) -> InputContainer:
         return av.open(name, options=OPTIONS, metadata_errors="replace")
     except (av.ArgumentError, av.InvalidDataError, av.EOFError) as error:
         raise ValueError(
-            "it is damaged, or of no format that is read here (mp4, mov, webm, ...; of images, "
-            "which are no videos: jpg, png, ...)"
+            "it is damaged, or of no format that is read here: "
+            "videos are mp4, mov, webm, ..., images jpg, png, ..."
         ) from error
 
 
