@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ from training import (
 
 import train
 from wan5b import fsdp, stages
-from wan5b.extras import budget, checkpoints, checks
+from wan5b.extras import budget, checkpoints, checks, log
 from wan5b.extras.checks import check_config
 
 STEPS = {"ar": 2, "dmd": 4}  # the other stages below
@@ -348,23 +349,67 @@ def test_sigterm_of_one_process_stops_both(two, place):
     assert equal(place, folder / "sigterm/dmd.safetensors", folder / "dmd/dmd.safetensors")
 
 
-def test_processes_of_different_runs_do_not_train_together(data, tmp_path):
-    """As of machines with configs, files or disks of their own. What only lies elsewhere is no
-    other.
-    """
-    keys = values(data, "ar", tmp_path / "run", micro_batch=1, steps=1)
-    moved = str(shutil.copy(data / "generator.safetensors", tmp_path / "moved.safetensors"))
-    apart = {
+class AThread:
+    """In the place of a World: one of two threads, which exchange as processes do."""
+
+    given = [None, None]
+    both = threading.Barrier(2, timeout=20)
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def exchange(self, value):
+        self.given[self.rank] = value
+        self.both.wait()
+        values = list(self.given)
+        self.both.wait()
+        return values
+
+
+def said_by_both(first: train.Config, second: train.Config) -> list[str]:
+    """What check_alike says in two processes, of which the first has the lock of its folder."""
+
+    def check(rank: int, cfg: train.Config) -> str:
+        try:
+            checks.check_alike(cfg, checks.held_by(cfg), AThread(rank))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with log.locked(Path(first.out)), ThreadPoolExecutor(2) as threads:
+        return list(threads.map(check, (0, 1), (first, second)))
+
+
+def of_different_runs(data, folder: Path) -> dict[str, dict]:
+    """What is said -> what process 1 has, as on a machine with its own config, files or disks."""
+    (folder / "local").mkdir()
+    (folder / "local/lock").write_text("17 on the machine of process 0 in an earlier run")
+    return {
         "has another lr than process 0 (0.1, not 0.0001): start all": {"lr": 0.1},
         "has another steps than process 0 (2, not 1): start all": {"steps": 2},
         "has other weights than process 0, or": {"weights": str(data / "teacher.safetensors")},
-        "has other latents than process 0, or none:": {"latents": str(tmp_path / "nothing")},
-        "does not see process 0's folder out (": {"out": str(tmp_path / "local")},
+        "has other latents than process 0, or none:": {"latents": str(folder / "nothing")},
+        "does not see process 0's folder out (": {"out": str(folder / "local")},
     }
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local/lock").write_text("17 on the machine of process 0 in an earlier run")
+
+
+def test_processes_of_different_runs_are_told_apart(data, tmp_path, monkeypatch):
+    """What only lies elsewhere is no other."""
+    monkeypatch.setattr(checks, "SHOWN_WITHIN", 0.3)
+    keys = values(data, "ar", tmp_path / "run", steps=1)
+    for text, changes in of_different_runs(data, tmp_path).items():
+        for said in said_by_both(train.Config(**keys), train.Config(**keys | changes)):
+            assert said.startswith(f"process 1 {text}")
+    moved = str(shutil.copy(data / "generator.safetensors", tmp_path / "moved.safetensors"))
+    assert said_by_both(train.Config(**keys), train.Config(**keys | {"weights": moved})) == ["", ""]
+
+
+@pytest.mark.slow
+def test_processes_of_different_runs_do_not_train_together(data, tmp_path):
+    keys = values(data, "ar", tmp_path / "run", micro_batch=1, steps=1)
+    apart = of_different_runs(data, tmp_path)
     jobs = [job("train", keys, changes) for changes in apart.values()]
-    jobs.append(job("train", keys, {"weights": moved}))
+    jobs.append(job("train", keys))
     for *refused, trained in torchrun(2, tmp_path, jobs):
         for text, result in zip(apart, refused, strict=True):
             assert result["error"].startswith(f"process 1 {text}")
