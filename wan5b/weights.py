@@ -94,9 +94,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def _own(header: dict[str, str]) -> dict:
-    """What `save_dit` put into a header. Of what others added to it, no JSON is left out."""
+    """What `save_dit` put into a header. Of what others added, what is no JSON is left out."""
     entries = {}
-    for key, text in header.items():
+    for key, text in sorted(header.items()):  # they come in any order
         with suppress(ValueError, RecursionError):
             entries[key] = json.loads(text)
     config = entries.get("config")
