@@ -672,8 +672,9 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--frames 82", "82 frames are not 4k + 1; nearest valid: 81 or 85"),
-        ("--frames 0", "0 frames are not 4k + 1; nearest valid: 1"),
+        ("--frames 82", "--frames 82 is not chunks of 3; nearest: 81 or 93 (chunks count"),
+        ("--frames 2", "nearest: 9 or 21 (chunks count latent frames, and k + 1 of these are 4k"),
+        ("--frames 0", "--frames 0 is not chunks of 3; nearest: 9 or 21"),
         ("--frames 25", "chunks of 3; nearest: 21 or 33"),
         ("--frames 5", "chunks of 3; nearest: 9"),
         (

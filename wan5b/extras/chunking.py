@@ -50,14 +50,16 @@ def chunk_plan(
     start = lead if inside else prefix + lead
     if frames is None:
         least = max(latent_frames(default), prefix + 1)
-        total = least + (start - least) % size
+        total, rest = least + (start - least) % size, 0
     else:
-        total = latent_frames(frames)
-    if total <= prefix or (total - start) % size:
+        total, rest = divmod(frames + 3, 4)
+    if total <= prefix or rest or (total - start) % size:
         valid = nearest(frames, 4 * size, 4 * (lead or start + size) - 3)
         plan = f"{start} latent frames and chunks of {size}" if start else f"chunks of {size}"
-        wrong = f"--frames {frames} is not {plan}; nearest: {valid}"
-        raise ValueError(f"{wrong} ({frames} are {total} latent frames, which chunks count)")
+        counted = f"{frames} are {total} latent frames, which chunks count"
+        if rest:
+            counted = "chunks count latent frames, and k + 1 of these are 4k + 1 frames"
+        raise ValueError(f"--frames {frames} is not {plan}; nearest: {valid} ({counted})")
     if not inside:
         return chunk_sizes(total - prefix, size, lead)
 
