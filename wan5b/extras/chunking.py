@@ -55,7 +55,8 @@ def chunk_plan(
         total, rest = divmod(frames + 3, 4)
     if total <= prefix or rest or (total - start) % size:
         valid = nearest(frames, 4 * size, 4 * (lead or start + size) - 3)
-        plan = f"{start} latent frames and chunks of {size}" if start else f"chunks of {size}"
+        plan = f"chunks of {size}" if size > 1 else "single latent frames"
+        plan = f"{start} latent frames and {plan}" if start else plan
         counted = f"{frames} are {total} latent frames, which chunks count"
         if rest:
             counted = "chunks count latent frames, and k + 1 of these are 4k + 1 frames"
