@@ -211,7 +211,8 @@ def main(cfg: Config, world: fsdp.World) -> None:
     with log.locked(out) if world.rank == 0 else contextlib.nullcontext():
         data = held_by(cfg)
         check_alike(cfg, data, world)
-        # Whether this run is finished, or has been begun.
+        # Whether this run is finished, or has been begun: process 0 says, to which new files show
+        # first.
         final = out / f"{cfg.stage}.safetensors"
         if world.exchange(final.exists())[0]:
             check_finished(cfg, data, final)

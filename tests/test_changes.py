@@ -113,7 +113,7 @@ def test_a_prompt_that_the_clip_never_reaches_is_named(tmp_path, capsys):
     planned(tmp_path, *options, "--interpolate", 2)
     assert "note" not in capsys.readouterr().err
     planned(tmp_path, *options, "--interpolate", 4)
-    says = "note: --interpolate 4: the clip gets 50% of the way to its end"
+    says = "note: --interpolate 4: the clip ends 50% of the way there"
     assert says in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ As a script it is a process of torchrun's: it does the jobs of a JSON file one a
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -402,6 +403,14 @@ def test_processes_of_different_runs_are_told_apart(data, tmp_path, monkeypatch)
             assert said.startswith(f"process 1 {text}")
     moved = str(shutil.copy(data / "generator.safetensors", tmp_path / "moved.safetensors"))
     assert said_by_both(train.Config(**keys), train.Config(**keys | {"weights": moved})) == ["", ""]
+
+    # A machine whose code is newer, or older.
+    extra = [("extra", int, 1)]
+    later = dataclasses.make_dataclass("Later", extra, bases=(train.Config,), frozen=True)
+    versions = (train.Config(**keys), later(**keys))
+    for first, second in (versions, versions[::-1]):
+        for said in said_by_both(first, second):
+            assert said.startswith("process 1 has another extra than process 0 (")
 
 
 @pytest.mark.slow

@@ -336,6 +336,7 @@ class Clock:
         return {name: np.array(rows[1:] or rows) for name, rows in self.rows.items()}
 
     def means(self) -> dict[str, np.ndarray]:
+        """Of every part, over the times that are counted."""
         return {name: rows.mean(0) for name, rows in self.counted().items()}
 
 

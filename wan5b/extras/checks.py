@@ -142,26 +142,29 @@ def check_alike(cfg, data: dict[str, str], world: World) -> None:
     data: `held_by`. For every process to call, process 0 with the lock of the run's folder: so what
     they look for there afterwards, they find alike.
     """
-    values = {}
+    settings = {}
     for option in fields(cfg):
         if not option.metadata.get("path"):  # files may lie elsewhere on another machine
-            values[option.name] = getattr(cfg, option.name)
-    first, *others = world.exchange((values, data))
-    for rank, (has, reads) in enumerate(others, 1):
-        for key in values:
-            if has[key] != first[0][key]:
+            settings[option.name] = getattr(cfg, option.name)
+
+    # Process 0's, and what each other one says of itself.
+    (settings, data), *others = world.exchange((settings, data))
+    for rank, (its_settings, its_data) in enumerate(others, 1):
+        for key in settings | its_settings:  # of other versions of the code they are not the same
+            here, there = settings.get(key), its_settings.get(key)
+            if here != there:
                 raise ValueError(
-                    f"process {rank} has another {key} than process 0 ({has[key]!r}, not "
-                    f"{first[0][key]!r}): start all processes with the same config"
+                    f"process {rank} has another {key} than process 0 ({there!r}, not {here!r}): "
+                    "start all processes with the same config, of the same version"
                 )
-        for key in (*READS, "vae"):
-            if reads.get(key) != first[1].get(key):
+        for key in data | its_data:
+            if data.get(key) != its_data.get(key):
                 raise ValueError(
                     f"process {rank} has other {key} than process 0, or none: every machine needs "
                     "the same files"
                 )
 
-    # By now process 0 has the lock, since it took part in the above.
+    # Process 0 took part in that, so by now it has the lock.
     lock = Path(cfg.out, log.LOCK)
     text = world.exchange(lock.read_text() if world.rank == 0 else "")[0]
     for rank, sees in enumerate(world.exchange(_comes_to_hold(lock, text))):
@@ -346,8 +349,9 @@ def newest(cfg, data: dict[str, str], world: World) -> Path | None:
     name = world.exchange(saved[-1].name if saved else "")[0]
     if not name:
         return None
-    check_unchanged(cfg, data, Path(cfg.out, name))
-    return Path(cfg.out, name)
+    path = Path(cfg.out, name)
+    check_unchanged(cfg, data, path)
+    return path
 
 
 def _check_adapter(cfg, data: dict[str, str]) -> None:

@@ -50,9 +50,10 @@ def chunk_plan(
     start = lead if inside else prefix + lead
     if frames is None:
         least = max(latent_frames(default), prefix + 1)
-        total, rest = least + (start - least) % size, 0
+        total = least + (start - least) % size
+        rest = 0
     else:
-        total, rest = divmod(frames + 3, 4)
+        total, rest = divmod(frames + 3, 4)  # as latent_frames counts, but here chunks do too
     if total <= prefix or rest or (total - start) % size:
         valid = nearest(frames, 4 * size, 4 * (lead or start + size) - 3)
         plan = f"chunks of {size}" if size > 1 else "single latent frames"

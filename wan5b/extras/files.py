@@ -23,11 +23,11 @@ def parse_size(text: str) -> tuple[int, int]:
         raise ValueError(f"{wrong}; give one like 704x1280, without spaces")
 
     sides = [int(side) for side in text.lower().split("x")]
-    near = []
-    for side in sides:
-        valid = side > 0 and side % SIDE == 0
-        near.append(str(side) if valid else nearest(side, SIDE, SIDE))
-    if near != [str(side) for side in sides]:
+    valid = [side > 0 and side % SIDE == 0 for side in sides]
+    if not all(valid):
+        near = []
+        for side, stays in zip(sides, valid, strict=True):
+            near.append(str(side) if stays else nearest(side, SIDE, SIDE))
         raise ValueError(f"{wrong}; nearest valid: {' by '.join(near)}")
     return sides[0], sides[1]
 

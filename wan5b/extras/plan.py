@@ -437,9 +437,9 @@ def make_clips(args: Namespace, recipe: Recipe, prefix: int, sampler: dict) -> l
             texts = scene_texts(clip.prompts, len(chunks), recipe)
         blends = blended(texts, args.interpolate or 1)
         filled.append(clip._replace(texts=texts, blends=blends))
-    cut = filled[0].blends.get(len(chunks) - 1)
-    if cut:
-        note(f"--interpolate {args.interpolate}: the clip gets {cut[1]:.0%} of the way to its end")
+    blend = filled[0].blends.get(len(chunks) - 1)
+    if blend:
+        note(f"--interpolate {args.interpolate}: the clip ends {blend[1]:.0%} of the way there")
     return filled
 
 
