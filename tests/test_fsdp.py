@@ -165,6 +165,9 @@ def worker(path: str) -> None:
     first = jobs[0]["config"]
     with contextlib.closing(fsdp.World(first["device"], first.get("shard", 0))) as world:
         results = [do(*each.values(), world) for each in jobs]
+        if world.device.type == "cuda":
+            # The allocator reads its settings at its first use, so they have come in time.
+            assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
         Path(f"{path}.{world.rank}").write_text(json.dumps(results))
 
 

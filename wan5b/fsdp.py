@@ -51,6 +51,10 @@ class World:
             raise ValueError(f"{self.size} processes do not divide into groups of {shards}")
         backend = "gloo"
         if self.device.type == "cuda":
+            # Gathered weights and activations take turns in memory. What one leaves must join to
+            # blocks large enough for the other: segments that grow let it.
+            if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # an older name of the same
+                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
