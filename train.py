@@ -216,7 +216,8 @@ def main(cfg: Config, world: fsdp.World) -> None:
         final = out / f"{cfg.stage}.safetensors"
         if world.exchange(final.exists())[0]:
             check_finished(cfg, data, final)
-            print(f"{final} is there: this run is finished")
+            if world.rank == 0:
+                print(f"{final} is there: this run is finished")
             return
         run = train(cfg, world, data, newest(cfg, data, world))
         if run is not None:
@@ -252,7 +253,8 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
         except InterruptedError:
             if step > start and step % cfg.save_every:  # otherwise this step's checkpoint is there
                 checkpoint(step)
-            tqdm.write(f"stopped by SIGTERM in step {step}, which the same command begins anew")
+            if leading:
+                tqdm.write(f"stopped by SIGTERM in step {step}, which the same command begins anew")
             return None
         metrics = world.mean(values)
         log.check_finite(values, metrics, step, world.rank, out)

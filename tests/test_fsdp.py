@@ -91,7 +91,10 @@ def job(kind: str, keys: dict, of_rank_1: dict | None = None) -> dict:
 
 
 def torchrun(processes: int, folder: Path, jobs: list[dict]) -> list[list]:
-    """Do the jobs in new processes -> for every process the results of all jobs."""
+    """Do the jobs in new processes -> for every process the results of all jobs.
+
+    What they print is added to the folder's "printed".
+    """
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -99,6 +102,8 @@ def torchrun(processes: int, folder: Path, jobs: list[dict]) -> list[list]:
     environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     pipes = {"capture_output": True, "text": True}
     done = subprocess.run(launch, env=environment, timeout=300, **pipes)
+    with (folder / "printed").open("a") as printed:
+        printed.write(done.stdout)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"jobs.json.{rank}").read_text()) for rank in range(processes)]
 
@@ -200,7 +205,7 @@ def two(data, place, tmp_path_factory):
     for name in ("again", "alone"):  # as if stopped after two iterations
         shutil.copytree(folder / "dmd", folder / name, ignore=ignored)
     more = []
-    for name in ("again", "sigterm"):
+    for name in ("again", "sigterm", "again"):  # which is finished then
         more.append(job("train", values(data, "dmd", folder / name, **common)))
     return folder, results, torchrun(2, folder, more)
 
@@ -348,8 +353,11 @@ def test_nan_names_the_rank(two):
 def test_sigterm_of_one_process_stops_both(two, place):
     folder, first, second = two
     assert [ranks[-1]["returned"] for ranks in (*first, *second)] == [True] * 4
+    printed = (folder / "printed").read_text()
+    assert printed.count("stopped by SIGTERM in step 1") == 1
+    assert printed.count("again/dmd.safetensors is there: this run is finished") == 1
     assert {row[1] for row in first[0][-1]["exits"]} == {0}
-    assert {row[1] for row in second[0][-1]["exits"]} == {1, 2, 3}
+    assert {row[1] for row in second[0][1]["exits"]} == {1, 2, 3}
     assert equal(place, folder / "sigterm/dmd.safetensors", folder / "dmd/dmd.safetensors")
 
 

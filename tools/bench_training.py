@@ -325,6 +325,8 @@ class Clock:
     def update(self, run: Run, network: str, step: int) -> Tensor:
         began = self.now()
         norm = update(run, network, step)
+        self.now()
+        run.world.barrier()  # the slowest process's: the others wait for it in what comes next
         ended = self.now()
         self.rows[f"  optimizer, {network}"].append(ended - began)
         name = f"{self.phase} phase" if run.critic else "phase"

@@ -6,7 +6,7 @@ A single process takes the same path, without a process group and without sharde
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,8 @@ class World:
     """The processes of a run, as torchrun's environment describes them; without it, a single one.
 
     shard: how many processes share one copy of the weights (FSDP); 0: those of a node. Where there
-    are more processes, every such group holds a copy of its own (HSDP). ValueError if the processes
-    do not divide into groups of this size.
+    are more processes, every such group holds a copy of its own (HSDP): `average` brings their
+    gradients together. ValueError if the processes do not divide into groups of this size.
     """
 
     def __init__(self, device: str, shard: int = 0):
@@ -35,7 +35,8 @@ class World:
         if device == "cuda":
             self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
 
-        # With one process there is no mesh, and nothing is sharded.
+        # With one process there is no mesh, and nothing is sharded. A mesh is of those processes
+        # that share this one's copy of the weights.
         self.shards = 1
         self.mesh: dist.DeviceMesh | None = None
         self.host_mesh: dist.DeviceMesh | None = None
@@ -46,7 +47,7 @@ class World:
         signal.signal(signal.SIGTERM, self._stop)
 
     def _connect(self, shards: int) -> None:
-        """Start the process group, and lay it out as [copies of the weights, shards of a copy]."""
+        """Start the process group, and lay it out in copies of the weights and their shards."""
         if self.size % shards:
             raise ValueError(f"{self.size} processes do not divide into groups of {shards}")
         backend = "gloo"
@@ -61,13 +62,11 @@ class World:
 
         # A DTensor lies on its mesh's device: one that is in host memory needs a mesh there.
         self.shards = shards
-        self.mesh = self._make_mesh(self.device.type)
-        self.host_mesh = self._make_mesh("cpu")
-
-    def _make_mesh(self, device_type: str) -> dist.DeviceMesh:
-        shape = (self.size // self.shards, self.shards)
-        mesh = dist.init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-        return mesh["shard"] if shape[0] == 1 else mesh  # of one axis: FSDP; of two: HSDP
+        layout = {"mesh_shape": (self.size // shards, shards), "mesh_dim_names": ("copy", "shard")}
+        mesh = dist.init_device_mesh(self.device.type, **layout)
+        self.mesh = mesh["shard"]
+        self.same_shard = mesh.get_group("copy")  # in each copy one process
+        self.host_mesh = dist.init_device_mesh("cpu", **layout)["shard"]
 
     def _stop(self, *_) -> None:
         """SIGTERM is only noted: a run asks `stops` where it can leave off."""
@@ -99,6 +98,17 @@ class World:
             model.set_reshard_after_forward(True)
             for unit in units(model):
                 unit.reshard()
+
+    def average(self, grads: Iterable[Tensor]) -> None:
+        """Replace each by its mean over the copies of the weights (HSDP).
+
+        Done once a step, in place of FSDP's own after every backward: that would move as much for
+        each micro-batch, and keep all gradients a second time until the backward ends.
+        """
+        copies = self.size // self.shards
+        if copies > 1:
+            for grad in grads:
+                dist.all_reduce(grad.div_(copies), group=self.same_shard)
 
     def share(self, count: int) -> range:
         """This process's part of `count` samples. ValueError unless all get the same number."""

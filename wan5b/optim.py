@@ -144,6 +144,7 @@ class AdamW:
         assert not missed, f"no gradient reaches {missed[:3]} and {len(missed)} parameters in all"
 
         # 1. The norm of all gradients. A process adds the squares of its own shards.
+        self.world.average(self.grads.values())
         norm = torch.stack([grad.square().sum() for grad in self.grads.values()]).sum()
         if self.world.mesh is not None:
             dist.all_reduce(norm, group=self.world.mesh.get_group("shard"))

@@ -114,8 +114,8 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
     """Bytes that this process comes to hold, on the "device" (of a CPU: all) and on the "host".
 
     cfg: train.py's Config. model: the trained network; scores: critic and teacher of a
-    distillation. Gradients are float32 and of one network at a time; replicas (HSDP) add theirs up
-    in a second copy. With lora one base is all weights that are not trained.
+    distillation. Gradients are float32 and of one network at a time. With lora one base is all
+    weights that are not trained.
     """
     dtype = getattr(torch, cfg.dtype)
     size = dtype.itemsize
@@ -132,9 +132,8 @@ def expected(cfg, world: World, model: DiTConfig, scores: DiTConfig | None) -> d
         classifier = classifier_parameters(scores) / world.shards
         critic += classifier
         weights += size * classifier
-    copies = 2 if world.size > world.shards else 1
 
-    device = {"weights": weights, "gradients": 4 * max(generator, critic) * copies}
+    device = {"weights": weights, "gradients": 4 * max(generator, critic)}
     host = {}
     if dtype != torch.float32:
         host["masters while saving"] = 4 * (generator + critic)
