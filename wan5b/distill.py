@@ -220,8 +220,9 @@ def dmd_gradient(
     sampling convention.
     """
     real = real_cond + guidance * (real_cond - real_uncond)
-    scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
-    return ((fake - real) / scale).nan_to_num()
+    # Never 0, so where all agree the gradient is 0. What is not finite stays so, and ends the run.
+    scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-30)
+    return (fake - real) / scale
 
 
 def dmd_loss(x0: Tensor, grad: Tensor) -> Tensor:
