@@ -71,7 +71,8 @@ def rollout(
     ways = sigmas if isinstance(sigmas, Iterator) else repeat(sigmas)
     exits = exit_step if isinstance(exit_step, Iterator) else repeat(exit_step)
     renoises = solver in ("", "renoise")
-    assert renoises or clean_pass, f"without a clean pass chunks re-noise, they do not by {solver}"
+    whole_way = exit_step is None and clean_pass
+    assert renoises or whole_way, f"{solver} goes through all levels and ends with a clean pass"
     assert clean_pass or committed is None, "without a clean pass a chunk's own keys are kept"
     others = None if committed is None else iter(committed.split(chunks, dim=2))
     if trace is not None:
@@ -79,7 +80,7 @@ def rollout(
         assert renoises, f"nothing to replay of solver {solver}"
         assert not prefix_inside, "a replay takes its prefix in front"
         assert isinstance(context, Tensor), "a replay takes one text"
-    if isinstance(context, list):
+    if isinstance(context, list | tuple):
         assert len(context) == len(chunks), f"{len(context)} contexts for {len(chunks)} chunks"
     texts = repeat(context) if isinstance(context, Tensor) else iter(context)
     text = next(texts)  # the prefix is committed under it as well
