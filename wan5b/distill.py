@@ -48,10 +48,10 @@ def rollout(
     - context [B, L, D], or one for every chunk: a list, or an iterable that is asked when the chunk
       begins; the cache then holds the chunks before. sigmas: the levels, falling, the last one 0;
       or an iterator of every chunk's.
-    - chunks: frames of each; with an iterable noise, at least the sizes that occur.
-    - exit_step: index of the level whose x0 is the result (None: the last), or an iterator of every
-      chunk's. Grad, where enabled, flows through that level's forward alone; none crosses chunks,
-      since committed keys carry none.
+    - chunks: frames of each; with noise of no known end, the sizes that occur.
+    - exit_step: index of the level whose x0 is the result (None: the last above 0), or an iterator
+      of every chunk's. Grad, where enabled, flows through that level's forward alone; none crosses
+      chunks, since committed keys carry none.
     - renoise(chunk index, step index, like) -> noise for the next level; default: the global
       generator's.
     - prefix: clean frames [B, C, T', H, W] (an image, a video to continue) committed ahead of the

@@ -152,7 +152,7 @@ class KVCache:
             self.text_kept = False
 
     def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
-        """Whether the cache was made for this network, batch and latent size."""
+        """An assertion that the cache was made for this network, batch and latent size."""
         given = (layers, batch, tokens_per_frame)
         wrong = f"cache of layers, batch, tokens {self.made_for}, forward of {given}"
         assert self.made_for == given, wrong
