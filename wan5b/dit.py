@@ -25,7 +25,7 @@ from wan5b.kvcache import KVCache
 @dataclass(frozen=True)
 class DiTConfig:
     """Sizes of a network; field names as in a release's config.json. Derived geometry only through
-    the methods.
+    the methods. ValueError for sizes and switches that `WanDiT` does not have.
     """
 
     dim: int = 3072

@@ -86,7 +86,8 @@ class KVCache:
     frames: how many frames the memory holds. window: the frames that a chunk sees, itself and the
     first `sink` frames of the video included; with a window the video may be longer than the
     memory, and frames = window is enough. A rollout that carries grad needs frames >= the whole
-    video: nothing that it has read may be replaced.
+    video: nothing that it has read may be replaced. ValueError unless a sink is smaller than the
+    window.
 
     sink_rope: where RoPE has the sink once the window has left it. "absolute": where it was, ever
     further from the chunk; published models jump back to their first frames at some distances (LoL,

@@ -333,7 +333,8 @@ DISTILLATIONS = ("dmd", "sid")
 def iteration(run: Run, step: int) -> dict[str, Tensor]:
     """Every phase that is due, each with a global batch of its own; the metrics of all.
 
-    The generator of a distillation moves once in `ratio` iterations.
+    The generator of a distillation moves once in `ratio` iterations. InterruptedError: see
+    `micro_batches`.
     """
     metrics = {}
     moved = False

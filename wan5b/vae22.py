@@ -408,7 +408,7 @@ class VAE22(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, 1 + 4k, H, W] -> latents [B, z_dim, 1 + k, H/16, W/16].
 
-        Latents are normalised and float32. Raises ValueError, with valid sizes, for other shapes.
+        Latents are normalised and float32. ValueError for integers and, with valid sizes, shapes.
         """
         check_video(video, self.cfg)
         state = self.stream()
