@@ -85,6 +85,11 @@ def check_config(cfg, world: World) -> None:
         )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
+    if cfg.frames == cfg.prefix:
+        raise ValueError(
+            f"frames = {cfg.frames} is a prefix alone, behind which nothing is learned; "
+            f"frames={cfg.prefix + cfg.chunk} would do"
+        )
     with about("levels"):
         few_step_sigmas(cfg.levels, cfg.shift)
     if cfg.levels_after:
