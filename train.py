@@ -67,7 +67,7 @@ class Config(phases.MethodOptions, adapters.LoraOptions):
     weights: str = path()  # where the trained network starts; empty: random weights of `preset`
     preset: str = one_of(PRESETS, "tiny")
     teacher: str = path()  # dmd, sid: the frozen network; the critic starts from it too
-    latents: str = path()  # teacher, ar; dmd, sid with prefix = 1; dmd with keys of extras/phases
+    latents: str = path()  # teacher, ar; dmd, sid: where given, for prompts and real clips
     trajectories: str = path()  # ode
     vae: str = path()  # for sample videos, and rollout_frames
     negative: str = NEGATIVE_PROMPT

@@ -50,6 +50,7 @@ BAD = [
     ("ar", {"batch": 5}, "; micro_batch=1 would do"),
     ("ar", {"frames": 7}, "nearest valid: 6 or 9"),
     ("ar", {"frames": 6, "prefix": 1}, "nearest valid: 4 or 7"),
+    ("ar", {"frames": 1, "prefix": 1}, "frames = 1 is a prefix alone"),
     ("ar", {"height": 3}, "3x4"),
     ("ar", {"window": 2}, "a chunk of 3 frames does not fit in a window of 2"),
     # Options of rollouts.

@@ -13,6 +13,7 @@ from common import GOLDEN, ON_GPU, PLACES, golden, golden_dit, gpu, randn, rel
 from wan5b import attention as attention_module
 from wan5b.attention import attention, block_mask, causal_mask, dense_mask
 from wan5b.dit import MLP, PRESETS, DiTConfig, WanDiT, rope_table, rotate
+from wan5b.flow import few_step_sigmas
 from wan5b.kvcache import KVCache
 
 TINY = DiTConfig(64, 112, 2, 2, 8, 8, text_dim=24, text_len=12, freq_dim=32)
@@ -366,9 +367,14 @@ X, CONTEXT = torch.zeros(1, 8, 4, 4, 4), torch.zeros(1, 12, 24)
         ({"sigma": torch.zeros(1, 3)}, ("(1, 8, 4, 4, 4)", "(1, 3)")),
         ({"chunks": [3, 3]}, ("[3, 3]", "of 4 frames")),
         ({"chunks": [1, 3], "window": 2}, ("[1, 3]", "window 2")),
+        ({"chunks": []}, ("[]", "of 4 frames")),  # not bidirectional, as without chunks
+        ({"window": 2}, ("window 2 without chunks",)),
+        ({"clean_sigma": 0.1}, ("clean_sigma without a clean half",)),
+        ({"sigma": 500}, ("sigma 500", "[0, 1]")),  # a timestep
         ({"clean": X}, ("teacher forcing takes chunks",)),
         ({"clean": X[:, :, :2], "chunks": [2, 2]}, ("clean half of", "(1, 8, 4, 4, 4)")),
         ({"cache": KVCache(TINY, 1, 4, 4), "chunks": [2, 2]}, ("[2, 2] of 0 frames",)),
+        ({"cache": KVCache(TINY, 1, 4, 4), "chunks": []}, ("[]", "of 4 frames")),
         ({"cache": KVCache(TINY, 1, 4, 4), "window": 2}, ("the window is the cache's",)),
         ({"cache": KVCache(TINY, 1, 4, 4), "clean": X}, ("clean= is for whole sequences",)),
     ],
@@ -378,6 +384,12 @@ def test_errors_name_the_values(tiny, given, says):
     with pytest.raises((AssertionError, ValueError), match=".") as error:
         tiny(arguments.pop("x"), arguments.pop("sigma"), arguments.pop("context"), **arguments)
     assert all(text in str(error.value) for text in says), error.value
+
+
+def test_a_level_of_one_that_was_rounded_up_is_a_level(tiny):
+    sigma, _ = few_step_sigmas((1000,), shift=0.1)
+    assert sigma > 1
+    assert rel(tiny(X, sigma, CONTEXT), tiny(X, 1.0, CONTEXT)) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,18 @@ def test_checkpointing_changes_no_gradient(model, exit_step, options):
     assert len(calls) == once + 3  # each chunk's exit forward twice
 
 
+def test_no_recomputation_reads_a_sink_that_has_moved_on(model):
+    """A later chunk has turned it in memory: gradients would be 2% off, without a word."""
+    options = {"window": 5, "sink": 1, "sink_rope": "relative"}
+    noise, context = video(7), text()
+    _, plain = play(model, [1, 2, 2], 2, noise[:, :, :5], context, **options)
+    fits = play(model, [1, 2, 2], 2, noise[:, :, :5], context, checkpointing=True, **options)
+    assert rel(fits[1], plain) < 1e-6
+    play(model, [1, 3, 3], 2, noise, context, **options)
+    with pytest.raises(AssertionError, match="the sink moved on"):
+        play(model, [1, 3, 3], 2, noise, context, checkpointing=True, **options)
+
+
 def test_recomputation_leaves_committed_memory_alone(model):
     """One backward per chunk, oldest first: a recomputation that wrote would spoil what the next
     one reads.

@@ -62,6 +62,18 @@ def test_dmd_gradient_is_normalised_per_sample_and_free_of_nan(g):
     assert grad[1].count_nonzero() > 0
 
 
+@pytest.mark.parametrize("place", [1, 2, 3], ids=["fake", "real_cond", "real_uncond"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_network_that_is_not_finite_shows_in_the_gradient(g, place, value):
+    """So the run ends: a gradient of zeros in its place would train on without a word."""
+    inputs = estimates(g)
+    inputs[place] = inputs[place].clone()
+    inputs[place][0, 0, 0, 0, 0] = value
+    grad = dmd_gradient(*inputs, 3.0)
+    assert not grad[0].isfinite().all()
+    assert grad[1].isfinite().all()
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.2])
 def test_sid_gradient_runs_through_both_networks(g, alpha):
     """The derivative by hand in x0, fake and real, with the normaliser as a constant."""

@@ -150,6 +150,14 @@ def test_texts_are_asked_for_when_their_chunk_begins(model):
     assert rel(listed, run(model, [CHUNK] * 7, first, **HOW)) > 1e-3
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@torch.no_grad()
+def test_a_list_of_texts_has_one_for_each_chunk(model, count):
+    """Fewer would end the video early, without a word."""
+    with pytest.raises(AssertionError, match=f"{count} contexts for 3 chunks"):
+        run(model, [CHUNK] * 3, [text()] * count, **HOW)
+
+
 @pytest.mark.parametrize("at", [1, 3, 6])
 @torch.no_grad()
 def test_recache_equals_a_fresh_cache_under_the_new_text(model, at):

@@ -239,7 +239,7 @@ def test_contexts_without_a_clean_pass(leave):
     x = calls[len(to_last) + leave][0]
     v = model(x, sigmas[leave], context, cache=again)
     assert rel(x - sigmas[leave] * v, second) < 1e-6
-    with pytest.raises(AssertionError, match="do not by euler"):
+    with pytest.raises(AssertionError, match="ends with a clean pass"):
         next(rollout(model, noise, context, sigmas, [6], cache, solver="euler", clean_pass=False))
 
 

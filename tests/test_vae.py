@@ -217,8 +217,10 @@ def test_user_errors(vae):
         vae.encode(video(H=40))
     with pytest.raises(ValueError, match="width 15 .*: 16"):
         vae.encode(video(W=15))
-    with pytest.raises(ValueError, match=r"\[B, 3, T, H, W\], got \[1, 4, 5, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"\[B, 3, T, H, W\] .*got \[1, 4, 5, 32, 32\]"):
         vae.encode(video(C=4))
+    with pytest.raises(ValueError, match=r"\[-1, 1\].*uint8"):  # 0 to 255 would be far too bright
+        vae.encode(video().byte())
     for method in (vae.decode, lambda z: vae.decode_chunk(z, vae.stream())):
         for shape in [(1, 16, 3, 2, 2), (48, 3, 2, 2), (1, 48, 0, 2, 2)]:
             with pytest.raises(ValueError, match=r"\[B, 48, T, H, W\]"):

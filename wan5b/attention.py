@@ -30,17 +30,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None =
     mask: as `interval_mask` makes it.
     """
     length = q.shape[1]
-    q = q.transpose(1, 2)  # [B, N, S, K]
-    k = k.transpose(1, 2)
-    v = v.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, S, K]
     if not isinstance(mask, BlockMask):
         with sdpa_kernel(_BACKENDS, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     padding = (0, 0, 0, -length % FLEX_BLOCK)
-    q = F.pad(q, padding)
-    k = F.pad(k, padding)
-    v = F.pad(v, padding)
+    q, k, v = (F.pad(x, padding) for x in (q, k, v))
     y = _compiled_flex(q, k, v, block_mask=mask)
     return y[:, :, :length].transpose(1, 2)
 

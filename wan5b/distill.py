@@ -48,10 +48,10 @@ def rollout(
     - context [B, L, D], or one for every chunk: a list, or an iterable that is asked when the chunk
       begins; the cache then holds the chunks before. sigmas: the levels, falling, the last one 0;
       or an iterator of every chunk's.
-    - chunks: frames of each; with an iterable noise, at least the sizes that occur.
-    - exit_step: index of the level whose x0 is the result (None: the last), or an iterator of every
-      chunk's. Grad, where enabled, flows through that level's forward alone; none crosses chunks,
-      since committed keys carry none.
+    - chunks: frames of each; with noise of no known end, the sizes that occur.
+    - exit_step: index of the level whose x0 is the result (None: the last above 0), or an iterator
+      of every chunk's. Grad, where enabled, flows through that level's forward alone; none crosses
+      chunks, since committed keys carry none.
     - renoise(chunk index, step index, like) -> noise for the next level; default: the global
       generator's.
     - prefix: clean frames [B, C, T', H, W] (an image, a video to continue) committed ahead of the
@@ -71,7 +71,8 @@ def rollout(
     ways = sigmas if isinstance(sigmas, Iterator) else repeat(sigmas)
     exits = exit_step if isinstance(exit_step, Iterator) else repeat(exit_step)
     renoises = solver in ("", "renoise")
-    assert renoises or clean_pass, f"without a clean pass chunks re-noise, they do not by {solver}"
+    whole_way = exit_step is None and clean_pass
+    assert renoises or whole_way, f"{solver} goes through all levels and ends with a clean pass"
     assert clean_pass or committed is None, "without a clean pass a chunk's own keys are kept"
     others = None if committed is None else iter(committed.split(chunks, dim=2))
     if trace is not None:
@@ -79,7 +80,7 @@ def rollout(
         assert renoises, f"nothing to replay of solver {solver}"
         assert not prefix_inside, "a replay takes its prefix in front"
         assert isinstance(context, Tensor), "a replay takes one text"
-    if isinstance(context, list):
+    if isinstance(context, list | tuple):
         assert len(context) == len(chunks), f"{len(context)} contexts for {len(chunks)} chunks"
     texts = repeat(context) if isinstance(context, Tensor) else iter(context)
     text = next(texts)  # the prefix is committed under it as well
@@ -220,8 +221,9 @@ def dmd_gradient(
     sampling convention.
     """
     real = real_cond + guidance * (real_cond - real_uncond)
-    scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True)
-    return ((fake - real) / scale).nan_to_num()
+    # Never 0, so where all agree the gradient is 0. What is not finite stays so, and ends the run.
+    scale = (x0 - real).abs().mean((1, 2, 3, 4), keepdim=True).clamp(min=1e-30)
+    return (fake - real) / scale
 
 
 def dmd_loss(x0: Tensor, grad: Tensor) -> Tensor:

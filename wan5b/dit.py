@@ -25,7 +25,7 @@ from wan5b.kvcache import KVCache
 @dataclass(frozen=True)
 class DiTConfig:
     """Sizes of a network; field names as in a release's config.json. Derived geometry only through
-    the methods.
+    the methods. ValueError for sizes and switches that `WanDiT` does not have.
     """
 
     dim: int = 3072
@@ -281,8 +281,11 @@ class WanDiT(nn.Module):
         - cache: x continues the committed frames; `cache.commit(T)` then makes its keys permanent
         - cache and chunks: a replay; x takes the place of the last chunks that ran through the
           cache
+
+        ValueError for a latent size that patches do not fill; an AssertionError names whatever else
+        does not fit together.
         """
-        self._check(x, context, chunks, window, clean, cache)
+        self._check(x, context, chunks, window, clean, clean_sigma, cache)
         batch, _, frames, height, width = x.shape
         tokens = self.cfg.tokens_per_frame(height, width)
         v_dtype = x.dtype
@@ -290,17 +293,14 @@ class WanDiT(nn.Module):
 
         # Self-attention in one of three ways: the whole sequence at once, masked if it is causal;
         # the next frames behind the cache's; or the cache's last chunks again.
-        start = 0
         if cache is None:
+            start = 0
             mask = None
             if chunks:
                 mask = causal_mask(tuple(chunks), tokens, window, clean is not None, x.device)
             attend = partial(attend_whole, mask)
-        elif chunks is None:
-            attend = cache.append(frames)
-            start = attend.start
         else:
-            attend = cache.replay(chunks)
+            attend = cache.append(frames) if chunks is None else cache.replay(chunks)
             start = attend.start
         rope = rope_table(self.cfg.head_dim, start, frames, height // 2, width // 2, x.device)
 
@@ -349,20 +349,22 @@ class WanDiT(nn.Module):
         h = self.head(h[:, -frames:], e[:, -frames:])  # [B, T, P, 4 * C]
         return self._unpatchify(h, *x.shape[3:])
 
-    def _check(self, x, context, chunks, window, clean, cache) -> None:
+    def _check(self, x, context, chunks, window, clean, clean_sigma, cache) -> None:
         cfg = self.cfg
         batch, channels, frames, height, width = x.shape
         tokens = cfg.tokens_per_frame(height, width)
         assert channels == cfg.in_dim, f"{channels} channels, the network takes {cfg.in_dim}"
         text = (batch, cfg.text_len, cfg.text_dim)
         assert context.shape == text, f"context of {tuple(context.shape)}, not {text}"
-        if chunks:
+        if chunks is not None:
             assert sum(chunks) == frames, f"chunks {list(chunks)} of {frames} frames"
             assert not window or max(chunks) <= window, f"chunks {list(chunks)}, window {window}"
         if cache is not None:
             assert clean is None, "clean= is for whole sequences; a cache has its own"
             assert not window, "the window is the cache's"
             cache.check(cfg.num_layers, batch, tokens)
+        assert chunks or not window, f"window {window} without chunks"
+        assert clean is not None or clean_sigma is None, "clean_sigma without a clean half"
         if clean is not None:
             assert chunks, "teacher forcing takes chunks"
             assert clean.shape == x.shape, f"a clean half of {tuple(clean.shape)}, {tuple(x.shape)}"
@@ -371,6 +373,8 @@ class WanDiT(nn.Module):
         """sigma (float, [B] or [B, T]) as float64 [B or 1, T]."""
         batch, _, frames = x.shape[:3]
         if not isinstance(sigma, Tensor):
+            # A shift below 1 may round a level of 1 up, by the last bit.
+            assert 0 <= sigma < 1.001, f"sigma {sigma} is not in [0, 1]; timesteps are 1000 sigma"
             # Filled on the device: a copy would wait for the GPU.
             return torch.full((1, frames), sigma, dtype=torch.float64, device=x.device)
         rows = len(sigma) if sigma.ndim else 1

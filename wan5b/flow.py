@@ -112,7 +112,7 @@ def solve(
 
     "euler" and "unipc" integrate dx/dsigma = v. "renoise" predicts x0 at every level and adds fresh
     noise up to the next one, as few-step models are trained (DMD2, arXiv 2405.14867):
-    fresh(step, like) -> noise; default: the global generator's.
+    fresh(step, like) -> noise; default: the global generator's. ValueError for another solver.
     """
     if solver == "euler":
         for sigma, following in pairwise(sigmas):

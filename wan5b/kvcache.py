@@ -53,6 +53,7 @@ class Span(NamedTuple):
     # What it attends to: without grad its own too, read back; with grad they are in the graph.
     reads: tuple[tuple[int, int], ...]
     own: tuple[tuple[int, int], ...]  # its own frames, in their order
+    turned: int  # where the sink is: see `KVCache.turned`
 
 
 class CachedAttention:
@@ -71,11 +72,10 @@ class CachedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sizes = [span.frames * self.cache.tokens_per_frame for span in self.spans]
+        parts = (x.split(sizes, 1) for x in (q, k, v))
         out = []
-        for span, q_own, k_own, v_own in zip(
-            self.spans, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True
-        ):
-            out.append(self.cache.attend(layer, q_own, k_own, v_own, span))
+        for span, *own in zip(self.spans, *parts, strict=True):
+            out.append(self.cache.attend(layer, *own, span))
         return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
@@ -86,11 +86,13 @@ class KVCache:
     frames: how many frames the memory holds. window: the frames that a chunk sees, itself and the
     first `sink` frames of the video included; with a window the video may be longer than the
     memory, and frames = window is enough. A rollout that carries grad needs frames >= the whole
-    video: nothing that it has read may be replaced.
+    video: nothing that it has read may be replaced. ValueError unless a sink is smaller than the
+    window.
 
     sink_rope: where RoPE has the sink once the window has left it. "absolute": where it was, ever
     further from the chunk; published models jump back to their first frames at some distances (LoL,
-    arXiv 2601.16914). "relative": right in front of the window (Deep Forcing, arXiv 2512.05081).
+    arXiv 2601.16914). "relative": right in front of the window (Deep Forcing, arXiv 2512.05081);
+    with checkpointing take the cache of extras/rollouts.py, which leaves the keys as they were.
     """
 
     def __init__(
@@ -107,9 +109,7 @@ class KVCache:
     ):
         assert sink_rope in ("absolute", "relative"), sink_rope
         if sink and not 0 < sink < (window or 0):
-            raise ValueError(
-                f"a sink must be smaller than the window: sink {sink}, window {window}"
-            )
+            raise ValueError(f"a sink needs a larger window: sink {sink}, window {window}")
         self.tokens_per_frame = tokens_per_frame
         self.capacity = frames
         self.window = window
@@ -153,7 +153,7 @@ class KVCache:
             self.text_kept = False
 
     def check(self, layers: int, batch: int, tokens_per_frame: int) -> None:
-        """Whether the cache was made for this network, batch and latent size."""
+        """An assertion that the cache was made for this network, batch and latent size."""
         given = (layers, batch, tokens_per_frame)
         wrong = f"cache of layers, batch, tokens {self.made_for}, forward of {given}"
         assert self.made_for == given, wrong
@@ -237,6 +237,7 @@ class KVCache:
         in a memory longer than the window).
         """
         keys, values = self.memory[layer]
+        assert span.turned == self.turned, "what runs again would see the sink moved on"
 
         # Committed memory is read-only. It holds the keys of the clean pass, which later chunks
         # have read. What runs again runs at another level: its own keys go into the graph alone,
@@ -267,7 +268,7 @@ class KVCache:
         seen = past if torch.is_grad_enabled() else past + own
         reads = sorted(self.slots[frame] for frame in seen)
         places = [self.slots[frame] for frame in own]
-        return Span(start, n_frames, self._ranges(reads), self._ranges(places))
+        return Span(start, n_frames, self._ranges(reads), self._ranges(places), self.turned)
 
     def _past(self, start: int, end: int) -> list[int]:
         """The frames that a chunk sees in front of it: the sink, a scene's first, recent ones.

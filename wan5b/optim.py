@@ -94,11 +94,7 @@ class AdamW:
         self.weight_decay = weight_decay
         self.eps = 1e-8
         self.steps = 0
-        self.parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.grads: dict[str, Tensor] = {}  # float32, of this process's shards
 
         self.storage = storage or Storage()

@@ -22,10 +22,10 @@ from wan5b.util import rng
 class Run:
     """Config, data and networks of a run; train.py makes it.
 
-    cfg: train.py's Config. world: fsdp.World. optimizers: optim.AdamW by the name of what they
-    move. critic, teacher and cache are those of distillations. rollouts: where they are not all
-    like the plain method's (extras/rollouts.py). phases: of an iteration, as stages.PHASES has
-    them.
+    cfg: train.py's Config. world: fsdp.World. budget: the memory that it is expected to need
+    (extras/budget.py). optimizers: optim.AdamW by the name of what they move. phases: of an
+    iteration, as stages.PHASES has them. critic, teacher and cache: of distillations, else None.
+    rollouts: how they are made, if not all as in the plain method (extras/rollouts.py).
     """
 
     cfg: Any
@@ -50,7 +50,7 @@ class Run:
         self.chunks = self.layout[cfg.prefix :]  # the generated ones
 
     def context(self, prompts: list[str]) -> Tensor:
-        """Their embeddings, [B, L, D]."""
+        """Their embeddings, [B, L, D], in the compute dtype. ValueError if one is missing."""
         length = self.generator.cfg.text_len
         return self.data.text.batch(prompts, length).to(self.device, self.dtype)
 
@@ -93,8 +93,8 @@ class Batch(NamedTuple):
 def micro_batches(run: Run, phase: str, step: int, moved: bool) -> Iterator[Batch]:
     """This process's micro-batches of a global batch.
 
-    InterruptedError, on all processes at once, if one has got SIGTERM, unless a network has moved
-    in this step already: until then what is unfinished can be left.
+    InterruptedError, on all processes at once, if one has got SIGTERM. moved: whether a network has
+    moved in this step already; then it is finished first.
     """
     cfg = run.cfg
     share = run.world.share(cfg.batch)

@@ -7,9 +7,9 @@ returns its metrics. `PHASES` names the steps of each stage, so a new loss is a 
 row there.
 
 A metric is a detached scalar under a name that no other phase of the stage has. metrics.jsonl gets
-its mean over micro-batches and processes, so each of them has the same names in the same order. One
-that is not finite ends the run: what only some samples have is returned as two means, whose ratio
-is meant (`critic_step`).
+its mean over micro-batches and processes, so a step always returns the same names in the same
+order. A metric that is not finite ends the run: so a mean over some of the samples only, which a
+micro-batch may lack, is returned as two means over all, to be divided (`critic_figures`).
 
 What steps share, a run and its micro-batches, is in runs.py.
 """
@@ -52,7 +52,9 @@ def ar_step(run: Run, batch: Batch) -> dict[str, Tensor]:
 
 
 def flow_example(run: Run, batch: Batch, levels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x0 and noise [B, C, T, H, W], sigma [B, T], context, here and there the negative prompt's."""
+    """x0 and noise [B, C, T, H, W]; sigma [B, T]; context [B, L, D], for a share `dropout` of the
+    samples the negative prompt's.
+    """
     cfg = run.cfg
     x0 = run.clips(batch.items)
     noise = batch.draws(torch.randn, *run.shape(cfg.frames))
@@ -124,7 +126,7 @@ class Rolled(NamedTuple):
     trace: list[Tensor]  # the input of each chunk's exit level
     exit_step: int  # of the last chunk
     sigma: float | Tensor  # the exit level, [1, T] where chunks differ
-    shown: int = 0  # how many of its first frames are there to be seen: they teach nothing
+    shown: int = 0  # so many of its first frames are only shown to the networks, and get no grad
 
 
 class Noised(NamedTuple):
@@ -283,7 +285,8 @@ def teach(run: Run, batch: Batch, noised: Noised, frames: int) -> tuple[Tensor, 
 def into_weights(run: Run, batch: Batch, rolled: Rolled, loss: Tensor) -> None:
     """Backward of a loss in the rollout's x0: into x0, then through a replay of the exit levels.
 
-    Asked for in x0 alone: where the loss runs through the critic, it gets no gradients from it.
+    The first of these is asked for x0's gradient alone: a loss that runs through the critic leaves
+    none in the critic's weights.
     """
     (grad,) = torch.autograd.grad(loss, rolled.x0)
     grad[:, :, : rolled.shown] = 0
@@ -330,7 +333,8 @@ DISTILLATIONS = ("dmd", "sid")
 def iteration(run: Run, step: int) -> dict[str, Tensor]:
     """Every phase that is due, each with a global batch of its own; the metrics of all.
 
-    The generator of a distillation moves once in `ratio` iterations.
+    The generator of a distillation moves once in `ratio` iterations. InterruptedError: see
+    `micro_batches`.
     """
     metrics = {}
     moved = False
@@ -354,6 +358,6 @@ def update(run: Run, network: str, step: int) -> Tensor:
     if cfg.decay:
         rate *= 0.5 * (1 + math.cos(math.pi * step / cfg.steps))
     optimizer.lr = rate * min(1.0, (step + 1) / (cfg.warmup + 1))
-    micro_batches = len(run.world.share(cfg.batch)) // cfg.micro_batch
+    count = len(run.world.share(cfg.batch)) // cfg.micro_batch  # of micro-batches
     ema = cfg.ema if step >= cfg.ema_start else 0.0
-    return optimizer.step(1 / micro_batches, cfg.clip, ema)
+    return optimizer.step(1 / count, cfg.clip, ema)

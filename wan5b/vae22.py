@@ -360,9 +360,10 @@ def depth_to_space(x: Tensor) -> Tensor:
 
 
 def check_video(video: Tensor, cfg: VAEConfig) -> None:
-    """ValueError, with the nearest valid sizes, for a video that does not come out even."""
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
+    """ValueError for what is no video, or, with the nearest valid sizes, does not come out even."""
+    if video.ndim != 5 or video.shape[1] != 3 or not video.is_floating_point():
+        given = f"{list(video.shape)}, {video.dtype}"
+        raise ValueError(f"video must be floats [B, 3, T, H, W] in [-1, 1], got {given}")
     names = ("frame count", "height", "width")
     axes = zip(names, video.shape[2:], cfg.strides, (1, 0, 0), strict=True)
     for name, size, step, offset in axes:
@@ -407,7 +408,7 @@ class VAE22(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """Pixels in [-1, 1], [B, 3, 1 + 4k, H, W] -> latents [B, z_dim, 1 + k, H/16, W/16].
 
-        Latents are normalised and float32. Raises ValueError, with valid sizes, for other shapes.
+        Latents are normalised and float32. ValueError for integers and, with valid sizes, shapes.
         """
         check_video(video, self.cfg)
         state = self.stream()
@@ -439,10 +440,9 @@ class VAE22(nn.Module):
         if latent.ndim != 5 or latent.shape[1] != z_dim or 0 in latent.shape:
             raise ValueError(f"latent must be [B, {z_dim}, T, H, W], got {list(latent.shape)}")
         z = latent.movedim(1, -1).float()
-        std = torch.tensor(LATENT_STD).to(z.device, non_blocking=True)  # new_tensor would wait
-        mean = torch.tensor(LATENT_MEAN).to(z.device, non_blocking=True)
-        z = z * std + mean
-        z = z.to(self.conv2.weight.dtype)
+        statistics = torch.tensor([LATENT_MEAN, LATENT_STD])
+        mean, std = statistics.to(z.device, non_blocking=True)  # new_tensor would wait
+        z = (z * std + mean).to(self.conv2.weight.dtype)
         parts = []
         for part in z.split(DECODE_FRAMES, dim=1):
             x = self.decoder(pointwise(self.conv2, part), state)

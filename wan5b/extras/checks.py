@@ -85,6 +85,11 @@ def check_config(cfg, world: World) -> None:
         )
 
     chunk_sizes(cfg.frames, cfg.chunk, cfg.prefix)
+    if cfg.frames == cfg.prefix:
+        raise ValueError(
+            f"frames = {cfg.frames} is a prefix alone, behind which nothing is learned; "
+            f"frames={cfg.prefix + cfg.chunk} would do"
+        )
     with about("levels"):
         few_step_sigmas(cfg.levels, cfg.shift)
     if cfg.levels_after:
@@ -98,7 +103,7 @@ def check_config(cfg, world: World) -> None:
         )
     if cfg.window and cfg.window < cfg.chunk:
         raise ValueError(f"a chunk of {cfg.chunk} frames does not fit in a window of {cfg.window}")
-    if cfg.stage in DISTILLATIONS:
+    if distilling:
         _check_rollouts(cfg)
     own = len(world.share(cfg.batch))
     if own % cfg.micro_batch:
@@ -189,17 +194,19 @@ def note_ignored(cfg, rank: int) -> None:
     """Keys that were given and do nothing in this stage, and weights that were not given (by an
     unset variable, say), where a stage goes on from another; the first process says so.
     """
-    if not cfg.weights and cfg.stage != STAGES[0] and rank == 0:
+    if rank != 0:
+        return
+    if not cfg.weights and cfg.stage != STAGES[0]:
         print(f"note: no weights: {cfg.stage} starts from random ones", file=sys.stderr)
-    if cfg.lora and not cfg.lora_weights and cfg.stage in DISTILLATIONS and rank == 0:
+    if cfg.lora and not cfg.lora_weights and cfg.stage in DISTILLATIONS:
         print(f"note: no lora_weights: {cfg.stage} starts from its teacher", file=sys.stderr)
     given = [option.name for option in fields(cfg) if getattr(cfg, option.name) != option.default]
     ignored = [key for key in given if cfg.stage not in ONLY_IN.get(key, STAGES)]
-    if ignored and rank == 0:
+    if ignored:
         print(f"note: {', '.join(ignored)} has no effect in stage {cfg.stage}", file=sys.stderr)
     for keys, needed in ((OF_GAN, "gan_weight"), (OF_LORA, "lora")):
         alone = [key for key in given if key in keys and not getattr(cfg, needed)]
-        if alone and rank == 0:
+        if alone:
             print(f"note: {', '.join(alone)} has no effect without {needed}", file=sys.stderr)
 
 
@@ -232,9 +239,9 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
 
 
 def _check_stages(cfg) -> None:
-    """Weights are of a release, of this stage or of an earlier one; a teacher is of the stage
-    teacher. With lora the weights of a distillation are its teacher, and the adapter that it starts
-    from is what its weights are without.
+    """Weights are of a release, of this stage or of an earlier one; a teacher is of a release or of
+    the stage teacher. A distillation starts from `weights` and has a `teacher`; with lora it starts
+    from `lora_weights`, and `weights` are its teacher.
     """
     earlier = STAGES[: STAGES.index(cfg.stage) + 1]
     allowed = [(cfg.weights, earlier), (cfg.lora_weights, earlier)]
@@ -284,8 +291,8 @@ def changed_settings(cfg, known: dict, free: Set[str]) -> list[str]:
     training = known.get("training", {})
     before = json.loads(json.dumps(defaults)) | training
     if training.get("rollout") == "data" and "lora_merge" not in training:
-        # Versions that did not know this key, all but their last few, generated one chunk and cut
-        # the clip there.
+        # lora_merge came soon after `data` changed: nearly all versions that lack it generated one
+        # chunk, and cut the clip there.
         before["rollout"] = "an earlier version's data, one chunk behind real frames"
     now = json.loads(json.dumps(asdict(cfg)))
     changed = []
@@ -310,7 +317,7 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
         raise ValueError(f"{saved} was made with another {', '.join(changed)}; choose another out")
 
     digests = known.get("data", {})
-    # The VAE where it was noted: with long rollouts, by versions since.
+    # The VAE only where it was noted: runs with long rollouts do, since some version.
     noted = [*READS, "vae"] if "vae" in digests else READS
     for key in noted:
         if digests.get(key) not in (data.get(key), NOTHING):

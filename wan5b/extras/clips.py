@@ -69,11 +69,13 @@ def name_clips(prompts: list[list[str]], seeds: list[int], out: str) -> list[Cli
 def claim(
     clips: list[Clip], read: list[str], asked: list[str], *, overwrite: bool, resume: bool
 ) -> None:
-    """Make the folder. ValueError if it can't be written to, if a file is in the way, or if a name
-    is too long for what will lie beside it, half a clip later; OSError if the disk is full.
+    """Make the folder of the clips. ValueError if it can't be written to, if a file lies where one
+    of theirs will, or if a name is too long for the files beside it, which would only show half a
+    clip later; OSError if the disk is full.
 
-    That is an mp4, a record, a state or what else is asked for, by suffix. read: the files that the
-    run reads, which it never replaces. resume: the clip is there, as far as it goes.
+    A clip's files are a state, an mp4, a record, and what else is `asked` for, by suffix. read: the
+    files that the run reads, which it never replaces. resume: a clip is gone on with, so its files
+    may be there.
     """
     for clip in clips:
         name = clip.path.with_suffix(f"{STATE}.{platform.node()}-{2**22}.partial.folder").name
@@ -256,7 +258,7 @@ def note_changes(settings: str | None, known_by: str, found: dict) -> None:
 
 
 def check_finite(flag: Tensor, path: Path) -> None:
-    """ValueError unless it is true, which says of a chunk whether it is finite."""
+    """ValueError unless `flag`, which says whether all of a chunk's pixels are finite, is true."""
     if not flag:
         raise ValueError(
             f"{path}: a chunk is not finite (damaged weights, or float16?); no picture"

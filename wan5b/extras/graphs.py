@@ -87,7 +87,7 @@ def record_rollouts(cfg, world: World, who: str, model: WanDiT) -> None:
     """`record` for the generator of a distillation with compile = true, where its weights stay: in
     one process, on a GPU.
 
-    cfg: train.py's Config. who: the network's part in the run; a "base" under adapters has none.
+    cfg: train.py's Config. who: the network's part in the run; the "base" under adapters gets none.
     """
     rolls_out = who == "generator" and cfg.stage in DISTILLATIONS
     stays = world.device.type == "cuda" and world.mesh is None

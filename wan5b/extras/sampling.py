@@ -96,6 +96,8 @@ def generate(
     going_on = past is not None and past.frames > 0
     assert not (going_on and (prefix is not None or cuts)), "a video goes on as it is"
     assert window or not endless, "a video without an end needs a window"
+    if isinstance(context, list | tuple) and not endless:
+        assert len(context) == len(chunks), f"{len(context)} contexts for {len(chunks)} chunks"
     if prefix is not None:
         yield prefix
 
