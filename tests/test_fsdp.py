@@ -458,14 +458,35 @@ def test_all_go_on_from_the_checkpoint_of_process_0(trained, data, monkeypatch):
         assert path == (trained / "dmd" / first if first else None)
 
 
+def test_two_copies_are_one(data, place, one, tmp_path):
+    """Each process has all weights; their gradients are averaged."""
+    keys = {"steps": STEPS["ar"], "micro_batch": 1, "shard": 1, "beta1": 0.5, "device": place}
+    torchrun(2, tmp_path, [job("train", values(data, "ar", tmp_path / "ar", **keys))])
+    assert apart(load_file(tmp_path / "ar/ar.safetensors"), one[1]["ar"]) < 1e-2
+    rows = zip(read_metrics(tmp_path / "ar"), read_metrics(one[0] / "ar"), strict=True)
+    for a, b in rows:
+        assert without_std(a) == pytest.approx(without_std(b), rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_hybrid_sharding_is_one_process(data, tmp_path):
-    """2 x 2: each pair shares a copy of the weights."""
-    expected = finish(config(data, "dmd", tmp_path / "one", beta1=0.5))
-    keys = values(data, "dmd", tmp_path / "four", micro_batch=1, beta1=0.5, shard=2)
-    results = torchrun(4, tmp_path, [job("train", keys)])
-    assert [ranks[0]["returned"] for ranks in results] == [True] * 4
-    assert apart(load_file(tmp_path / "four/dmd.safetensors"), expected) < 1e-2
+    """2 x 2: each pair shares a copy of the weights. All four go on from the middle, and so does
+    one process.
+    """
+    common = {"batch": 8, "beta1": 0.5}
+    expected = finish(config(data, "dmd", tmp_path / "one", **common))
+    keys = values(data, "dmd", tmp_path / "four", micro_batch=1, shard=2, **common)
+    torchrun(4, tmp_path, [job("train", keys)])
+    straight = load_file(tmp_path / "four/dmd.safetensors")
+    assert apart(straight, expected) < 1e-2
+
+    ignored = shutil.ignore_patterns("step-0000004", "*.safetensors")
+    for name in ("again", "alone"):
+        shutil.copytree(tmp_path / "four", tmp_path / name, ignore=ignored)
+    torchrun(4, tmp_path, [job("train", keys | {"out": str(tmp_path / "again")})])
+    assert same(load_file(tmp_path / "again/dmd.safetensors"), straight)
+    alone = finish(config(data, "dmd", tmp_path / "alone", **common))
+    assert apart(alone, straight) < 1e-2
 
 
 @pytest.mark.slow
