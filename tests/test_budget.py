@@ -262,6 +262,14 @@ def test_the_budget_of_two_processes_is_the_measured_peak(data):
     assert sum(parts["device"].values()) / 2**30 == pytest.approx(64.7, rel=0.04)
 
 
+def test_the_budget_of_two_copies_is_the_measured_peak(data):
+    """Two samples each, on four H100s: their gradients lie there once."""
+    options = {"batch": 8, "offload": True, "compile": True, "keep_attention": True}
+    cfg = dataclasses.replace(config_5b(data, "dmd", **options), micro_batch=2)
+    _, parts = on_a_gpu(cfg, processes=4, shards=2)
+    assert sum(parts["device"].values()) / 2**30 == pytest.approx(49.4, rel=0.04)
+
+
 def test_processes_share_what_is_sharded(data):
     cfg = config_5b(data, "dmd", batch=16)
     _, one = on_a_gpu(cfg)
