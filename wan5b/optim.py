@@ -139,9 +139,9 @@ class AdamW:
         missed = [name for name in self.parameters if name not in self.grads]
         assert not missed, f"no gradient reaches {missed[:3]} and {len(missed)} parameters in all"
 
-        # 1. The norm of all gradients, averaged over copies of the weights. A process adds the
-        # squares of its own shards.
-        self.world.average(self.grads.values())
+        # 1. The norm of all gradients, averaged over copies of the weights, in an order that all
+        # processes have. A process adds the squares of its own shards.
+        self.world.average(self.grads[name] for name in self.parameters)
         norm = torch.stack([grad.square().sum() for grad in self.grads.values()]).sum()
         if self.world.mesh is not None:
             dist.all_reduce(norm, group=self.world.mesh.get_group("shard"))
