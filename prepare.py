@@ -369,16 +369,18 @@ def make_trajectories(args: argparse.Namespace) -> None:
     """The command `trajectories`: the few-step model's levels on the way from noise to a clip."""
     frames, height, width = latent_size(args.frames, args.size)
     text = TextStore(args.text)
-    negative = text.facts["negative"]
     clips = Store(args.latents) if args.latents else None
     source = args.weights or args.release
     trained = read_trained(source, args.causal)
+    # What stands for no text is as in the weights' training, whatever else the store holds.
+    negative = trained.get("training", {}).get("negative", text.facts["negative"])
 
     # A clip for every prompt, or what follows the first latent frame of every clip in a store.
     prefix = 0 if clips is None else 1
     shape = (VAEConfig.z_dim, frames - prefix, height, width)  # of the noise
     if clips is None:
-        prompts = [prompt for prompt in text.prompts if prompt not in ("", negative)]
+        apart = ("", negative, text.facts["negative"])
+        prompts = [prompt for prompt in text.prompts if prompt not in apart]
     else:
         check_clips(clips, shape, args.size)
         prompts = clips.prompts

@@ -433,6 +433,29 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
     assert torch.equal(a[1]["x"], b[1]["x"].bfloat16())
 
 
+def test_trajectories_lead_away_from_what_training_had_for_no_text(release, embeddings, tmp_path):
+    """Whatever negative prompt the texts were prepared with."""
+    model = load_dit(release)
+    save_dit(model, tmp_path / "ar.safetensors", {"stage": "ar", "training": {"negative": ""}})
+    common = ["trajectories", "--release", release, *SMALL, "--steps", 4, "--causal"]
+    common += ["--weights", tmp_path / "ar.safetensors"]
+    run(*common, "--text", embeddings, "--out", tmp_path / "a")
+    prompts = list(dict.fromkeys(PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    texts = ["text", "--release", release, "--prompts", tmp_path / "prompts.txt"]
+    run(*texts, "--negative", "", "--out", tmp_path / "empty")
+    run(*common, "--text", tmp_path / "empty", "--out", tmp_path / "b")
+    a = Store(tmp_path / "a")
+    b = Store(tmp_path / "b")
+    assert a.prompts == b.prompts == prompts
+    assert a.facts["negative"] == ""
+    assert all(rel(a[i]["x"], b[i]["x"]) < 1e-5 for i in range(len(a)))
+
+    save_dit(model, tmp_path / "ar.safetensors", {"stage": "ar"}, overwrite=True)
+    run(*common, "--text", embeddings, "--out", tmp_path / "c")
+    assert rel(Store(tmp_path / "c")[0]["x"], a[0]["x"]) > 1e-4
+
+
 # ------------------------------------------------------------------------------------------- resume
 
 

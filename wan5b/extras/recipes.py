@@ -25,6 +25,7 @@ from wan5b.extras.refusals import refuse_file
 from wan5b.extras.sampling import MODES, Mode
 from wan5b.flow import FEW_STEPS, SOLVERS, few_step_sigmas, sampling_sigmas
 from wan5b.stages import DISTILLATIONS
+from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import read_json, reading
 from wan5b.weights import about, read_pickle
 
@@ -71,6 +72,7 @@ class Recipe(Options):
     clean_pass: bool = True  # False: the keys of a chunk's last step are kept as its context
     shift: float = within(1e-6, 1e6, 5.0)
     guidance: float = within(-1e6, 1e6, 1.0)  # scale of CFG; at 1 there is none
+    negative: str = NEGATIVE_PROMPT  # what CFG leads away from; empty: the empty prompt
 
     # Where causal, in latent frames.
     chunk: int = at_least(0, 0)
@@ -242,13 +244,13 @@ def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
 def from_metadata(said: dict) -> Recipe | None:
     """What our own exports and checkpoints say of themselves; None if that is nothing.
 
-    said: stage, levels, shift, chunk, prefix, window, and any other field of a Recipe that is for
-    sampling. ValueError for values that a Recipe cannot have.
+    said: stage, levels, shift, chunk, prefix, window, training, and any other field of a Recipe
+    that is for sampling. ValueError for values that a Recipe cannot have.
     """
     stage = said.get("stage")
-    # Exports may have the window among their training's settings alone.
-    if "window" not in said and "window" in said.get("training", {}):
-        said = said | {"window": said["training"]["window"]}
+    # The negative prompt stands among their training's settings, and the window may do so.
+    training = said.get("training", {})
+    said = {name: training[name] for name in ("window", "negative") if name in training} | said
     values = {name: said[name] for name in SAMPLING if said.get(name) is not None}
     if stage is None and not values:
         return None
