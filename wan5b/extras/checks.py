@@ -15,7 +15,7 @@ from pathlib import Path
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras import adapters, log
-from wan5b.extras.checkpoints import complete
+from wan5b.extras.checkpoints import complete, in_the_way, step_of
 from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
@@ -354,10 +354,15 @@ def newest(cfg, data: dict[str, str], world: World) -> Path | None:
         _check_adapter(cfg, data)
     saved = complete(Path(cfg.out))
     name = world.exchange(saved[-1].name if saved else "")[0]
-    if not name:
-        return None
-    path = Path(cfg.out, name)
-    check_unchanged(cfg, data, path)
+    path = Path(cfg.out, name) if name else None
+    if path:
+        check_unchanged(cfg, data, path)
+    done = step_of(path) if path else 0
+    for other in in_the_way(Path(cfg.out), range(done + 1, cfg.steps + 1)):
+        raise ValueError(
+            f"{other} is in the way of a checkpoint, and is none (no facts.json, or a link): move "
+            "it away"
+        )
     return path
 
 
