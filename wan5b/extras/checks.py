@@ -210,6 +210,28 @@ def note_ignored(cfg, rank: int) -> None:
             print(f"note: {', '.join(alone)} has no effect without {needed}", file=sys.stderr)
 
 
+def note_apart(cfg, rank: int) -> None:
+    """What the networks that a run starts from were trained with, where it has something else: a
+    key that this stage's config forgets, say. It may be meant; else clips are worse for no reason
+    that shows. Process 0 says so.
+    """
+    if rank != 0:
+        return
+    read = [cfg.weights, cfg.lora_weights, cfg.teacher if cfg.stage in DISTILLATIONS else ""]
+    for path in dict.fromkeys(filter(None, read)):
+        said = adapters.said_by(path)
+        is_teacher = said.get("stage") == STAGES[0]
+        keys = ("shift", "negative") if is_teacher else ("shift", "chunk", "prefix", "window")
+        training = said.get("training", {})
+        apart = []
+        for key in keys:
+            now = getattr(cfg, key)
+            if training.get(key, now) != now:
+                apart.append(f"{key} ({training[key]!r:.40}, here {now!r:.40})")
+        if apart:
+            print(f"note: {path} was trained with another {', '.join(apart)}", file=sys.stderr)
+
+
 def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -> None:
     """Whether data, config and networks fit each other. scores: the sizes of critic and teacher.
 
@@ -236,6 +258,7 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     if data.store is not None:
         _check_store(cfg, data, model.in_dim)
     note_ignored(cfg, rank)
+    note_apart(cfg, rank)
 
 
 def _check_stages(cfg) -> None:
@@ -273,6 +296,11 @@ def _check_store(cfg, data: Data, channels: int) -> None:
             "(levels,) channels, frames, height, width: change these, or make it again"
         )
     if cfg.stage == "ode":
+        if store.facts.get("prefix") and not cfg.prefix:
+            raise ValueError(
+                f"{store.folder} goes on from clean first frames, which this run would train as "
+                "noise: give prefix = 1, or make it again without --latents"
+            )
         levels = store.facts.get("sigmas")
         checked(store.folder, {"sigmas": levels}, {"sigmas": each(NUMBER)})
         same = [abs(a - b) < 1e-3 for a, b in zip(levels, sigmas, strict=False)]
