@@ -52,6 +52,7 @@ from wan5b.distill import guided, rollout
 from wan5b.extras.chunking import chunk_plan
 from wan5b.extras.cli import script
 from wan5b.extras.digest import digest, sizes
+from wan5b.extras.disk import check_folder
 from wan5b.extras.files import caption_file, note_cut, parse_size, read_prompts
 from wan5b.extras.formats import (
     load_dit,
@@ -199,7 +200,7 @@ def pending(
     held: a digest of the weights; holds: what an input's files hold, in short. By these the inputs
     are known again when others lie under their names. earlier: what earlier versions noted in
     place of `holds`: their shards count, with a line about it.
-    ValueError if the folder `out` holds a shard of other inputs or facts.
+    ValueError if the folder `out` holds a shard of other inputs or facts, or can't be written to.
     """
     folder = Path(out)
 
@@ -233,7 +234,10 @@ def pending(
         print(f"note: {some}: that their texts and clips were these is not known", file=sys.stderr)
 
     own = list(shards.values())[RANK::WORLD_SIZE]
-    return [shard for shard in own if not shard.path.exists()]
+    to_make = [shard for shard in own if not shard.path.exists()]
+    if to_make:
+        check_folder(folder, "--out")
+    return to_make
 
 
 def fill(shards: list[Shard], facts: dict, batch: int, make: Callable[[list], Items]) -> None:

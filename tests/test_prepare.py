@@ -590,6 +590,23 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
         run("text", "--prompts", prompts, "--release", tmp_path, "--out", tmp_path / "out")
 
 
+def test_a_folder_that_cannot_be_written_to_is_found_first(
+    release, embeddings, prompts, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    for name in ("load_t5", "load_vae", "load_dit"):
+        monkeypatch.setattr(prepare, name, None)
+    video(tmp_path / "clips.mp4", 9)
+    (tmp_path / "clips.jsonl").write_text('{"video": "clips.mp4", "caption": "a"}')
+    for command in (
+        ("text", "--prompts", prompts),
+        ("latents", "--videos", tmp_path / "clips.jsonl", *SMALL),
+        ("trajectories", "--text", embeddings, *SMALL),
+    ):
+        with pytest.raises(ValueError, match="file is no folder; choose another --out"):
+            run(*command, "--release", release, "--out", tmp_path / "file")
+
+
 def test_errors_of_another_latent_space(release, embeddings, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
