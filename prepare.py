@@ -465,11 +465,17 @@ def first_frame(clips: Store, i: int) -> Tensor:
 
 
 def read_trained(source: str, causal: bool) -> dict:
-    """What weights say of their training. ValueError if they need the other setting of --causal."""
+    """What weights say of their training. ValueError if they need the other setting of --causal.
+
+    A line for the user where they say nothing, as a release does, which is not causal.
+    """
     trained = read_metadata(source)
     if "stage" in trained and causal == (trained["stage"] == "teacher"):
         way_out = "no --causal" if causal else "give --causal"
         raise ValueError(f"{source} is of stage {trained['stage']}: {way_out}")
+    if causal and "stage" not in trained and RANK == 0:
+        text = f"no record of causal training in {source}: expect noise"
+        print(f"note: {text}, unless another trainer made it causal", file=sys.stderr)
     return trained
 
 

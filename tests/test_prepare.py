@@ -408,7 +408,7 @@ def test_levels_are_exact():
         assert sigmas[:: steps // 4] == few_step_sigmas()
 
 
-def test_trajectories_of_an_export(release, embeddings, tmp_path):
+def test_trajectories_of_an_export(release, embeddings, tmp_path, capsys):
     """The weights' own record goes with the trajectories, and chunk and shift are its.
 
     They may be stored as bfloat16.
@@ -418,8 +418,11 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
     save_dit(load_dit(release), tmp_path / "teacher.safetensors", {"stage": "teacher"})
     common = ["trajectories", "--text", embeddings, *SMALL, "--steps", "4", "--release", release]
     weights = ["--weights", tmp_path / "ar.safetensors"]
+    noise = f"no record of causal training in {release}: expect noise"
     run(*common, *weights, "--causal", "--dtype", "bfloat16", "--out", tmp_path / "a")
+    assert "causal training" not in capsys.readouterr().err
     run(*common, "--causal", "--chunk", "1", "--shift", 3, "--out", tmp_path / "b")
+    assert noise in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"ar.safetensors is of stage ar: give --causal"):
         run(*common, *weights, "--out", tmp_path / "c")
     teacher = ["--weights", tmp_path / "teacher.safetensors"]
