@@ -19,6 +19,8 @@ from wan5b.extras.checkpoints import complete, in_the_way, step_of
 from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
+from wan5b.extras.media import FPS
+from wan5b.extras.recipes import frame_rate
 from wan5b.extras.rollouts import are_longer
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
@@ -416,7 +418,8 @@ def check_finished(cfg, data: dict[str, str], final: Path) -> None:
 
 
 def held_by(cfg) -> dict[str, str]:
-    """A digest of everything that a run reads, by the config's keys.
+    """A digest of everything that a run reads, by the config's keys; fps of the clips, if it is not
+    FPS, for what is exported.
 
     What is missing has none: the run says so when it opens it.
     """
@@ -428,4 +431,7 @@ def held_by(cfg) -> dict[str, str]:
     # Elsewhere the VAE only shows what is made; here it encodes what teacher and critic are shown.
     if are_longer(cfg) and Path(cfg.vae).exists():
         digests["vae"] = digest(locate(Path(cfg.vae), "vae"))
+    fps = frame_rate(cfg)
+    if fps != FPS:
+        digests["fps"] = str(fps)
     return digests

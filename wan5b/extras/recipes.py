@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wan5b.data import open_shard
 from wan5b.dit import DiTConfig
 from wan5b.extras import untrusted
+from wan5b.extras.adapters import said_by
 from wan5b.extras.config import Options, at_least, made, one_of, types, within
 from wan5b.extras.formats import is_checkpoint, locate
 from wan5b.extras.media import FPS, latent_frames
@@ -218,10 +220,28 @@ def in_mode(recipe: Recipe, mode: Mode) -> Recipe:
     return replace(recipe, **changes)
 
 
+def frame_rate(cfg) -> int:
+    """Frames a second of the clips that a run learns from: as its latents say, else its networks.
+
+    FPS, if none of them says it, or a rate that no recipe has. cfg: train.py's Config.
+    """
+    said = []
+    shards = sorted(Path(cfg.latents).glob("*.safetensors")) if cfg.latents else []
+    if shards:
+        _, header = open_shard(shards[0])
+        said.append(header["facts"])
+    for path in (cfg.lora_weights, cfg.weights, cfg.teacher):
+        if path and Path(path).exists():
+            said.append(said_by(path))
+    rates = [each["fps"] for each in said if isinstance(each.get("fps"), int | float)]
+    return round(rates[0]) if rates and 1 <= rates[0] <= 240 else FPS
+
+
 def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
     """What a checkpoint or export of train.py says of itself; `from_metadata` goes by it.
 
-    cfg: train.py's Config. data: digests of what the run read. What is not used is not there.
+    cfg: train.py's Config. data: digests of what the run read, and fps, if it is not FPS. What is
+    not used is not there.
     """
     said = {
         "stage": cfg.stage,
@@ -238,6 +258,8 @@ def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
         said["levels_after"] = cfg.levels_after
     if cfg.stage not in MADE_FOR and not cfg.clean_pass:
         said["clean_pass"] = False
+    if "fps" in data:
+        said["fps"] = int(data["fps"])
     return said | {"config": asdict(sizes), "training": asdict(cfg), "data": data}
 
 
