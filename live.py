@@ -76,7 +76,6 @@ from wan5b.extras.sampling import MODES
 from wan5b.extras.server import Server
 from wan5b.extras.studio import Studio
 from wan5b.extras.texts import encode_prompts
-from wan5b.t5 import NEGATIVE_PROMPT
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,8 +123,7 @@ def text_encoder(args: argparse.Namespace, job: Job) -> Callable[[str], Tensor]:
     """encode(text) -> the context of a text [1, L, D] on the device, or, where guidance needs it,
     with the negative prompt's behind, [2, L, D].
     """
-    negative = NEGATIVE_PROMPT if args.negative is None else args.negative
-    extra = [] if job.recipe.guidance == 1 else [negative]
+    extra = [] if job.recipe.guidance == 1 else [job.recipe.negative]
     length = job.cfg.text_len
     if args.random_weights:
 

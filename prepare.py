@@ -52,6 +52,7 @@ from wan5b.distill import guided, rollout
 from wan5b.extras.chunking import chunk_plan
 from wan5b.extras.cli import script
 from wan5b.extras.digest import digest, sizes
+from wan5b.extras.disk import check_folder
 from wan5b.extras.files import caption_file, note_cut, parse_size, read_prompts
 from wan5b.extras.formats import (
     load_dit,
@@ -199,7 +200,7 @@ def pending(
     held: a digest of the weights; holds: what an input's files hold, in short. By these the inputs
     are known again when others lie under their names. earlier: what earlier versions noted in
     place of `holds`: their shards count, with a line about it.
-    ValueError if the folder `out` holds a shard of other inputs or facts.
+    ValueError if the folder `out` holds a shard of other inputs or facts, or can't be written to.
     """
     folder = Path(out)
 
@@ -233,7 +234,10 @@ def pending(
         print(f"note: {some}: that their texts and clips were these is not known", file=sys.stderr)
 
     own = list(shards.values())[RANK::WORLD_SIZE]
-    return [shard for shard in own if not shard.path.exists()]
+    to_make = [shard for shard in own if not shard.path.exists()]
+    if to_make:
+        check_folder(folder, "--out")
+    return to_make
 
 
 def fill(shards: list[Shard], facts: dict, batch: int, make: Callable[[list], Items]) -> None:
@@ -369,16 +373,18 @@ def make_trajectories(args: argparse.Namespace) -> None:
     """The command `trajectories`: the few-step model's levels on the way from noise to a clip."""
     frames, height, width = latent_size(args.frames, args.size)
     text = TextStore(args.text)
-    negative = text.facts["negative"]
     clips = Store(args.latents) if args.latents else None
     source = args.weights or args.release
     trained = read_trained(source, args.causal)
+    # What stands for no text is as in the weights' training, whatever else the store holds.
+    negative = trained.get("training", {}).get("negative", text.facts["negative"])
 
     # A clip for every prompt, or what follows the first latent frame of every clip in a store.
     prefix = 0 if clips is None else 1
     shape = (VAEConfig.z_dim, frames - prefix, height, width)  # of the noise
     if clips is None:
-        prompts = [prompt for prompt in text.prompts if prompt not in ("", negative)]
+        apart = ("", negative, text.facts["negative"])
+        prompts = [prompt for prompt in text.prompts if prompt not in apart]
     else:
         check_clips(clips, shape, args.size)
         prompts = clips.prompts
@@ -459,11 +465,17 @@ def first_frame(clips: Store, i: int) -> Tensor:
 
 
 def read_trained(source: str, causal: bool) -> dict:
-    """What weights say of their training. ValueError if they need the other setting of --causal."""
+    """What weights say of their training. ValueError if they need the other setting of --causal.
+
+    A line for the user where they say nothing, as a release does, which is not causal.
+    """
     trained = read_metadata(source)
     if "stage" in trained and causal == (trained["stage"] == "teacher"):
         way_out = "no --causal" if causal else "give --causal"
         raise ValueError(f"{source} is of stage {trained['stage']}: {way_out}")
+    if causal and "stage" not in trained and RANK == 0:
+        text = f"no record of causal training in {source}: expect noise"
+        print(f"note: {text}, unless another trainer made it causal", file=sys.stderr)
     return trained
 
 

@@ -58,7 +58,7 @@
 --solver NAME        likewise: unipc or euler (default: the recipe's, or unipc)
 --guidance G         likewise: scale of CFG, uncond + g (cond - uncond) (default: the recipe's, or
                      5; 1 is half the work)
---negative TEXT      negative prompt (default: the one that the release was tuned with)
+--negative TEXT      negative prompt (default: an export's, else what the release was tuned with)
 
 --out PATH           default out/sample.mp4; or a FOLDER/; with several clips, prompt and seed
                      number are added
@@ -108,7 +108,6 @@ from wan5b.extras.report_plot import leave_beside
 from wan5b.extras.resume import Progress, begin, fingerprint
 from wan5b.extras.sampling import draw_noise, generate
 from wan5b.extras.texts import embed
-from wan5b.t5 import NEGATIVE_PROMPT
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -123,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     # Text first: the encoder is gone before the DiT comes.
     texts = [*dict.fromkeys(text for clip in job.clips for text in clip.texts)]
     if job.sampler["guidance"] != 1:
-        texts.append(NEGATIVE_PROMPT if args.negative is None else args.negative)
+        texts.append(job.found["recipe"]["negative"])
     decoder = place_of_vae(args)
     if args.random_weights:
         context = random_weights.random_context(texts, job.cfg.text_len, job.cfg.text_dim)

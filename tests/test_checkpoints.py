@@ -288,6 +288,31 @@ def test_resume_from_an_earlier_checkpoint(data, tmp_path, capsys, dtype):
     assert same(checkpoint_state(out / "step-0000004"), state)
 
 
+@pytest.mark.parametrize("kind", ["no facts", "link", "file"])
+def test_what_a_checkpoint_could_not_replace(data, tmp_path, command, capsys, kind):
+    """Is found before the steps up to it are trained, not when it is to be saved."""
+    out = tmp_path / "out"
+    finish(config(data, "ar", out))
+    (out / "ar.safetensors").unlink()
+    last = out / "step-0000004"
+    elsewhere = last.rename(tmp_path / "elsewhere")
+    if kind == "no facts":
+        shutil.copytree(elsewhere, last)
+        (last / "facts.json").unlink()
+    elif kind == "link":
+        last.symlink_to(elsewhere)
+    else:
+        last.touch()
+    (out / "step-0000001").symlink_to(elsewhere)  # of a step that is done
+    capsys.readouterr()
+    toml = write_toml(tmp_path / "a.toml", values(data, "ar", out))
+    line = refused(command, toml)
+    assert f"{last} is in the way of a checkpoint, and is none" in line
+
+    last.rename(tmp_path / "away")
+    finish(config(data, "ar", out))
+
+
 def test_a_changed_config_does_not_resume(data, tmp_path, command, capsys):
     out = tmp_path / "out"
     finish(config(data, "ar", out, steps=2))

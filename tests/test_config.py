@@ -4,12 +4,23 @@ not fit. Always in one line that names the values.
 
 import pytest
 import torch
-from training import DIT, SIZES, config, make_run, refused, values, write_toml
+from training import (
+    DIT,
+    PROMPTS,
+    SIZES,
+    config,
+    finish,
+    make_run,
+    refused,
+    values,
+    write_toml,
+)
 
 import train
 from wan5b.dit import DiTConfig, WanDiT
-from wan5b.extras.checks import note_ignored
+from wan5b.extras.checks import note_apart, note_ignored
 from wan5b.extras.shards import write_shard
+from wan5b.flow import few_step_sigmas
 from wan5b.weights import save_dit
 
 pytestmark = pytest.mark.usefixtures("quick_and_clean")
@@ -163,6 +174,34 @@ def test_keys_without_effect_are_named(data, capsys):
     assert said("dmd", lora=4) == "note: no lora_weights: dmd starts from its teacher\n"
 
 
+def test_what_networks_were_trained_with_is_noted(data, trained, tmp_path, capsys):
+    """Where the run that starts from them has something else."""
+
+    def said(stage, **changes):
+        note_apart(config(data, stage, **changes), 0)
+        return capsys.readouterr().err
+
+    teacher = str(trained / "teacher/teacher.safetensors")
+    causal = str(trained / "dmd/dmd.safetensors")
+    assert said("dmd", teacher=teacher, weights=causal) == ""
+    assert said("ar", weights=teacher, chunk=2, window=4) == ""  # a teacher has no chunks
+    another = f"note: {teacher} was trained with another"
+    for stage, changes in (("ar", {"weights": teacher}), ("dmd", {"teacher": teacher})):
+        line = said(stage, shift=3.0, negative="", **changes)
+        assert line == f"{another} shift (5.0, here 3.0), negative ('neg', here '')\n"
+    assert said("ar", teacher=teacher, negative="") == ""  # which is not read
+    line = said("sid", weights=causal, window=4, chunk=2, negative="")
+    wrong = "was trained with another chunk (3, here 2), window (0, here 4)"
+    assert line == f"note: {causal} {wrong}\n"
+
+    # Of an adapter too; a release says nothing.
+    finish(config(data, "ar", tmp_path / "lora", lora=4, steps=1))
+    adapter = str(tmp_path / "lora/ar-lora")
+    capsys.readouterr()
+    line = said("ode", lora=4, lora_weights=adapter, window=6)
+    assert line == f"note: {adapter} was trained with another window (0, here 6)\n"
+
+
 # -------------------------------------------------------------------------- what does not fit
 
 
@@ -195,7 +234,8 @@ def test_networks_that_do_not_fit(tmp_path, line):
     assert "embeddings of width 16 and up to 5 tokens, the network takes (24, 8)" in text
     assert "different texts" in line("dmd", teacher=wide)
     short = save_network(tmp_path / "short.safetensors", text_len=4)
-    assert "up to 5 tokens, the network takes (16, 4)" in line("ode", weights=short)
+    text = line("ode", weights=short)
+    assert "up to 5 tokens, the network takes (16, 4): shorten 'prompt 1' and the like" in text
 
 
 def test_data_that_do_not_fit(data, tmp_path, line):
@@ -206,6 +246,13 @@ def test_data_that_do_not_fit(data, tmp_path, line):
     assert str(empty) in text
     assert "this run needs x" in line("ode", trajectories=str(data / "latents"))
     assert "no text embeddings" in line("ar", text=str(data / "latents"))
+    behind = tmp_path / "behind"
+    facts = {"sigmas": few_step_sigmas(), "prefix": 1}
+    write_shard(behind / "0.safetensors", {"x": torch.zeros(1, 5, *SIZES)}, PROMPTS[:1], **facts)
+    text = line("ode", trajectories=str(behind), chunk=1)
+    assert f"{behind} goes on from clean first frames" in text
+    assert "give prefix = 1" in text
+    make_run(data, "ode", trajectories=str(behind), chunk=1, prefix=1, latents="")
     other = tmp_path / "other"
     write_shard(other / "0.safetensors", {"latent": torch.zeros(1, *SIZES)}, ["unheard of"])
     assert "prepare.py text" in line("ar", latents=str(other))

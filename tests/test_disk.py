@@ -283,6 +283,23 @@ def test_a_run_without_room_for_a_checkpoint_loads_nothing(
     finish(cfg)
 
 
+def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    disk.check_folder(tmp_path / "a/b", "out")
+    for name in ("file", "file/a/b", "link", "link/a"):
+        held = tmp_path / name.partition("/")[0]
+        wrong = f"cannot write to {tmp_path / name}: {held} is no folder; choose another --out"
+        with pytest.raises(ValueError, match=wrong):
+            disk.check_folder(tmp_path / name, "--out")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ValueError, match=f"{tmp_path}/a: {tmp_path} is read-only"):
+        disk.check_folder(tmp_path / "a", "out")
+    with pytest.raises(ValueError, match="is read-only; choose another out"):
+        log.locked(tmp_path / "a").__enter__()
+    assert not (tmp_path / "a").exists()
+
+
 def optimizer() -> AdamW:
     torch.manual_seed(0)
     model = torch.nn.Linear(300, 300)

@@ -104,7 +104,7 @@ def test_sample_videos_are_those_of_the_export(data, tmp_path, monkeypatch, stag
     plain = exported(run, tmp_path, ema=0.0)
     videos = []
 
-    def write(vae, latents, path):
+    def write(vae, latents, path, fps):
         videos.append(torch.cat(latents, 2))
         assert copies(run) == []
 
@@ -124,7 +124,7 @@ def test_sample_videos_know_no_sink_before_dmd(data, tmp_path, monkeypatch, stag
         told.append(how)
         return [torch.zeros(1, 48, 3, 4, 4)]
 
-    monkeypatch.setattr(previews, "write", lambda *_: None)
+    monkeypatch.setattr(previews, "write", lambda *_, **__: None)
     monkeypatch.setattr(previews, "generate", generate)
     for changes in ({"window": 4}, {}):
         for sink in ({}, {"sink": 1, "sink_rope": "relative"}):

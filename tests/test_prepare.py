@@ -408,7 +408,7 @@ def test_levels_are_exact():
         assert sigmas[:: steps // 4] == few_step_sigmas()
 
 
-def test_trajectories_of_an_export(release, embeddings, tmp_path):
+def test_trajectories_of_an_export(release, embeddings, tmp_path, capsys):
     """The weights' own record goes with the trajectories, and chunk and shift are its.
 
     They may be stored as bfloat16.
@@ -418,8 +418,11 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
     save_dit(load_dit(release), tmp_path / "teacher.safetensors", {"stage": "teacher"})
     common = ["trajectories", "--text", embeddings, *SMALL, "--steps", "4", "--release", release]
     weights = ["--weights", tmp_path / "ar.safetensors"]
+    noise = f"no record of causal training in {release}: expect noise"
     run(*common, *weights, "--causal", "--dtype", "bfloat16", "--out", tmp_path / "a")
+    assert "causal training" not in capsys.readouterr().err
     run(*common, "--causal", "--chunk", "1", "--shift", 3, "--out", tmp_path / "b")
+    assert noise in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"ar.safetensors is of stage ar: give --causal"):
         run(*common, *weights, "--out", tmp_path / "c")
     teacher = ["--weights", tmp_path / "teacher.safetensors"]
@@ -431,6 +434,29 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path):
     assert (a.facts["chunks"], a.facts["shift"]) == ([1, 1, 1], 3.0)
     assert a.facts["model"] == "ar.safetensors"
     assert torch.equal(a[1]["x"], b[1]["x"].bfloat16())
+
+
+def test_trajectories_lead_away_from_what_training_had_for_no_text(release, embeddings, tmp_path):
+    """Whatever negative prompt the texts were prepared with."""
+    model = load_dit(release)
+    save_dit(model, tmp_path / "ar.safetensors", {"stage": "ar", "training": {"negative": ""}})
+    common = ["trajectories", "--release", release, *SMALL, "--steps", 4, "--causal"]
+    common += ["--weights", tmp_path / "ar.safetensors"]
+    run(*common, "--text", embeddings, "--out", tmp_path / "a")
+    prompts = list(dict.fromkeys(PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    texts = ["text", "--release", release, "--prompts", tmp_path / "prompts.txt"]
+    run(*texts, "--negative", "", "--out", tmp_path / "empty")
+    run(*common, "--text", tmp_path / "empty", "--out", tmp_path / "b")
+    a = Store(tmp_path / "a")
+    b = Store(tmp_path / "b")
+    assert a.prompts == b.prompts == prompts
+    assert a.facts["negative"] == ""
+    assert all(rel(a[i]["x"], b[i]["x"]) < 1e-5 for i in range(len(a)))
+
+    save_dit(model, tmp_path / "ar.safetensors", {"stage": "ar"}, overwrite=True)
+    run(*common, "--text", embeddings, "--out", tmp_path / "c")
+    assert rel(Store(tmp_path / "c")[0]["x"], a[0]["x"]) > 1e-4
 
 
 # ------------------------------------------------------------------------------------------- resume
@@ -565,6 +591,23 @@ def test_errors_of_options(release, embeddings, prompts, tmp_path):
     refused("nowhere: no such file or folder", "latents", "--videos", nowhere, *SMALL)
     with pytest.raises(ValueError, match="spiece.model: no such file"):
         run("text", "--prompts", prompts, "--release", tmp_path, "--out", tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_first(
+    release, embeddings, prompts, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    for name in ("load_t5", "load_vae", "load_dit"):
+        monkeypatch.setattr(prepare, name, None)
+    video(tmp_path / "clips.mp4", 9)
+    (tmp_path / "clips.jsonl").write_text('{"video": "clips.mp4", "caption": "a"}')
+    for command in (
+        ("text", "--prompts", prompts),
+        ("latents", "--videos", tmp_path / "clips.jsonl", *SMALL),
+        ("trajectories", "--text", embeddings, *SMALL),
+    ):
+        with pytest.raises(ValueError, match="file is no folder; choose another --out"):
+            run(*command, "--release", release, "--out", tmp_path / "file")
 
 
 def test_errors_of_another_latent_space(release, embeddings, tmp_path):

@@ -204,7 +204,7 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_our_own(stage):
     said = {"stage": stage, "levels": [1000, 500], "shift": 3.0, "chunk": 2, "prefix": 1}
-    said |= {"window": 6, "step": 7, "training": {}}
+    said |= {"window": 6, "step": 7, "training": {"negative": "bad"}}
     recipe = from_metadata(said)
     causal = stage != "teacher"
     assert (recipe.causal, recipe.solver, recipe.guidance) == STAGES[stage]
@@ -215,6 +215,7 @@ def test_our_own(stage):
     else:
         assert (len(rounded), len(recipe.sigmas(True))) == (51, 41)
         assert rounded[0] == 0.9997  # 3 * .999 / (1 + 2 * .999)
+    assert recipe.negative == "bad"
     assert recognise("x", "y", said)[:2] == (stage, "its metadata")
 
 

@@ -45,6 +45,7 @@ from wan5b.extras import (
 from wan5b.extras.formats import load_dit, load_vae
 from wan5b.flow import few_step_sigmas, sampling_sigmas
 from wan5b.kvcache import KVCache
+from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import rng
 from wan5b.vae22 import VAE22, VAEConfig, add_residual_
 from wan5b.weights import save_dit
@@ -331,6 +332,28 @@ def test_modes_with_guidance(run, mode, solver, tmp_path, vae):
     plain = run(*options, "--negative", "a dog", "--guidance", 1, out="plain")
     unguided = run(*options, "--guidance", 1, out="unguided")
     assert rel(plain.latents, unguided.latents) < 1e-5  # scale 1 is the conditional branch alone
+
+
+def test_the_negative_prompt_of_training(run, release, tmp_path, capsys):
+    """Guidance leads away from what the weights were trained with in place of a text; records of
+    versions that took upstream's for all weights are repeated as they were.
+    """
+    said = {"stage": "ar", "chunk": 3, "training": {"negative": "a dog"}}
+    save_dit(load_dit(release), tmp_path / "ar.safetensors", said)
+    options = ("--weights", tmp_path / "ar.safetensors", "--steps", 2, "--frames", 9)
+    own = run(*options)
+    assert torch.equal(own.latents, run(*options, "--negative", "a dog", out="dog").latents)
+    upstream = run(*options, "--negative", NEGATIVE_PROMPT, out="upstream")
+    assert rel(upstream.latents, own.latents) > 1e-4
+
+    def repeated(record, out):
+        (tmp_path / f"{out}-of.json").write_text(json.dumps(record))
+        return run("--settings", tmp_path / f"{out}-of.json", *options, out=out).latents
+
+    assert torch.equal(repeated(own.record, "again"), own.latents)
+    assert "will differ" not in capsys.readouterr().err
+    del own.record["recipe"]["negative"]
+    assert torch.equal(repeated(own.record, "earlier"), upstream.latents)
 
 
 @pytest.mark.parametrize("mode", ["few", "few-bidirectional"])

@@ -7,9 +7,10 @@ import pytest
 import torch
 from common import ON_GPU, compiling
 from release import VAE, random_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import (
     PROMPTS,
+    SIZES,
     STAGES,
     TIMINGS,
     apart,
@@ -22,7 +23,11 @@ from training import (
 import train
 from wan5b import fsdp
 from wan5b.extras import checkpoints, log, previews
+from wan5b.extras.adapters import said_by
+from wan5b.extras.checks import held_by
+from wan5b.extras.formats import read_metadata
 from wan5b.extras.log import curves
+from wan5b.extras.recipes import from_metadata
 from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.vae22 import VAE22
@@ -103,6 +108,33 @@ def test_sample_videos_change_nothing(data, tmp_path, monkeypatch, stage, prefix
     assert files == ["step-0000002-0.mp4", "step-0000002-1.mp4"]
     video = iio.imread(tmp_path / "out/samples/step-0000002-0.mp4", plugin="pyav")
     assert video.shape == (1 + 4 * (2 + prefix), 32, 32, 3)
+
+
+def test_clips_of_another_rate(data, tmp_path):
+    """Exports and checkpoints say how fast their clips are, and so do those of the stages after;
+    sample videos are played like that.
+    """
+    clips = {"latent": torch.randn(2, *SIZES)}
+    write_shard(tmp_path / "clips/0.safetensors", clips, PROMPTS[:2], fps=15.9)
+    basis = torch.zeros(16, 1, 4, 16, 16)
+    save_file({"basis": basis, "dual": basis.clone()}, tmp_path / "codec_VAE.safetensors")
+    shown = {"vae": str(tmp_path), "sample_prompts": PROMPTS[:1], "sample_every": 1, "steps": 1}
+    latents = str(tmp_path / "clips")
+    finish(config(data, "teacher", tmp_path / "teacher", **shown, latents=latents))
+    teacher = tmp_path / "teacher/teacher.safetensors"
+    finish(config(data, "dmd", tmp_path / "dmd", **shown, teacher=str(teacher)))
+    finish(config(data, "ode", tmp_path / "ode", steps=1, lora=4, weights=str(teacher)))
+    names = ["dmd/dmd.safetensors", "dmd/step-0000001", "ode/ode.safetensors"]
+    for path in (teacher, *(tmp_path / name for name in names)):
+        assert from_metadata(read_metadata(path)).fps == 16
+    assert said_by(tmp_path / "ode/ode-lora")["fps"] == 16
+    for video in sorted(tmp_path.glob("*/samples/*.mp4")):
+        assert iio.immeta(video, plugin="pyav")["fps"] == 16
+
+    # Of 24 nothing is said, as before; nor of what no recipe has.
+    for fps in (24, 24.2, 0.1, "16", None):
+        write_shard(tmp_path / "clips/0.safetensors", clips, PROMPTS[:2], fps=fps)
+        assert "fps" not in held_by(config(data, "ar", latents=latents))
 
 
 # -------------------------------------------------------------- compiled; in bfloat16; on a GPU too

@@ -161,6 +161,19 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def in_the_way(folder: Path, steps: range) -> list[Path]:
+    """What has the name of a checkpoint of these steps and is none: a link, or one that has lost
+    its facts.json. It can't be saved over.
+    """
+    known = complete(folder)
+    found = []
+    for path in folder.glob("step-*"):
+        named = re.fullmatch("step-[0-9]+", path.name)
+        if named and step_of(path) in steps and path not in known:
+            found.append(path)
+    return found
+
+
 # ------------------------------------------------------------------------------------------ reading
 
 

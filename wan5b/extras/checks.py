@@ -15,10 +15,12 @@ from pathlib import Path
 from wan5b.data import Data
 from wan5b.dit import DiTConfig
 from wan5b.extras import adapters, log
-from wan5b.extras.checkpoints import complete
+from wan5b.extras.checkpoints import complete, in_the_way, step_of
 from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
+from wan5b.extras.media import FPS
+from wan5b.extras.recipes import frame_rate
 from wan5b.extras.rollouts import are_longer
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
@@ -210,6 +212,28 @@ def note_ignored(cfg, rank: int) -> None:
             print(f"note: {', '.join(alone)} has no effect without {needed}", file=sys.stderr)
 
 
+def note_apart(cfg, rank: int) -> None:
+    """What the networks that a run starts from were trained with, where it has something else: a
+    key that this stage's config forgets, say. It may be meant; else clips are worse for no reason
+    that shows. Process 0 says so.
+    """
+    if rank != 0:
+        return
+    read = [cfg.weights, cfg.lora_weights, cfg.teacher if cfg.stage in DISTILLATIONS else ""]
+    for path in dict.fromkeys(filter(None, read)):
+        said = adapters.said_by(path)
+        is_teacher = said.get("stage") == STAGES[0]
+        keys = ("shift", "negative") if is_teacher else ("shift", "chunk", "prefix", "window")
+        training = said.get("training", {})
+        apart = []
+        for key in keys:
+            now = getattr(cfg, key)
+            if training.get(key, now) != now:
+                apart.append(f"{key} ({training[key]!r:.40}, here {now!r:.40})")
+        if apart:
+            print(f"note: {path} was trained with another {', '.join(apart)}", file=sys.stderr)
+
+
 def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -> None:
     """Whether data, config and networks fit each other. scores: the sizes of critic and teacher.
 
@@ -236,6 +260,7 @@ def check_fit(cfg, data: Data, model: DiTConfig, scores: DiTConfig, rank: int) -
     if data.store is not None:
         _check_store(cfg, data, model.in_dim)
     note_ignored(cfg, rank)
+    note_apart(cfg, rank)
 
 
 def _check_stages(cfg) -> None:
@@ -273,6 +298,11 @@ def _check_store(cfg, data: Data, channels: int) -> None:
             "(levels,) channels, frames, height, width: change these, or make it again"
         )
     if cfg.stage == "ode":
+        if store.facts.get("prefix") and not cfg.prefix:
+            raise ValueError(
+                f"{store.folder} goes on from clean first frames, which this run would train as "
+                "noise: give prefix = 1, or make it again without --latents"
+            )
         levels = store.facts.get("sigmas")
         checked(store.folder, {"sigmas": levels}, {"sigmas": each(NUMBER)})
         same = [abs(a - b) < 1e-3 for a, b in zip(levels, sigmas, strict=False)]
@@ -354,10 +384,15 @@ def newest(cfg, data: dict[str, str], world: World) -> Path | None:
         _check_adapter(cfg, data)
     saved = complete(Path(cfg.out))
     name = world.exchange(saved[-1].name if saved else "")[0]
-    if not name:
-        return None
-    path = Path(cfg.out, name)
-    check_unchanged(cfg, data, path)
+    path = Path(cfg.out, name) if name else None
+    if path:
+        check_unchanged(cfg, data, path)
+    done = step_of(path) if path else 0
+    for other in in_the_way(Path(cfg.out), range(done + 1, cfg.steps + 1)):
+        raise ValueError(
+            f"{other} is in the way of a checkpoint, and is none (no facts.json, or a link): move "
+            "it away"
+        )
     return path
 
 
@@ -383,7 +418,8 @@ def check_finished(cfg, data: dict[str, str], final: Path) -> None:
 
 
 def held_by(cfg) -> dict[str, str]:
-    """A digest of everything that a run reads, by the config's keys.
+    """A digest of everything that a run reads, by the config's keys; fps of the clips, if it is not
+    FPS, for what is exported.
 
     What is missing has none: the run says so when it opens it.
     """
@@ -395,4 +431,7 @@ def held_by(cfg) -> dict[str, str]:
     # Elsewhere the VAE only shows what is made; here it encodes what teacher and critic are shown.
     if are_longer(cfg) and Path(cfg.vae).exists():
         digests["vae"] = digest(locate(Path(cfg.vae), "vae"))
+    fps = frame_rate(cfg)
+    if fps != FPS:
+        digests["fps"] = str(fps)
     return digests

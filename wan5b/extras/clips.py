@@ -26,6 +26,7 @@ from wan5b.extras.formats import candidates
 from wan5b.extras.media import FPS
 from wan5b.extras.mp4 import VideoWriter
 from wan5b.extras.resume import STATE, Progress, note_unknown
+from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import FULL, not_written, origin, read_json, write_json, write_tensors
 
 LEAST = 2**16  # bytes that a clip takes, its record among them, however short it is
@@ -169,6 +170,11 @@ def read_settings(
     try:
         read = record or json.loads(Path(path).read_text(encoding="utf-8-sig"))
         settings = ADDED | read["settings"]
+        # Versions that did not note the recipe's negative prompt took upstream's for all weights.
+        recipe = read.get("recipe")
+        guided = isinstance(recipe, dict) and recipe.get("guidance", 1) != 1
+        if guided and "negative" not in recipe and settings.get("negative") is None:
+            settings["negative"] = NEGATIVE_PROMPT
         # A GPU that is not here is no reason to stop if another is named.
         if given.vae_device:
             settings["vae_device"] = given.vae_device
@@ -250,7 +256,7 @@ def note_changes(settings: str | None, known_by: str, found: dict) -> None:
     # Of a recipe also what is no argument of `generate`.
     before = recorded.get("recipe")
     if isinstance(before, dict):
-        names = {"fps", "cut_prefix"} & before.keys()
+        names = {"fps", "cut_prefix", "negative"} & before.keys()
         others += sorted(name for name in names if before[name] != found["recipe"][name])
     if others:
         text = f"{settings} was made with other {', '.join(others)}: this clip will differ"

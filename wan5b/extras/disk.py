@@ -1,8 +1,9 @@
-"""Whether there is room for what is to be written, before any work is done for it.
+"""Whether what is to be written can be, and has room, before any work is done for it.
 
 What is said of a disk that has become full since then is `wan5b.util.writing`'s.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +13,18 @@ from wan5b.extras.budget import adapter_numbers, classifier_parameters, paramete
 from wan5b.extras.checkpoints import UNFINISHED, complete, step_of
 from wan5b.optim import state_groups
 from wan5b.util import MAKE_ROOM, free_at, in_words
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """ValueError if a folder, which need not be there yet, can't be written to. option: what named
+    it.
+    """
+    whole = folder.absolute()
+    held = next(filter(os.path.lexists, [whole, *whole.parents]))
+    if not os.path.isdir(held):
+        raise ValueError(f"cannot write to {folder}: {held} is no folder; choose another {option}")
+    if not os.access(held, os.W_OK):
+        raise ValueError(f"cannot write to {folder}: {held} is read-only; choose another {option}")
 
 
 def check_room(path: str | Path, needed: float, held: float = 0) -> None:

@@ -21,6 +21,7 @@ from typing import TextIO
 from torch import Tensor
 
 from wan5b.extras import checkpoints
+from wan5b.extras.disk import check_folder
 from wan5b.util import first_line, raise_interrupted, replacing, write_json, writing
 
 METRICS = "metrics.jsonl"  # a line a step
@@ -52,6 +53,8 @@ def locked(out: Path) -> Iterator[None]:
 def _locked_file(out: Path) -> TextIO:
     """The lock of a run's folder, locked. It is only looked at if another process has it."""
     path = out / LOCK
+    if not path.exists():
+        check_folder(out, "out")
     while True:
         out.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")

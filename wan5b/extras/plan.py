@@ -267,7 +267,7 @@ def overridden(recipe: Recipe, args: Namespace) -> Recipe:
     if recipe.causal:
         names += ["chunk", "window", "sink", "sink_rope"]
     if recipe.solver != "renoise":
-        names += ["steps", "solver", "guidance"]
+        names += ["steps", "solver", "guidance", "negative"]
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "steps" in changes:
         changes |= {"image_steps": 0, "levels": ()}

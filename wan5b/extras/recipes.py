@@ -16,8 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wan5b.data import open_shard
 from wan5b.dit import DiTConfig
 from wan5b.extras import untrusted
+from wan5b.extras.adapters import said_by
 from wan5b.extras.config import Options, at_least, made, one_of, types, within
 from wan5b.extras.formats import is_checkpoint, locate
 from wan5b.extras.media import FPS, latent_frames
@@ -25,6 +27,7 @@ from wan5b.extras.refusals import refuse_file
 from wan5b.extras.sampling import MODES, Mode
 from wan5b.flow import FEW_STEPS, SOLVERS, few_step_sigmas, sampling_sigmas
 from wan5b.stages import DISTILLATIONS
+from wan5b.t5 import NEGATIVE_PROMPT
 from wan5b.util import read_json, reading
 from wan5b.weights import about, read_pickle
 
@@ -71,6 +74,7 @@ class Recipe(Options):
     clean_pass: bool = True  # False: the keys of a chunk's last step are kept as its context
     shift: float = within(1e-6, 1e6, 5.0)
     guidance: float = within(-1e6, 1e6, 1.0)  # scale of CFG; at 1 there is none
+    negative: str = NEGATIVE_PROMPT  # what CFG leads away from; empty: the empty prompt
 
     # Where causal, in latent frames.
     chunk: int = at_least(0, 0)
@@ -216,10 +220,28 @@ def in_mode(recipe: Recipe, mode: Mode) -> Recipe:
     return replace(recipe, **changes)
 
 
+def frame_rate(cfg) -> int:
+    """Frames a second of the clips that a run learns from: as its latents say, else its networks.
+
+    FPS, if none of them says it, or a rate that no recipe has. cfg: train.py's Config.
+    """
+    said = []
+    shards = sorted(Path(cfg.latents).glob("*.safetensors")) if cfg.latents else []
+    if shards:
+        _, header = open_shard(shards[0])
+        said.append(header["facts"])
+    for path in (cfg.lora_weights, cfg.weights, cfg.teacher):
+        if path and Path(path).exists():
+            said.append(said_by(path))
+    rates = [each["fps"] for each in said if isinstance(each.get("fps"), int | float)]
+    return round(rates[0]) if rates and 1 <= rates[0] <= 240 else FPS
+
+
 def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
     """What a checkpoint or export of train.py says of itself; `from_metadata` goes by it.
 
-    cfg: train.py's Config. data: digests of what the run read. What is not used is not there.
+    cfg: train.py's Config. data: digests of what the run read, and fps, if it is not FPS. What is
+    not used is not there.
     """
     said = {
         "stage": cfg.stage,
@@ -236,19 +258,21 @@ def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
         said["levels_after"] = cfg.levels_after
     if cfg.stage not in MADE_FOR and not cfg.clean_pass:
         said["clean_pass"] = False
+    if "fps" in data:
+        said["fps"] = int(data["fps"])
     return said | {"config": asdict(sizes), "training": asdict(cfg), "data": data}
 
 
 def from_metadata(said: dict) -> Recipe | None:
     """What our own exports and checkpoints say of themselves; None if that is nothing.
 
-    said: stage, levels, shift, chunk, prefix, window, and any other field of a Recipe that is for
-    sampling. ValueError for values that a Recipe cannot have.
+    said: stage, levels, shift, chunk, prefix, window, training, and any other field of a Recipe
+    that is for sampling. ValueError for values that a Recipe cannot have.
     """
     stage = said.get("stage")
-    # Exports may have the window among their training's settings alone.
-    if "window" not in said and "window" in said.get("training", {}):
-        said = said | {"window": said["training"]["window"]}
+    # The negative prompt stands among their training's settings, and the window may do so.
+    training = said.get("training", {})
+    said = {name: training[name] for name in ("window", "negative") if name in training} | said
     values = {name: said[name] for name in SAMPLING if said.get(name) is not None}
     if stage is None and not values:
         return None

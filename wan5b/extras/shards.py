@@ -28,11 +28,15 @@ def write_shard(
 def check_texts(text: TextStore, prompts: list[str], width: int, length: int) -> None:
     """ValueError unless the embeddings of all prompts are there, of this width, none longer."""
     text.check(prompts)
-    spans = [text.places[prompt][1:] for prompt in prompts]
-    longest = max((end - start for start, end in spans), default=0)
+    tokens = {}
+    for prompt in prompts:
+        _, start, end = text.places[prompt]
+        tokens[prompt] = end - start
+    longest = max(tokens, key=tokens.get)
     (held,) = text.shapes["rows"]
-    if held != width or longest > length:
+    if held != width or tokens[longest] > length:
         raise ValueError(
-            f"{text.folder} holds embeddings of width {held} and up to {longest} tokens, the "
-            f"network takes {width, length}: shorten, or use its own text encoder"
+            f"{text.folder} holds embeddings of width {held} and up to {tokens[longest]} tokens, "
+            f"the network takes {width, length}: shorten {longest[:40]!r} and the like, or use its "
+            "own text encoder"
         )
