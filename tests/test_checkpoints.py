@@ -371,7 +371,10 @@ def test_what_is_not_known_is_not_called_another(data, tmp_path, command, capsys
     said = json.loads(facts.read_text())
     way_out = "can't be checked; go on with what wrote it, or choose another out"
     settings, held = "with which settings it was made", "what its data held"
+    step = "of which step it is"
 
+    facts.write_text(json.dumps(said | {"step": None}))
+    assert f"{facts.parent} does not say {step}: " in refused(command, toml)
     del said["data"]
     facts.write_text(json.dumps(said))
     line = refused(command, toml)
@@ -381,7 +384,7 @@ def test_what_is_not_known_is_not_called_another(data, tmp_path, command, capsys
     facts.write_text(json.dumps(said))
     assert f"{facts.parent} does not say {settings}, nor {held}: " in refused(command, toml)
     save_file(load_file(kept), final)
-    assert f"{final} does not say {settings}, nor {held}: " in refused(command, toml)
+    assert f"{final} does not say {settings}, nor {held}, nor {step}: " in refused(command, toml)
 
 
 def test_another_vae_is_noted_where_it_trains(data, tmp_path):

@@ -355,8 +355,7 @@ def check_unchanged(cfg, data: dict[str, str], saved: Path) -> None:
                 f"{saved} was made with other {key} than {getattr(cfg, key) or 'none'} holds now; "
                 "choose another out"
             )
-    step = known["step"]
-    if step > cfg.steps:
+    if known["step"] > cfg.steps:
         raise ValueError(f"{saved} is beyond steps = {cfg.steps}; raise it or choose another out")
 
 
@@ -367,6 +366,7 @@ def _check_known(saved: Path, known: dict) -> None:
     known: what it says of itself.
     """
     parts = {"training": "with which settings it was made", "data": "what its data held"}
+    parts |= {"step": "of which step it is"}
     unsaid = [text for part, text in parts.items() if part not in known]
     if unsaid:
         raise ValueError(
