@@ -41,7 +41,7 @@ from wan5b.extras.formats import open_dit
 from wan5b.extras.merging import merge_rollouts
 from wan5b.extras.offload import HostStorage
 from wan5b.extras.previews import open_vae, sample_videos
-from wan5b.extras.recipes import facts
+from wan5b.extras.recipes import facts, frame_rate
 from wan5b.extras.rollouts import new_cache, rollouts
 from wan5b.extras.training_attention import arrange
 from wan5b.flow import FEW_STEPS
@@ -165,7 +165,7 @@ def build(cfg: Config, world: fsdp.World) -> Run:
     if cfg.lora and cfg.lora_merge:
         merge_rollouts(world, generator)
     optimizers = {"generator": optimizer(generator, initial, cfg.ema > 0)}
-    own = {"phases": phases.of(cfg), "rollouts": rollouts(cfg, world)}
+    own = {"phases": phases.of(cfg), "rollouts": rollouts(cfg, world), "fps": frame_rate(cfg)}
     if not distilling:
         return Run(cfg, world, data, budget, generator, optimizers, **own)
 
@@ -238,7 +238,7 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
     meter = Meter(run)
 
     def checkpoint(done: int) -> None:
-        said = facts(cfg, run.generator.cfg, done, data)
+        said = facts(cfg, run.generator.cfg, done, data, run.fps)
         checkpoints.save(world, out, run.optimizers, said, cfg.keep)
         if leading:
             log.curves([out])
@@ -278,7 +278,7 @@ def train(cfg: Config, world: fsdp.World, data: dict, saved: Path | None) -> Run
 
 def export(run: Run, final: Path, data: dict[str, str]) -> None:
     """The generator's average, if kept, else its masters, as one file; all processes take part."""
-    said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data)
+    said = facts(run.cfg, run.generator.cfg, run.cfg.steps, data, run.fps)
     model, result = adapters.merged(run, final, said)
     if run.world.rank == 0:
         save_dit(model, final, said, value=result)

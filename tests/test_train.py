@@ -9,6 +9,7 @@ from common import ON_GPU, compiling
 from release import VAE, random_weights
 from safetensors.torch import load_file, save_file
 from training import (
+    DIT,
     PROMPTS,
     SIZES,
     STAGES,
@@ -24,10 +25,9 @@ import train
 from wan5b import fsdp
 from wan5b.extras import checkpoints, log, previews
 from wan5b.extras.adapters import said_by
-from wan5b.extras.checks import held_by
 from wan5b.extras.formats import read_metadata
 from wan5b.extras.log import curves
-from wan5b.extras.recipes import from_metadata
+from wan5b.extras.recipes import facts, frame_rate, from_metadata
 from wan5b.extras.shards import write_shard
 from wan5b.flow import few_step_sigmas
 from wan5b.vae22 import VAE22
@@ -134,7 +134,8 @@ def test_clips_of_another_rate(data, tmp_path):
     # Of 24 nothing is said, as before; nor of what no recipe has.
     for fps in (24, 24.2, 0.1, "16", None):
         write_shard(tmp_path / "clips/0.safetensors", clips, PROMPTS[:2], fps=fps)
-        assert "fps" not in held_by(config(data, "ar", latents=latents))
+        cfg = config(data, "ar", latents=latents)
+        assert "fps" not in facts(cfg, DIT, 1, {}, frame_rate(cfg))
 
 
 # -------------------------------------------------------------- compiled; in bfloat16; on a GPU too

@@ -325,8 +325,9 @@ class Clock:
     def update(self, run: Run, network: str, step: int) -> Tensor:
         began = self.now()
         norm = update(run, network, step)
-        self.now()
-        run.world.barrier()  # the slowest process's: the others wait for it in what comes next
+        # The slowest process's: the others would wait for it in what comes next.
+        self.device.synchronize()
+        run.world.barrier()
         ended = self.now()
         self.rows[f"  optimizer, {network}"].append(ended - began)
         name = f"{self.phase} phase" if run.critic else "phase"

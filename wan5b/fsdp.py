@@ -65,7 +65,8 @@ class World:
         layout = {"mesh_shape": (self.size // shards, shards), "mesh_dim_names": ("copy", "shard")}
         mesh = dist.init_device_mesh(self.device.type, **layout)
         self.mesh = mesh["shard"]
-        self.same_shard = mesh.get_group("copy")  # in each copy one process
+        # The processes that hold what this one holds, one in each copy.
+        self.same_shard = mesh.get_group("copy")
         self.host_mesh = dist.init_device_mesh("cpu", **layout)["shard"]
 
     def _stop(self, *_) -> None:

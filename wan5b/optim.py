@@ -139,9 +139,10 @@ class AdamW:
         missed = [name for name in self.parameters if name not in self.grads]
         assert not missed, f"no gradient reaches {missed[:3]} and {len(missed)} parameters in all"
 
-        # 1. The norm of all gradients, averaged over copies of the weights, in an order that all
-        # processes have. A process adds the squares of its own shards.
+        # 1. Gradients are averaged over copies of the weights, in an order that all processes have.
         self.world.average(self.grads[name] for name in self.parameters)
+
+        # 2. The norm of all gradients. A process adds the squares of its own shards.
         norm = torch.stack([grad.square().sum() for grad in self.grads.values()]).sum()
         if self.world.mesh is not None:
             dist.all_reduce(norm, group=self.world.mesh.get_group("shard"))
@@ -150,7 +151,7 @@ class AdamW:
             self.grads.clear()
             return norm
 
-        # 2. What is the same for all weights: the gradients' factor, and corrections for averages
+        # 3. What is the same for all weights: the gradients' factor, and corrections for averages
         # that started from zeros.
         self.steps += 1
         factor = scale * (clip / (norm + 1e-6)).clamp(max=1)
@@ -162,16 +163,16 @@ class AdamW:
             weight = local(self.parameters[name])
             grad = self.grads.pop(name).mul_(factor)
 
-            # 3. The averages of gradients and of their squares.
+            # 4. The averages of gradients and of their squares.
             square = state["exp_avg_sq"].lerp_(grad.square(), 1 - beta2)
             direction = state["exp_avg"].lerp_(grad, 1 - beta1) if beta1 else grad
 
-            # 4. The master: decay, then the step. A float32 weight is updated in place.
+            # 5. The master: decay, then the step. A float32 weight is updated in place.
             master = join(weight, state["low"]) if "low" in state else weight
             master.mul_(1 - self.lr * self.weight_decay)
             master.addcdiv_(direction, (square / correction).sqrt_().add_(self.eps), value=-rate)
 
-            # 5. What follows the master: a bfloat16 weight, and the average.
+            # 6. What follows the master: a bfloat16 weight, and the average.
             if "low" in state:
                 split(master, weight, state["low"])
             if "ema" in state:

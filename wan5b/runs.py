@@ -25,7 +25,8 @@ class Run:
     cfg: train.py's Config. world: fsdp.World. budget: the memory that it is expected to need
     (extras/budget.py). optimizers: optim.AdamW by the name of what they move. phases: of an
     iteration, as stages.PHASES has them. critic, teacher and cache: of distillations, else None.
-    rollouts: how they are made, if not all as in the plain method (extras/rollouts.py).
+    rollouts: how they are made, if not all as in the plain method (extras/rollouts.py). fps: of the
+    clips that it learns from, frames a second.
     """
 
     cfg: Any
@@ -39,6 +40,7 @@ class Run:
     teacher: WanDiT | None = None
     cache: KVCache | None = None
     rollouts: Any = None
+    fps: int = 24
 
     def __post_init__(self):
         cfg = self.cfg

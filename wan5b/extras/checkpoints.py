@@ -151,12 +151,16 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def named(folder: Path) -> list[Path]:
+    """What has the name of a checkpoint, whether it is one or not."""
+    return [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]+", path.name)]
+
+
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first. Links, copies and notes beside them are none."""
     found = []
-    for path in folder.glob("step-*"):
-        named = re.fullmatch("step-[0-9]+", path.name)
-        if named and not path.is_symlink() and (path / "facts.json").is_file():
+    for path in named(folder):
+        if not path.is_symlink() and (path / "facts.json").is_file():
             found.append(path)
     return sorted(found, key=step_of)
 
@@ -166,12 +170,7 @@ def in_the_way(folder: Path, steps: range) -> list[Path]:
     its facts.json. It can't be saved over.
     """
     known = complete(folder)
-    found = []
-    for path in folder.glob("step-*"):
-        named = re.fullmatch("step-[0-9]+", path.name)
-        if named and step_of(path) in steps and path not in known:
-            found.append(path)
-    return found
+    return [path for path in named(folder) if step_of(path) in steps and path not in known]
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -19,8 +19,6 @@ from wan5b.extras.checkpoints import complete, in_the_way, step_of
 from wan5b.extras.digest import NOTHING, digest
 from wan5b.extras.formats import check_checkpoint, locate, read_metadata
 from wan5b.extras.gan import layers_read
-from wan5b.extras.media import FPS
-from wan5b.extras.recipes import frame_rate
 from wan5b.extras.rollouts import are_longer
 from wan5b.extras.shards import check_texts
 from wan5b.extras.untrusted import NUMBER, checked, each
@@ -365,8 +363,11 @@ def _check_known(saved: Path, known: dict) -> None:
 
     known: what it says of itself.
     """
-    parts = {"training": "with which settings it was made", "data": "what its data held"}
-    parts |= {"step": "of which step it is"}
+    parts = {
+        "training": "with which settings it was made",
+        "data": "what its data held",
+        "step": "of which step it is",
+    }
     unsaid = [text for part, text in parts.items() if part not in known]
     if unsaid:
         raise ValueError(
@@ -384,14 +385,18 @@ def newest(cfg, data: dict[str, str], world: World) -> Path | None:
         _check_adapter(cfg, data)
     saved = complete(Path(cfg.out))
     name = world.exchange(saved[-1].name if saved else "")[0]
-    path = Path(cfg.out, name) if name else None
-    if path:
+    path = None
+    done = 0
+    if name:
+        path = Path(cfg.out, name)
+        done = step_of(path)
         check_unchanged(cfg, data, path)
-    done = step_of(path) if path else 0
-    for other in in_the_way(Path(cfg.out), range(done + 1, cfg.steps + 1)):
+
+    others = in_the_way(Path(cfg.out), range(done + 1, cfg.steps + 1))
+    if others:
         raise ValueError(
-            f"{other} is in the way of a checkpoint, and is none (no facts.json, or a link): move "
-            "it away"
+            f"{others[0]} is in the way of a checkpoint, and is none (no facts.json, or a link): "
+            "move it away"
         )
     return path
 
@@ -418,8 +423,7 @@ def check_finished(cfg, data: dict[str, str], final: Path) -> None:
 
 
 def held_by(cfg) -> dict[str, str]:
-    """A digest of everything that a run reads, by the config's keys; fps of the clips, if it is not
-    FPS, for what is exported.
+    """A digest of everything that a run reads, by the config's keys.
 
     What is missing has none: the run says so when it opens it.
     """
@@ -431,7 +435,4 @@ def held_by(cfg) -> dict[str, str]:
     # Elsewhere the VAE only shows what is made; here it encodes what teacher and critic are shown.
     if are_longer(cfg) and Path(cfg.vae).exists():
         digests["vae"] = digest(locate(Path(cfg.vae), "vae"))
-    fps = frame_rate(cfg)
-    if fps != FPS:
-        digests["fps"] = str(fps)
     return digests

@@ -9,7 +9,7 @@ import torch
 from wan5b.extras.clips import write
 from wan5b.extras.codec import LinearCodec
 from wan5b.extras.formats import load_vae
-from wan5b.extras.recipes import MADE_FOR, frame_rate
+from wan5b.extras.recipes import MADE_FOR
 from wan5b.extras.sampling import MODES, generate
 from wan5b.flow import sampling_sigmas
 from wan5b.fsdp import World, local
@@ -80,4 +80,4 @@ def sample_videos(run: Run, vae, folder: Path, step: int) -> None:
                 latents = list(generate(*inputs, prefix=prefix, **how))
             if run.world.rank == 0:
                 path = folder / f"step-{step:07d}-{i}.mp4"
-                write(vae, latents, path, fps=frame_rate(cfg))
+                write(vae, latents, path, fps=run.fps)

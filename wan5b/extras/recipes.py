@@ -237,11 +237,11 @@ def frame_rate(cfg) -> int:
     return round(rates[0]) if rates and 1 <= rates[0] <= 240 else FPS
 
 
-def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
+def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str], fps: int = FPS) -> dict:
     """What a checkpoint or export of train.py says of itself; `from_metadata` goes by it.
 
-    cfg: train.py's Config. data: digests of what the run read, and fps, if it is not FPS. What is
-    not used is not there.
+    cfg: train.py's Config. data: digests of what the run read. fps: of its clips. What is not used
+    is not there.
     """
     said = {
         "stage": cfg.stage,
@@ -258,8 +258,8 @@ def facts(cfg, sizes: DiTConfig, step: int, data: dict[str, str]) -> dict:
         said["levels_after"] = cfg.levels_after
     if cfg.stage not in MADE_FOR and not cfg.clean_pass:
         said["clean_pass"] = False
-    if "fps" in data:
-        said["fps"] = int(data["fps"])
+    if fps != FPS:
+        said["fps"] = fps
     return said | {"config": asdict(sizes), "training": asdict(cfg), "data": data}
 
 
