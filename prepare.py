@@ -396,6 +396,11 @@ def make_trajectories(args: argparse.Namespace) -> None:
     size = frames - prefix
     if args.causal:
         size = args.chunk or trained.get("chunk", 3)
+        window = trained.get("window") or size
+        if size > window:
+            wrong = f"--chunk {size} does not fit in the window of {window} frames"
+            way_out = f"give --chunk {window} or less"
+            raise ValueError(f"{wrong} that {source} was trained with; {way_out}")
     chunks = [1] * prefix + chunk_plan(args.frames, prefix, size, 0)  # the prefix is a chunk, too
 
     facts = {

@@ -73,6 +73,7 @@ BAD = [
     ("dmd", {"rollout_frames": 13}, "rollout_frames: 13 latent frames do not divide into chunks"),
     ("dmd", {"rollout_frames": 3}, "rollout_frames = 3 is less than frames = 6"),
     ("sid", {"rollout_frames": 9}, "name vae"),
+    ("dmd", {"frames": 3, "rollout_frames": 9, "vae": "x"}, "give frames = 6 or more"),
     ("dmd", {"rollout": "data", "levels_after": [1000, 500]}, "leave levels_after"),
     ("dmd", {"rollout": "data", "clean_pass": False}, "leave levels_after, clean_pass"),
     ("ode", {"levels_after": [1000, 600]}, "levels_after has [600], which trajectories hold only"),

@@ -50,5 +50,21 @@ def test_the_window_of_training(tmp_path, window):
     assert (others < 1e-5) == (window >= FRAMES), others
 
 
+def test_a_chunk_beyond_the_window_is_refused(tmp_path):
+    """It ended in the cache's assertion, behind the loading."""
+    release = make_release(tmp_path / "tiny")
+    weights = tmp_path / "ar.safetensors"
+    save_dit(load_dit(release), weights, {"stage": "ar", "chunk": 1, "window": 2})
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox")
+    common = ["--release", release, "--out"]
+    run("text", "--prompts", prompts, *common, tmp_path / "text")
+    options = ["--text", tmp_path / "text", "--weights", weights, "--causal", "--chunk", FRAMES]
+    options += ["--size", "32x64", "--frames", 4 * FRAMES - 3]
+    with pytest.raises(ValueError, match="--chunk 4 does not fit in the window of 2 frames"):
+        run("trajectories", *options, *common, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def run(*arguments):
     prepare.main([str(argument) for argument in arguments])

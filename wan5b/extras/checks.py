@@ -132,6 +132,13 @@ def _check_rollouts(cfg) -> None:
             )
         if longer > cfg.frames and not cfg.vae:
             raise ValueError("rollout_frames above frames needs the release of the VAE: name vae")
+        if longer > cfg.frames == cfg.chunk:
+            # Inside of a video the first chunk of these is only shown (extras/rollouts.py).
+            raise ValueError(
+                f"rollout_frames above frames = {cfg.frames}: of what is scored inside of a video, "
+                f"all is one chunk, which is only shown and would teach nothing; give "
+                f"frames = {2 * cfg.chunk} or more"
+            )
     plain = not (cfg.levels_after or longer > cfg.frames) and cfg.clean_pass
     if cfg.rollout == "data" and not plain:
         raise ValueError(
