@@ -390,6 +390,10 @@ def make_trajectories(args: argparse.Namespace) -> None:
         prompts = clips.prompts
     text.check(prompts)
 
+    if args.causal and clips is None and trained.get("prefix") and RANK == 0:
+        lacks = f"{source} was trained behind given first frames, and makes its own here"
+        print(f"note: {lacks}; --latents gives it those of clips", file=sys.stderr)
+
     # What the options leave open is as the model was trained.
     shift = args.shift or trained.get("shift", 5.0)
     sigmas, kept = levels(args.steps, shift)

@@ -420,7 +420,7 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path, capsys):
     weights = ["--weights", tmp_path / "ar.safetensors"]
     noise = f"no record of causal training in {release}: expect noise"
     run(*common, *weights, "--causal", "--dtype", "bfloat16", "--out", tmp_path / "a")
-    assert "causal training" not in capsys.readouterr().err
+    assert "note" not in capsys.readouterr().err
     run(*common, "--causal", "--chunk", "1", "--shift", 3, "--out", tmp_path / "b")
     assert noise in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"ar.safetensors is of stage ar: give --causal"):
@@ -434,6 +434,15 @@ def test_trajectories_of_an_export(release, embeddings, tmp_path, capsys):
     assert (a.facts["chunks"], a.facts["shift"]) == ([1, 1, 1], 3.0)
     assert a.facts["model"] == "ar.safetensors"
     assert torch.equal(a[1]["x"], b[1]["x"].bfloat16())
+
+
+def test_first_frames_that_no_one_gives_are_noted(release, embeddings, tmp_path, capsys):
+    """Weights of image to video have never made a first frame in training."""
+    weights = tmp_path / "ar.safetensors"
+    save_dit(load_dit(release), weights, {"stage": "ar", "chunk": 1, "prefix": 1})
+    common = ["trajectories", "--text", embeddings, *SMALL, "--steps", "4", "--release", release]
+    run(*common, "--weights", weights, "--causal", "--out", tmp_path / "out")
+    assert "ar.safetensors was trained behind given first frames" in capsys.readouterr().err
 
 
 def test_trajectories_lead_away_from_what_training_had_for_no_text(release, embeddings, tmp_path):

@@ -492,3 +492,9 @@ def test_frames_that_chunks_do_not_allow(planned, tmp_path):
         planned("--weights", LONGLIVE, "--window", 12)
     with pytest.raises(ValueError, match="a first chunk of 1 has no room behind 1 given frames"):
         planned("--weights", LONGLIVE, "--chunk", 1, *image)
+
+    # What the recipe says of the first chunk, --chunk cannot change.
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(CAUSAL + 'image = "inside"\nprefix = 1')
+    with pytest.raises(ValueError, match="1 given frames; the recipe's prefix says its size"):
+        planned("--weights", LONGLIVE, "--recipe", recipe, "--chunk", 8, "--frames", 33, *image)

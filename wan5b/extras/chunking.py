@@ -67,9 +67,12 @@ def chunk_plan(
 
     # The first chunk holds the prefix, and must have a frame left to generate.
     sizes = chunk_sizes(total, size, lead)
-    wrong = f"a first chunk of {sizes[0]} has no room behind {prefix} given frames; try --chunk 8"
     if sizes[0] <= prefix:
-        raise ValueError(wrong)
+        wrong = f"a first chunk of {sizes[0]} has no room behind {prefix} given frames"
+        way_out = f"try --chunk {max(8, prefix + 1)}"
+        if lead:
+            way_out = "the recipe's prefix says its size"
+        raise ValueError(f"{wrong}; {way_out}")
     return [sizes[0] - prefix, *sizes[1:]]
 
 
