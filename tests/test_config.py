@@ -64,6 +64,7 @@ BAD = [
     ("ar", {"frames": 1, "prefix": 1}, "frames = 1 is a prefix alone"),
     ("ar", {"height": 3}, "3x4"),
     ("ar", {"window": 2}, "a chunk of 3 frames does not fit in a window of 2"),
+    ("ar", {"window": 3, "prefix": 1, "frames": 7}, "give window = 4 or more"),
     # Options of rollouts.
     ("dmd", {"levels_after": [500, 750]}, "levels_after: steps must fall"),
     ("dmd", {"sink": 1}, "window = 0 has no room for sink = 1 and a chunk of 3"),

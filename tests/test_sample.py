@@ -729,6 +729,11 @@ def test_existing_files_are_kept(run, tmp_path, no_networks, monkeypatch):
             "{older} is not a JSON that this sample.py wrote: it lacks at, chunk, ",
         ),
         ("--window 2", "--window 2: no room"),
+        (
+            "--image {image} --frames 37 --window 3",
+            "--window 3: a chunk of 3 frames fills it, and none would see the image or video in "
+            "front; give --window 4 or more, or --sink",
+        ),
         ("--window 3 --sink 1", "--window 3: no room for --sink 1 and a chunk of 3"),
         ("--window 6 --sink -1", "--sink -1: must be 0 or more"),
         (

@@ -103,6 +103,11 @@ def check_config(cfg, world: World) -> None:
         )
     if cfg.window and cfg.window < cfg.chunk:
         raise ValueError(f"a chunk of {cfg.chunk} frames does not fit in a window of {cfg.window}")
+    if cfg.prefix and cfg.window == cfg.chunk and not cfg.sink:
+        raise ValueError(
+            f"window = {cfg.window} is a chunk alone, and none would see the first frames that "
+            f"prefix = {cfg.prefix} gives; give window = {cfg.window + 1} or more"
+        )
     if distilling:
         _check_rollouts(cfg)
     own = len(world.share(cfg.batch))

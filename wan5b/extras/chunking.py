@@ -12,10 +12,10 @@ FRAMES = 81  # pixel frames of a clip, if neither --frames nor the recipe says i
 
 
 def memory(
-    window: int | None, sink: int, chunk: int, sink_rope: str
+    window: int | None, sink: int, chunk: int, sink_rope: str, prefix: int = 0
 ) -> dict[str, int | str | None]:
     """Arguments of `generate` for the cache. ValueError unless the window, which includes the sink,
-    has room for a chunk.
+    has room for a chunk, and for a frame of the prefix if one lies in front of the first chunk.
     """
     if window or sink:
         room = (window or 0) - chunk
@@ -23,6 +23,11 @@ def memory(
         wrong = f"{given}: no room for --sink {sink} and a chunk of {chunk} frames"
         if sink > room:
             raise ValueError(f"{wrong}; give --window {sink + chunk} or more")
+        if prefix and not sink and not room:
+            raise ValueError(
+                f"{given}: a chunk of {chunk} frames fills it, and none would see the image or "
+                f"video in front; give --window {chunk + 1} or more, or --sink"
+            )
     return {"window": window, "sink": sink, "sink_rope": sink_rope}
 
 
