@@ -18,6 +18,14 @@ def test_what_is_left_of_a_demo_is_not_trained_on(tmp_path):
             demo.demo(tmp_path / name, 96, 0, 1, 1)
 
 
+@pytest.mark.parametrize("clips", [0, 2, 100])
+def test_clips_are_made_a_shard_at_a_time(clips, tmp_path):
+    """Fewer would be made than asked for, or none, and the first stage found no data."""
+    with pytest.raises(ValueError, match=f"--clips {clips}: they are made 96 at a time"):
+        demo.demo(tmp_path / "out", clips, 0, 1, 1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_demo_and_sampling_from_its_export(tmp_path):
     out = tmp_path / "demo"
@@ -50,7 +58,7 @@ def test_demo_and_sampling_from_its_export(tmp_path):
     clip = tmp_path / "clip.mp4"
     options = ["--release", out / "release", "--weights", out / "dmd" / "dmd.safetensors"]
     options += ["--prompt", "a red ring moves left", "--size", "64x64", "--frames", "105"]
-    options += ["--window", "5", "--sheet", "--out", clip]
+    options += ["--sheet", "--out", clip]
     sample = [sys.executable, ROOT / "sample.py", *options]
     done = subprocess.run(sample, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

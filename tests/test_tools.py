@@ -1,4 +1,6 @@
-"""The benchmarks: they start, they run to the end on a CPU, and their arithmetic is right."""
+"""The benchmarks: they start, they run to the end on a CPU, and their arithmetic is right; and the
+files of real size.
+"""
 
 import math
 import os
@@ -21,12 +23,14 @@ import bench
 import bench_loading
 import bench_recipes
 import bench_training
+import real_size
 
 from wan5b import stages
 from wan5b.dit import PRESETS, WanDiT
 from wan5b.extras import disk
 from wan5b.extras.budget import GIB, FlopCount, forward_flop
 from wan5b.extras.random_weights import random_vae
+from wan5b.extras.recipes import recognise
 from wan5b.flow import few_step_sigmas
 
 ROOT = Path(__file__).parent.parent
@@ -314,3 +318,24 @@ def test_peak_memory():
             time.sleep(0.01)
         del held
     assert peak.bytes >= before + (32 << 20)
+
+
+# ------------------------------------------------------------------------------------ real_size.py
+
+
+def test_real_size(tmp_path, capsys):
+    """Lengths are the published ones, but for a note of 56 bytes in one header; the folders call
+    for the recipes that README names.
+    """
+    real_size.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    apart = dict(re.findall(r"/(\S+) +([+-]\d+) of the published", printed))
+    assert apart == dict.fromkeys(real_size.PUBLISHED, "+0") | {real_size.KIJAI: "-56"}
+
+    asked = {"Wan2.2-TI2V-5B": "wan22", "Wan2.2-TI2V-5B-Diffusers": "wan22"}
+    asked["FastWan2.2-TI2V-5B-FullAttn-Diffusers"] = "fastwan"
+    for name, recipe in asked.items():
+        assert recognise(str(tmp_path / name), None, {}).name == recipe
+    release = str(tmp_path / "Wan2.2-TI2V-5B")
+    longlive = str(tmp_path / "LongLive-2.0-5B" / "model_bf16.pt")
+    assert recognise(release, longlive, {}).name == "longlive2"

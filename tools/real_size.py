@@ -2,7 +2,7 @@
 
     python tools/real_size.py FOLDER
 
-writes, in a minute and on next to no disk, what is published around the 5B, in folders named as
+writes, in seconds and on next to no disk, what is published around the 5B, in folders named as
 people have them. Every tensor is zeros, so all of it loads, and samples to a picture of one colour:
 whatever is to be said of names, sizes, time and memory can be tried with it. The tokenizers are
 those of the tests.
@@ -191,8 +191,7 @@ def original(folder: Path) -> None:
 
 def diffusers(folder: Path, dtype: torch.dtype, shards: int, pipeline: str) -> None:
     """Wan-AI/Wan2.2-TI2V-5B-Diffusers, FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers"""
-    index = peers.model_index(peers.SCHEDULER) | {"_class_name": pipeline}
-    write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", peers.model_index(peers.SCHEDULER, pipeline))
     write_json(folder / "scheduler" / "scheduler_config.json", peers.SCHEDULER)
 
     dit = folder / "transformer"

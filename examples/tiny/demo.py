@@ -4,7 +4,7 @@
 
 Afterwards the model is an ordinary release plus export:
     .venv/bin/python sample.py --release out/demo/release --weights out/demo/dmd/dmd.safetensors \\
-        --prompt "a red ring moves left" --size 64x64 --frames 105 --window 5 --sheet
+        --prompt "a red ring moves left" --size 64x64 --frames 105 --sheet
 """
 
 import argparse
@@ -326,9 +326,11 @@ def sheet(path: Path, clips: dict[str, Tensor], codec: LinearCodec) -> None:
 def demo(out: Path, clips: int, seed: int, steps: int | None, longest: int) -> None:
     """Make, train, sample and score everything.
 
-    clips: of training. seed: of the training. steps: of every stage, in place of the configs'.
-    longest: up to which of LENGTHS clips are judged.
+    clips: of training, a multiple of PER_SHARD. seed: of the training. steps: of every stage, in
+    place of the configs'. longest: up to which of LENGTHS clips are judged.
     """
+    if clips < 1 or clips % PER_SHARD:
+        raise ValueError(f"--clips {clips}: they are made {PER_SHARD} at a time, give a multiple")
     # Shards of latents that are left of more clips would be trained on.
     if any((out / name).exists() for name in ("release", "latents")):
         raise ValueError(f"{out} exists; delete it or choose another --out")
@@ -361,8 +363,8 @@ def main() -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("out/demo"))
     add("--seed", type=int, default=0, help="of the training")
-    add("--threads", type=int, default=2)
-    add("--clips", type=int, default=1536)
+    add("--threads", type=int, default=2, help="of torch (2)")
+    add("--clips", type=int, default=1536, help=f"to train on, a multiple of {PER_SHARD} (1536)")
     add("--steps", type=int, help="of every stage, for a quick look")
     add(
         "--longest", type=int, choices=LENGTHS, default=LENGTHS[-1], help="up to where it is judged"
