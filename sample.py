@@ -74,9 +74,9 @@
 --device NAME        cuda, cuda:1, ... or cpu
 --dtype NAME         bfloat16 (default on a GPU) or float32 (default on the CPU)
 --compile            fuse small operations: a minute at the start, 1.3x faster after
---fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
---fp8-vae            convolutions of the VAE's decoder likewise
---fp8-attention      self-attention and its memory likewise (chunk by chunk only)
+--fp8                linear layers of the DiT in float8 (Ada, Hopper or newer): faster, less exact
+--fp8-vae            convolutions of the VAE's decoder likewise (Hopper alone)
+--fp8-attention      self-attention and its memory likewise (Hopper alone, chunk by chunk only)
 --vae-device NAME    where the VAE works, if not on --device: on a second GPU it decodes a chunk
                      while the next one is made
 --low-memory         for 24 GB: text on the CPU, decoding when the DiT is gone
