@@ -53,8 +53,8 @@
 --sink-rope NAME     their place in time: absolute, where they were, or relative, in front of the
                      window, which keeps long videos from jumping back (default: the recipe's)
 --shift S            timestep shift (default: the recipe's, or 5)
---steps N            unless steps re-noise (default: the recipe's; of modes with guidance 50, or 40
-                     with an image)
+--steps N            how many, unless they re-noise (default: the recipe's; of modes with guidance
+                     50, or 40 with an image)
 --solver NAME        likewise: unipc or euler (default: the recipe's, or unipc)
 --guidance G         likewise: scale of CFG, uncond + g (cond - uncond) (default: the recipe's, or
                      5; 1 is half the work)
