@@ -39,9 +39,9 @@ watch, and the one that started it directs it. Ctrl-C ends it. Nothing is kept b
 --device NAME        cuda, cuda:1, ... or cpu
 --dtype NAME         bfloat16 (default on a GPU) or float32 (default on the CPU)
 --compile            fuse small operations and record CUDA graphs: minutes at the start, then faster
---fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
---fp8-vae            convolutions of the VAE's decoder likewise
---fp8-attention      self-attention and its memory likewise
+--fp8                linear layers of the DiT in float8 (Ada, Hopper or newer): faster, less exact
+--fp8-vae            convolutions of the VAE's decoder likewise (Hopper alone)
+--fp8-attention      self-attention and its memory likewise (Hopper alone)
 --vae-device NAME    where the VAE works, if not on --device: on a second GPU it decodes a chunk
                      while the next one is made: faster, but a new prompt is seen a chunk later
 --low-memory         the text encoder stays on the CPU: a new prompt takes seconds longer

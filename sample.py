@@ -53,8 +53,8 @@
 --sink-rope NAME     their place in time: absolute, where they were, or relative, in front of the
                      window, which keeps long videos from jumping back (default: the recipe's)
 --shift S            timestep shift (default: the recipe's, or 5)
---steps N            unless steps re-noise (default: the recipe's; of modes with guidance 50, or 40
-                     with an image)
+--steps N            how many, unless they re-noise (default: the recipe's; of modes with guidance
+                     50, or 40 with an image)
 --solver NAME        likewise: unipc or euler (default: the recipe's, or unipc)
 --guidance G         likewise: scale of CFG, uncond + g (cond - uncond) (default: the recipe's, or
                      5; 1 is half the work)
@@ -74,9 +74,9 @@
 --device NAME        cuda, cuda:1, ... or cpu
 --dtype NAME         bfloat16 (default on a GPU) or float32 (default on the CPU)
 --compile            fuse small operations: a minute at the start, 1.3x faster after
---fp8                linear layers of the DiT in float8 (Hopper or newer): faster, less exact
---fp8-vae            convolutions of the VAE's decoder likewise
---fp8-attention      self-attention and its memory likewise (chunk by chunk only)
+--fp8                linear layers of the DiT in float8 (Ada, Hopper or newer): faster, less exact
+--fp8-vae            convolutions of the VAE's decoder likewise (Hopper alone)
+--fp8-attention      self-attention and its memory likewise (Hopper alone, chunk by chunk only)
 --vae-device NAME    where the VAE works, if not on --device: on a second GPU it decodes a chunk
                      while the next one is made
 --low-memory         for 24 GB: text on the CPU, decoding when the DiT is gone

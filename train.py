@@ -6,6 +6,9 @@
 
 The same command again goes on from the newest checkpoint. Nothing random depends on the number of
 processes: every draw comes from (seed, phase, step, sample).
+
+What a key is stands beside it: in Config of this file; LoRA's in wan5b/extras/adapters.py, those of
+the GAN branch and Data-Forcing in wan5b/extras/phases.py.
 """
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def test_float8_is_for_gpus():
         args = parse(["--random-weights", "--fp8-vae", "--vae-device", "cpu"])
         assert (args.fp8_vae, args.vae_device) == (True, "cpu")
     options = ["--random-weights", "--preset", "tiny", "--device", "cpu", "--fp8-vae"]
-    with pytest.raises(ValueError, match="--fp8-vae needs bfloat16 on a GPU"):
+    with pytest.raises(ValueError, match="--fp8-vae needs bfloat16 on a Hopper GPU"):
         live.plan(live.parse(options))
 
 

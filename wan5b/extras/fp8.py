@@ -1,4 +1,4 @@
-"""Linear layers in float8 (e4m3) for inference on Hopper and later.
+"""Linear layers in float8 (e4m3) for inference on Ada, Hopper and later.
 
 Weights are rounded once, inputs as they come; each row of either has a scale of its own.
 """
@@ -24,7 +24,7 @@ def check_options(args: Namespace, dtype: torch.dtype) -> None:
         check_linear(dtype, args.device)
     place = place_of_vae(args)
     if args.fp8_vae and (dtype != torch.bfloat16 or place == "cpu"):
-        needs = "needs bfloat16 on a GPU (Hopper or newer)"
+        needs = "needs bfloat16 on a Hopper GPU (H100, H200)"
         raise ValueError(f"--fp8-vae {needs}, not {dtype} on {place}")
 
 
