@@ -387,6 +387,20 @@ def test_what_is_not_known_is_not_called_another(data, tmp_path, command, capsys
     assert f"{final} does not say {settings}, nor {held}, nor {step}: " in refused(command, toml)
 
 
+@pytest.mark.parametrize("steps", [-1, 1.5, "1", None])
+def test_steps_that_no_optimizer_can_have_taken(data, tmp_path, command, capsys, steps):
+    """-1 ended in a division by zero, behind an iteration."""
+    out = tmp_path / "out"
+    finish(config(data, "ar", out, steps=2))
+    (out / "ar.safetensors").unlink()
+    toml = write_toml(tmp_path / "a.toml", values(data, "ar", out, steps=3))
+    facts = out / "step-0000002/facts.json"
+    said = json.loads(facts.read_text()) | {"optimizer_steps": {"generator": steps}}
+    facts.write_text(json.dumps(said))
+    capsys.readouterr()
+    assert "optimizer_steps is " in refused(command, toml)
+
+
 def test_another_vae_is_noted_where_it_trains(data, tmp_path):
     """Long rollouts learn from its pictures; elsewhere it only shows what is made."""
     for name in ("here", "moved", "other"):

@@ -137,7 +137,7 @@ def _check_rollouts(cfg) -> None:
             )
         if longer > cfg.frames and not cfg.vae:
             raise ValueError("rollout_frames above frames needs the release of the VAE: name vae")
-        if longer > cfg.frames == cfg.chunk:
+        if longer > cfg.frames and cfg.frames == cfg.chunk:
             # Inside of a video the first chunk of these is only shown (extras/rollouts.py).
             raise ValueError(
                 f"rollout_frames above frames = {cfg.frames}: of what is scored inside of a video, "

@@ -15,7 +15,9 @@ def memory(
     window: int | None, sink: int, chunk: int, sink_rope: str, prefix: int = 0
 ) -> dict[str, int | str | None]:
     """Arguments of `generate` for the cache. ValueError unless the window, which includes the sink,
-    has room for a chunk, and for a frame of the prefix if one lies in front of the first chunk.
+    has room for a chunk, and for a frame of the prefix.
+
+    prefix: latent frames in front of the first chunk.
     """
     if window or sink:
         room = (window or 0) - chunk
@@ -74,9 +76,10 @@ def chunk_plan(
     sizes = chunk_sizes(total, size, lead)
     if sizes[0] <= prefix:
         wrong = f"a first chunk of {sizes[0]} has no room behind {prefix} given frames"
-        way_out = f"try --chunk {max(8, prefix + 1)}"
         if lead:
             way_out = "the recipe's prefix says its size"
+        else:
+            way_out = f"try --chunk {max(8, prefix + 1)}"
         raise ValueError(f"{wrong}; {way_out}")
     return [sizes[0] - prefix, *sizes[1:]]
 

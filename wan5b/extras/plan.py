@@ -386,9 +386,9 @@ def how_sampled(args: Namespace, recipe: Recipe, prefix: int) -> dict:
     inside = recipe.image == "inside" and bool(args.image)
     how = {"inside": inside, "default": frames}
     chunks = chunk_plan(args.frames, prefix, recipe.chunk, recipe.prefix, **how)
-    largest = max(chunks[0] + inside * prefix, *chunks)
-    in_front = 0 if inside else prefix
-    sampler |= memory(recipe.window or None, recipe.sink, largest, recipe.sink_rope, in_front)
+    part = prefix if inside else 0  # of the first chunk
+    largest = max(part + chunks[0], *chunks)
+    sampler |= memory(recipe.window or None, recipe.sink, largest, recipe.sink_rope, prefix - part)
     return sampler | {"chunks": chunks, "prefix_inside": inside}
 
 

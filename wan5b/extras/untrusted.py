@@ -70,6 +70,16 @@ def each(kind: Kind) -> Kind:
     return Kind(f"a list, each {kind.words}", fits)
 
 
+def named(kind: Kind) -> Kind:
+    """Values of a kind, each under a name."""
+
+    def fits(value: Any) -> bool:
+        return NAMED.fits(value) and all(map(kind.fits, value.values()))
+
+    return Kind(f"names and values, each {kind.words}", fits)
+
+
+COUNT = whole(0, 2**53)
 SIZE = whole(1, 2**20)  # no network is anywhere near so large
 LAYERS = whole(1, 1000)
 CONFIG = {  # of all three networks
@@ -91,7 +101,8 @@ METADATA = {
     "config": NAMED,
     "stage": TEXT,
     "recipe": TEXT,
-    "step": whole(0, 2**53),
+    "step": COUNT,
+    "optimizer_steps": named(COUNT),
     "levels": each(NUMBER),
     "shift": Kind("a number from 1e-6", lambda value: NUMBER.fits(value) and value >= 1e-6),
     "chunk": SIZE,
